@@ -1,1 +1,18 @@
-"""tilewright-kernels."""
+"""Triton operators for LLM training, each beside its plain-torch reference.
+
+Every function runs its Triton kernel on CUDA tensors and its reference elsewhere; `use_backend`
+and the environment variable TILEWRIGHT_BACKEND choose otherwise, `backend_report` says what ran.
+"""
+
+from tilewright_kernels._backend import BackendReport, OperatorReport, backend_report, use_backend
+from tilewright_kernels.rms_norm import RMSNorm, rms_norm, rms_norm_reference
+
+__all__ = [
+    "BackendReport",
+    "OperatorReport",
+    "RMSNorm",
+    "backend_report",
+    "rms_norm",
+    "rms_norm_reference",
+    "use_backend",
+]

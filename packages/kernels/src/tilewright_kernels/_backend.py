@@ -1,0 +1,282 @@
+"""Which implementation of an operator runs: the choice, its reason, and a record of both.
+
+Three backends: `triton` runs the kernel or raises, `torch` runs the plain-torch reference, `auto`
+runs the kernel where the tensors are on a CUDA device and the reference elsewhere. The choice is
+made anew at each call of the forward; a backward follows its forward. It is process-wide, because
+autograd runs backward in threads of its own.
+
+Environment: TILEWRIGHT_BACKEND=triton, or TILEWRIGHT_BACKEND=auto,cross_entropy=torch.
+"""
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, NamedTuple
+
+import torch
+
+from tilewright_kernels._triton import HAS_TRITON, INTERPRETED
+
+Backend = Literal["auto", "triton", "torch"]
+
+BACKENDS: tuple[str, ...] = ("auto", "triton", "torch")
+
+_DEFAULT = "*"
+_choices: dict[str, str] = {_DEFAULT: "auto"}
+_unchecked: dict[str, str] = {}
+_operators: dict[str, "OperatorCalls"] = {}
+
+
+class Decision(NamedTuple):
+    """What runs for one call, why, and whether it is less than what was hoped for."""
+
+    backend: str
+    reason: str
+    fell_back: bool
+
+
+@dataclass
+class OperatorCalls:
+    """What one operator did since the last reset.
+
+    Calls made inside torch.compile count once, when they are traced; launches always count.
+    """
+
+    calls: Counter[Decision] = field(default_factory=Counter)
+    launches: int = 0
+
+
+def register(operator: str) -> OperatorCalls:
+    """Make an operator known to `use_backend`, the environment and the report."""
+    return _operators.setdefault(operator, OperatorCalls())
+
+
+def operators() -> tuple[str, ...]:
+    """Names of all operators imported so far, sorted."""
+    return tuple(sorted(_operators))
+
+
+class use_backend:
+    """Choose the backend of all operators, or of some by name.
+
+    Takes effect at once. As a context manager it restores the former choice on exit:
+
+        use_backend("triton")                       # from here on
+        with use_backend("auto", rms_norm="torch"):  # in this block
+            ...
+
+    Args:
+        backend: "auto", "triton" or "torch" for every operator; None leaves the default alone.
+        operators: the same for single operators, by name, over the default.
+
+    Raises:
+        ValueError: unknown backend or operator; the message lists the valid ones.
+    """
+
+    def __init__(self, backend: Backend | None = None, /, **operators: Backend) -> None:
+        for name, value in operators.items():
+            _check_operator(name)
+            _check_backend(value, f"{name}=")
+        self._former = dict(_choices)
+        if backend is not None:
+            _check_backend(backend)
+            _choices.clear()
+            _choices[_DEFAULT] = backend
+        _choices.update(operators)
+
+    def __enter__(self) -> None:
+        """The choice took effect in the constructor."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _choices.clear()
+        _choices.update(self._former)
+
+
+def decide(operator: str, device: str, unsupported: str | None = None) -> Decision:
+    """The backend for one call.
+
+    Args:
+        operator: its name.
+        device: type of the device that the tensors are on, as in `tensor.device.type`.
+        unsupported: why the kernel cannot take these inputs, or None if it can.
+
+    Raises:
+        ValueError: backend triton was asked for and cannot run here.
+    """
+    if _unchecked:
+        _check_environment()
+    choice = _choices.get(operator, _choices[_DEFAULT])
+    if choice == "torch":
+        return Decision("torch", "asked for", False)
+    obstacle = unsupported
+    if not HAS_TRITON:
+        obstacle = "triton is not installed"
+    elif device != "cuda" and not INTERPRETED:
+        obstacle = f"the tensors are on {device}"
+    if choice == "triton":
+        if obstacle is not None:
+            raise ValueError(
+                f"{operator}: backend triton was asked for, but {obstacle}; move the tensors to a "
+                f"CUDA device, set TRITON_INTERPRET=1 before Python starts, or use_backend('auto')"
+            )
+        return Decision("triton", "asked for", False)
+    if obstacle is None and device == "cuda":
+        return Decision("triton", "auto: the tensors are on cuda", False)
+    return Decision(
+        "torch", f"auto: {obstacle or f'the tensors are on {device}'}", device == "cuda"
+    )
+
+
+@dataclass(frozen=True)
+class OperatorReport:
+    """One operator's line of the report.
+
+    Attributes:
+        operator: its name.
+        setting: the backend that is chosen for it now.
+        triton: calls that ran the kernel.
+        torch: calls that ran the reference.
+        launches: kernel launches, forward and backward together.
+        fell_back: calls on a CUDA device that ran the reference though nobody asked for it.
+        reasons: why each backend was taken, in the order of first use.
+    """
+
+    operator: str
+    setting: str
+    triton: int
+    torch: int
+    launches: int
+    fell_back: int
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BackendReport(Mapping[str, OperatorReport]):
+    """What ran and why, by operator name; `print(backend_report())` shows it as a table."""
+
+    rows: tuple[OperatorReport, ...]
+
+    def __getitem__(self, operator: str) -> OperatorReport:
+        for row in self.rows:
+            if row.operator == operator:
+                return row
+        raise KeyError(operator)
+
+    def __iter__(self) -> Iterator[str]:
+        return (row.operator for row in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fell_back(self) -> tuple[str, ...]:
+        """Operators that ran their reference on a CUDA device though nobody asked for it."""
+        return tuple(row.operator for row in self.rows if row.fell_back)
+
+    def __str__(self) -> str:
+        header = ("operator", "setting", "triton", "torch", "launches", "why")
+        lines = [header]
+        for r in self.rows:
+            why = "; ".join(r.reasons) or "not called"
+            lines.append((r.operator, r.setting, str(r.triton), str(r.torch), str(r.launches), why))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def backend_report(*, reset: bool = False) -> BackendReport:
+    """What each operator ran since the start or the last reset, and why.
+
+    Calls inside torch.compile count once, when they are traced; launches count every time.
+
+    Args:
+        reset: start counting anew after this report.
+    """
+    rows = []
+    for name in operators():
+        done = _operators[name]
+        by_backend: Counter[str] = Counter()
+        for decision, count in done.calls.items():
+            by_backend[decision.backend] += count
+        rows.append(
+            OperatorReport(
+                operator=name,
+                setting=_choices.get(name, _choices[_DEFAULT]),
+                triton=by_backend["triton"],
+                torch=by_backend["torch"],
+                launches=done.launches,
+                fell_back=sum(n for decision, n in done.calls.items() if decision.fell_back),
+                reasons=tuple(f"{d.backend} ({d.reason})" for d in done.calls),
+            )
+        )
+        if reset:
+            done.calls.clear()
+            done.launches = 0
+    return BackendReport(tuple(rows))
+
+
+def configure_from_environment(text: str | None) -> None:
+    """Take TILEWRIGHT_BACKEND's value: a default backend, operator=backend pairs, or both.
+
+    Names of operators are checked at the first call of any operator, when the packages that
+    bring operators of their own have been imported.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    for item in (text or "").split(","):
+        name, equals, value = (part.strip() for part in item.rpartition("="))
+        if not value and not equals:
+            continue
+        _check_backend(value, "TILEWRIGHT_BACKEND=")
+        _choices[name if equals else _DEFAULT] = value
+        if equals:
+            _unchecked[name] = value
+
+
+def _check_environment() -> None:
+    for name in list(_unchecked):
+        _check_operator(name, "TILEWRIGHT_BACKEND: ")
+        del _unchecked[name]
+
+
+def _check_backend(backend: str, where: str = "") -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"{where}{backend!r} is not a backend; choose from {', '.join(BACKENDS)}")
+
+
+def _check_operator(operator: str, where: str = "") -> None:
+    if operator not in _operators:
+        close = difflib.get_close_matches(operator, _operators, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(
+            f"{where}{operator!r} is not an operator{hint}; the operators are "
+            f"{', '.join(operators())}"
+        )
+
+
+@torch.compiler.assume_constant_result
+def _record_traced(operator: str, backend: str, reason: str, fell_back: bool) -> bool:
+    _operators[operator].calls[Decision(backend, reason, fell_back)] += 1
+    return True
+
+
+def record(operator: str, decision: Decision) -> None:
+    """Count one call, also while torch.compile traces it."""
+    if torch.compiler.is_compiling():
+        _record_traced(operator, decision.backend, decision.reason, decision.fell_back)
+    else:
+        _operators[operator].calls[decision] += 1
+
+
+configure_from_environment(os.environ.get("TILEWRIGHT_BACKEND"))

@@ -1,0 +1,179 @@
+"""What every operator is made of: a name, a choice of backend, launches, and torch.library entries.
+
+An operator's file creates one `Operator` and registers the functions that launch its kernels:
+
+    _OP = Operator("rms_norm")
+
+    @_OP.function(fake=_backward_fake)
+    def rms_norm_backward(dy: Tensor, ...) -> tuple[Tensor, Tensor]: ...
+
+    @_OP.function(fake=_forward_fake, setup_context=_save, backward=_grads)
+    def rms_norm_forward(x: Tensor, ...) -> tuple[Tensor, Tensor]: ...
+
+Nothing else needs to know of it. Each registered function becomes `torch.ops.tilewright.<name>`, an
+opaque node for torch.compile; in eager it is called directly, because the dispatcher costs 50 to
+115 µs a call, more than most kernels take.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from tilewright_kernels import _backend
+from tilewright_kernels._triton import tl
+
+_NAMESPACE = "tilewright"
+_PLAIN = (torch.Tensor, Parameter)
+
+
+class Operator:
+    """One operator under its public name.
+
+    Args:
+        name: the public function's name, as `use_backend` and the report know it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._done = _backend.register(name)
+
+    def uses_triton(self, x: torch.Tensor, unsupported: str | None = None) -> bool:
+        """Choose the backend for one call and record the choice.
+
+        Args:
+            x: the tensor whose device decides.
+            unsupported: why the kernel cannot take these inputs, or None if it can.
+        """
+        decision = _backend.decide(self.name, x.device.type, unsupported)
+        _backend.record(self.name, decision)
+        return decision.backend == "triton"
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        """`kernel[grid](*args, **meta)` on the device of the first argument, and count it.
+
+        Triton launches on the current device, whatever the tensors say, so the device is set where
+        they differ. An empty grid launches nothing.
+        """
+        if 0 in grid:
+            return
+        self._done.launches += 1
+        device = args[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                kernel[grid](*args, **meta)
+        else:
+            kernel[grid](*args, **meta)
+
+    def function(
+        self,
+        *,
+        fake: Callable[..., Any],
+        setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+        backward: Callable[..., Any] | None = None,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register a function that launches kernels, with its gradient if it has one.
+
+        Args:
+            fake: the same signature; returns empty tensors of the right shapes and dtypes.
+            setup_context: `(ctx, inputs, output)`, saves what backward needs.
+            backward: `(ctx, *grad_outputs)`, returns one gradient (or None) an input. Calls
+                registered functions and plain torch only. It is differentiable once.
+        """
+
+        def register(launcher: Callable[..., Any]) -> Callable[..., Any]:
+            qualname = f"{_NAMESPACE}::{launcher.__name__}"
+            torch.library.define(qualname, torch.library.infer_schema(launcher, mutates_args=()))
+            torch.library.impl(qualname, ("cpu", "cuda"), launcher)
+            torch.library.register_fake(qualname, fake)
+            registered = getattr(getattr(torch.ops, _NAMESPACE), launcher.__name__).default
+            eager = None
+            if backward is not None:
+                assert setup_context is not None
+                torch.library.register_autograd(qualname, backward, setup_context=setup_context)
+                eager = _autograd_function(self.name, launcher, setup_context, backward)
+
+            @wraps(launcher)
+            def call(*args: Any) -> Any:
+                if torch.compiler.is_compiling() or _any_subclass(args):
+                    return registered(*args)
+                if eager is not None and torch.is_grad_enabled() and _any_requires_grad(args):
+                    return eager.apply(*args)
+                return launcher(*args)
+
+            return call
+
+        return register
+
+
+def accumulator(dtype: torch.dtype) -> Any:
+    """Type a kernel computes in: float64 for float64 (so that gradcheck works), else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def as_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    """View x as [rows, width] with unit stride along a row, copying only where no view exists.
+
+    Kernels take the row stride, so slices, transposed batches and expanded rows cost no copy.
+    """
+    rows = x.reshape(-1, width) if x.numel() else x.new_empty(x.numel() // max(width, 1), width)
+    return rows if rows.stride(-1) == 1 or width == 1 else rows.contiguous()
+
+
+def check_floating(name: str, x: torch.Tensor) -> None:
+    """Raise unless x has a dtype that the kernels compute with."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(
+            f"{name} is {x.dtype}; give float16, bfloat16, float32 or float64, "
+            f"for example {name}.to(torch.bfloat16)"
+        )
+
+
+def check_same_device(**tensors: torch.Tensor | None) -> None:
+    """Raise unless all given tensors are on one device."""
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"the tensors are on different devices: {listing}; move them to one")
+
+
+def _any_subclass(args: tuple[Any, ...]) -> bool:
+    """Whether a tensor is fake, functional or else not plain: the dispatcher must see it then."""
+    return any(isinstance(a, torch.Tensor) and type(a) not in _PLAIN for a in args)
+
+
+def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+
+
+def _autograd_function(
+    operator: str,
+    launcher: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward_formula: Callable[..., Any],
+) -> Any:
+    """An autograd.Function around a launcher, without the dispatcher.
+
+    forward takes ctx itself: with torch's separate setup_context, `apply` binds the signature anew
+    at each call, which costs more than the launch.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = launcher(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        # Grad mode is on here only under create_graph=True. torch's once_differentiable would
+        # return gradients without a graph wherever grad_outputs need none: silently wrong.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{operator} is differentiable once, and create_graph=True asks for more; "
+                f"use_backend({operator}='torch') runs its reference, which has all derivatives"
+            )
+        return backward_formula(ctx, *grad_outputs)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"{launcher.__name__}_autograd", (torch.autograd.Function,), members)

@@ -1,0 +1,235 @@
+"""rms_norm: the kernels against float64, torch's own function, and finite differences."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tilewright_kernels import RMSNorm, rms_norm, rms_norm_reference, use_backend
+from tilewright_kernels.rms_norm import MAX_TILE_BACKWARD, MAX_TILE_FORWARD
+from tilewright_kernels.testing import (
+    FLOATING,
+    ROW_SHAPES,
+    check_against_float64,
+    check_compiles,
+    check_deterministic,
+    check_gradients,
+    layouts,
+    poisoned_memory,
+)
+
+EPS = 1e-6
+
+
+def function(x, weight):
+    return rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def reference(x, weight):
+    return rms_norm_reference(x, x.shape[-1:], weight, EPS)
+
+
+def make(shape, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(shape[-1], generator=generator).to(device, dtype).requires_grad_()
+    return x, weight
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("shape", ROW_SHAPES, ids=str)
+def test_matches_float64(shape, dtype, device):
+    check_against_float64(function, reference, make(shape, dtype, device), operator="rms_norm")
+
+
+@pytest.mark.smoke
+def test_reference_is_torchs(device):
+    x, weight = make((6, 40), torch.float64, device)
+    torch.testing.assert_close(reference(x, weight), F.rms_norm(x, (40,), weight, EPS))
+    torch.testing.assert_close(rms_norm(x, (40,)), F.rms_norm(x, (40,)))
+
+
+def test_without_weight(device):
+    x, _ = make((9, 33), torch.float32, device)
+    check_against_float64(
+        lambda x: function(x, None), lambda x: reference(x, None), [x], operator="rms_norm"
+    )
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight"])
+def test_gradient_of_one_input_only(frozen, device):
+    x, weight = make((9, 33), torch.float32, device)
+    (x if frozen == "input" else weight).requires_grad_(False)
+    check_against_float64(function, reference, (x, weight), operator="rms_norm")
+
+
+def test_weight_of_another_dtype(device):
+    # bfloat16 activations with float32 weights: what a model under autocast does.
+    x, weight = make((9, 33), torch.bfloat16, device)
+    weight = weight.detach().float().requires_grad_()
+    check_against_float64(function, reference, (x, weight), operator="rms_norm")
+
+
+def test_several_normalized_dimensions(device):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 5, generator=generator).to(device).requires_grad_()
+    weight = torch.randn(4, 5, generator=generator).to(device).requires_grad_()
+    check_against_float64(
+        lambda x, w: rms_norm(x, (4, 5), w, EPS),
+        lambda x, w: rms_norm_reference(x, (4, 5), w, EPS),
+        (x, weight),
+        operator="rms_norm",
+    )
+
+
+# One past what either kernel keeps in registers: the wide kernels, with a ragged last block.
+@pytest.mark.parametrize("width", [MAX_TILE_BACKWARD + 1, MAX_TILE_FORWARD + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_rows(width, dtype, device):
+    check_against_float64(function, reference, make((3, width), dtype, device), operator="rms_norm")
+
+
+def test_layouts(device):
+    _, weight = make((6, 10), torch.float32, device)
+    for name, x in layouts((6, 10), torch.float32, device):
+        x.requires_grad_()
+        try:
+            check_against_float64(function, reference, (x, weight), operator="rms_norm")
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def test_output_gradient_layouts(device):
+    # What sum() and transposes hand back: expanded and transposed gradients.
+    x, weight = make((8, 8), torch.float32, device)
+    for dy in (torch.ones((), device=device).expand(8, 8), torch.rand(8, 8, device=device).T):
+        ours = torch.autograd.grad(function(x, weight), (x, weight), dy)
+        with use_backend("torch"):
+            expected = torch.autograd.grad(function(x, weight), (x, weight), dy)
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 40),
+    width=st.integers(1, 300),
+    pad=st.integers(0, 5),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16]),
+)
+def test_any_shape_and_row_stride(rows, width, pad, dtype):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wide, _ = make((rows, width + pad), dtype, device)
+    _, weight = make((1, width), dtype, device)
+    x = wide.detach()[:, pad:].requires_grad_()
+    check_against_float64(function, reference, (x, weight), operator="rms_norm")
+
+
+def test_extreme_values(device):
+    x = torch.tensor(
+        [[0.0] * 4, [1e30] * 4, [1e-30] * 4, [1.0, torch.inf, 0.0, 2.0], [torch.nan] * 4],
+        device=device,
+    )
+    with use_backend("triton"):
+        ours = rms_norm(x, (4,), None, EPS)
+    torch.testing.assert_close(ours, rms_norm_reference(x, (4,), None, EPS), equal_nan=True)
+
+
+def test_gradcheck():
+    for rows, width in ((3, 5), (6, 1)):
+        inputs = make((rows, width), torch.float64, torch.device("cpu"))
+        check_gradients(function, inputs, operator="rms_norm")
+
+
+def test_second_derivative_is_refused(device):
+    x, weight = make((3, 5), torch.float32, device)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(function(x, weight).sum(), x, create_graph=True)
+
+
+def test_compiles(device):
+    check_compiles(function, make((5, 16), torch.float32, device), operator="rms_norm")
+
+
+def test_compiled_code_follows_the_backend(device):
+    x, weight = make((5, 16), torch.float32, device)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for backend in ("triton", "torch", "triton"):
+        with use_backend(backend):
+            torch.testing.assert_close(compiled(x, weight), reference(x, weight))
+
+
+def test_opcheck(device):
+    x, weight = make((5, 16), torch.float32, device)
+    torch.library.opcheck(torch.ops.tilewright.rms_norm_forward.default, (x, weight, 16, EPS))
+    with torch.no_grad():
+        y, rstd = torch.ops.tilewright.rms_norm_forward(x, weight, 16, EPS)
+        torch.library.opcheck(
+            torch.ops.tilewright.rms_norm_backward.default, (y, x, weight, rstd, 16, True)
+        )
+
+
+@pytest.mark.parametrize("shape", [(37, 65), (3, MAX_TILE_BACKWARD + 1)], ids=str)
+def test_every_element_is_written_and_bits_repeat(shape, device):
+    x, weight = make(shape, torch.float32, device)
+    dy = torch.rand_like(x)
+
+    def run():
+        y = function(x, weight)
+        return y, *torch.autograd.grad(y, (x, weight), dy)
+
+    with use_backend("triton"), poisoned_memory():
+        assert all(t.isfinite().all() for t in run())
+        check_deterministic(run)
+
+
+def test_inputs_are_left_alone(device):
+    x, weight = make((7, 12), torch.float32, device)
+    before = x.detach().clone(), weight.detach().clone()
+    dy = torch.rand_like(x)
+    dy_before = dy.clone()
+    with use_backend("triton"):
+        function(x, weight).backward(dy)
+    for a, b in zip((x, weight, dy), (*before, dy_before), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_module_is_torchs(device):
+    ours, torchs = RMSNorm(24, eps=EPS, device=device), torch.nn.RMSNorm(24, eps=EPS, device=device)
+    with torch.no_grad():
+        ours.weight.uniform_()
+    torchs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).to(device)
+    with use_backend("triton"):
+        torch.testing.assert_close(ours(x), torchs(x))
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements():
+    # 2³¹ elements plus a tile: offsets that int32 cannot hold. 4 GiB in, 4 GiB out.
+    rows, width = 2**17 + 4, 2**14
+    x = torch.randn(4, width, device="cuda", dtype=torch.bfloat16).repeat(rows // 4, 1)
+    weight = torch.ones(width, device="cuda", dtype=torch.bfloat16)
+    y = function(x, weight)
+    torch.testing.assert_close(y[-4:], y[:4])
+    assert y[-1].abs().max() > 0
+
+
+@pytest.mark.multigpu(2)
+def test_tensors_on_another_than_the_current_device():
+    x, weight = make((5, 16), torch.float32, torch.device("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    check_against_float64(function, reference, (x, weight), operator="rms_norm")
+
+
+def test_bad_input(device):
+    x, weight = make((5, 16), torch.float32, device)
+    with pytest.raises(ValueError, match=r"\(5, 16\).*normalized_shape \(8,\)"):
+        rms_norm(x, (8,))
+    with pytest.raises(ValueError, match=r"weight has shape \(16,\)"):
+        rms_norm(x, (5, 16), weight)
+    with pytest.raises(TypeError, match=r"input is torch.int64.*to\(torch.bfloat16\)"):
+        rms_norm(torch.ones(5, 16, dtype=torch.int64, device=device), (16,))
+    with pytest.raises(ValueError, match=r"input on .*, weight on meta"):
+        rms_norm(x, (16,), weight.to("meta"))
