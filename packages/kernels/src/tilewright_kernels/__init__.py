@@ -6,13 +6,17 @@ and the environment variable TILEWRIGHT_BACKEND choose otherwise, `backend_repor
 
 from tilewright_kernels._backend import BackendReport, OperatorReport, backend_report, use_backend
 from tilewright_kernels.rms_norm import RMSNorm, rms_norm, rms_norm_reference
+from tilewright_kernels.swiglu import SwiGLU, swiglu, swiglu_reference
 
 __all__ = [
     "BackendReport",
     "OperatorReport",
     "RMSNorm",
+    "SwiGLU",
     "backend_report",
     "rms_norm",
     "rms_norm_reference",
+    "swiglu",
+    "swiglu_reference",
     "use_backend",
 ]
