@@ -1,0 +1,73 @@
+"""Named sizes, one row each, from a model for a laptop's CPU to 2.7 billion parameters.
+
+Widths of the MLP are multiples of 128 so that matrix products divide into whole tiles; embeddings
+are tied throughout. docs/model.md lists the parameters of each row.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from tilewright_model.config import ModelConfig
+
+
+def _row(
+    vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, positions: int
+) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=mlp,
+        max_position_embeddings=positions,
+    )
+
+
+PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
+    {
+        #             vocab  hidden layers heads kv   mlp positions
+        "nano": _row(4096, 128, 4, 4, 2, 384, 1024),
+        "tiny": _row(8192, 256, 10, 4, 2, 768, 1024),
+        "small": _row(16384, 512, 8, 8, 4, 1280, 2048),
+        "100m": _row(32768, 768, 12, 12, 4, 2048, 2048),
+        "0.5b": _row(32768, 1536, 16, 12, 12, 4096, 4096),
+        "1b": _row(32768, 2048, 20, 16, 8, 5632, 4096),
+        "2.7b": _row(32768, 2560, 32, 20, 4, 8576, 4096),
+    }
+)
+"""Every preset by its name."""
+
+
+def preset(name: str, **overrides: Any) -> ModelConfig:
+    """The configuration called `name`, with some of its fields replaced.
+
+    Args:
+        name: a key of `PRESETS`.
+        **overrides: fields of `ModelConfig` and their values.
+
+    Raises:
+        ValueError: no such preset (the message lists them and the closest), or values that
+            contradict each other.
+        TypeError: no such field (the message names the closest).
+    """
+    if name not in PRESETS:
+        raise ValueError(
+            f"no preset {name!r}{_closest(name, PRESETS)}: choose one of {', '.join(PRESETS)}"
+        )
+    fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    for key in overrides:
+        if key not in fields:
+            raise TypeError(
+                f"ModelConfig has no field {key!r}{_closest(key, fields)}: "
+                f"its fields are {', '.join(fields)}"
+            )
+    return dataclasses.replace(PRESETS[name], **overrides)
+
+
+def _closest(name: str, choices: Mapping[str, object] | list[str]) -> str:
+    matches = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.4)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""

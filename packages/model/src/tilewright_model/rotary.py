@@ -1,0 +1,69 @@
+"""Cosines and sines of the rotary position embedding, computed once for a model.
+
+RoPE (Su et al. 2021, arXiv:2104.09864) in the split-half form of Llama's weights: dimension i of a
+head turns together with dimension i + D/2, by the angle t · theta^(-2i/D) at position t. The turn
+itself is `tilewright_kernels.apply_rotary_emb`; here are its tables.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class RotaryEmbedding(nn.Module):
+    """Tables `cos` and `sin`, [max_positions, head_dim / 2] float32, moved with the model.
+
+    They stay float32 whatever the model is cast to (bfloat16 has no distinct cosines past position
+    256), and they are not part of a checkpoint: they follow from the configuration.
+
+    Args:
+        head_dim: D, even.
+        max_positions: rows of the tables.
+        theta: base of the frequencies.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, head_dim: int, max_positions: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.max_positions = max_positions
+        self.theta = theta
+        cos, sin = rotary_tables(head_dim, max_positions, theta)
+        device = torch.get_default_device()
+        self.register_buffer("cos", cos.to(device), persistent=False)
+        self.register_buffer("sin", sin.to(device), persistent=False)
+
+    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Rows `start` to `start + length` of both tables, as views."""
+        return self.cos[start : start + length], self.sin[start : start + length]
+
+    def extra_repr(self) -> str:
+        """What `print(model)` says of the tables."""
+        return f"{self.head_dim}, max_positions={self.max_positions}, theta={self.theta}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
+        # Every cast and move of a module comes through here. Only the device is taken over:
+        # .to(bfloat16) would round the tables, and to_empty(), after construction on the meta
+        # device, would leave them unwritten.
+        super()._apply(fn, recurse)
+        device = self.cos.device
+        cos, sin = rotary_tables(self.head_dim, self.max_positions, self.theta)
+        self.cos, self.sin = cos.to(device), sin.to(device)
+        return self
+
+
+def rotary_tables(head_dim: int, max_positions: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of t · theta^(-2i/head_dim), each [max_positions, head_dim / 2] float32.
+
+    Frequencies and angles are rounded to float32, as Llama checkpoints were trained with: float64
+    angles would be closer to the formula and further from those models (by 2e-3 at position 32768).
+    Always computed on the CPU, so that every device holds the same bits.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    inverse_frequencies = 1.0 / theta**exponents
+    positions = torch.arange(max_positions, dtype=torch.float32, device="cpu")
+    angles = torch.outer(positions, inverse_frequencies)
+    return angles.cos(), angles.sin()
