@@ -1,1 +1,24 @@
-"""tilewright-bench."""
+"""Benchmarks of tilewright's operators beside their peers, on pytest-benchmark.
+
+A benchmark file lists `Case`s (operator, shape, least bytes and FLOPs, inputs) and `variants`
+(provider × direction) and calls `run`; `python -m tilewright_bench` compares and keeps saved runs.
+"""
+
+from tilewright_bench.case import Case, Direction, Variant, Work, variants
+from tilewright_bench.environment import by_device, default_device
+from tilewright_bench.measure import Measurement, run
+from tilewright_bench.timer import Samples, time_interleaved
+
+__all__ = [
+    "Case",
+    "Direction",
+    "Measurement",
+    "Samples",
+    "Variant",
+    "Work",
+    "by_device",
+    "default_device",
+    "run",
+    "time_interleaved",
+    "variants",
+]

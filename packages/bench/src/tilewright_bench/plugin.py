@@ -1,0 +1,65 @@
+"""pytest hooks of a benchmark session: device times, where the run was made, a table with GB/s.
+
+A folder of benchmarks takes them by importing them in its conftest.py; `-p tilewright_bench.plugin`
+on pytest's command line does the same. Nothing else needs to be set.
+"""
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import torch
+
+from tilewright_bench.environment import CPU_NOTE, describe
+from tilewright_bench.report import Row, table
+
+_ROWS = pytest.StashKey[list[Row]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-benchmark record device times; it reads its options after this hook."""
+    config.option.benchmark_timer = "tilewright_bench.clock.device_clock"
+    config.stash[_ROWS] = []
+
+
+def pytest_report_header() -> str:
+    """Name the device in the session's first lines."""
+    if not torch.cuda.is_available():
+        return f"benchmarks: {CPU_NOTE}"
+    place = describe()
+    return (
+        f"benchmarks: {place['gpu']}, driver {place['driver']}, torch {place['torch']}, "
+        f"triton {place['triton']}"
+    )
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Add device, driver and versions to what pytest-benchmark saves of the machine."""
+    machine_info.update(describe())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Keep what was measured for the table at the end."""
+    report = yield
+    benchmark = getattr(item, "funcargs", {}).get("benchmark")
+    if call.when == "call" and report.passed and benchmark and benchmark.extra_info:
+        row = Row(median=benchmark.stats["median"], extra_info=benchmark.extra_info)
+        item.config.stash[_ROWS].append(row)
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Print the table, after pytest-benchmark's own tables of times."""
+    rows = config.stash[_ROWS]
+    if not rows:
+        return
+    terminalreporter.section("bandwidth, memory and accuracy")
+    terminalreporter.write_line(table(rows))
+    if not torch.cuda.is_available():
+        terminalreporter.write_line(f"\n{CPU_NOTE}")
