@@ -37,7 +37,7 @@ def main(package: str, closure: list[str], root: Path) -> None:
         for number, block in enumerate(blocks):
             path = Path(folder) / f"readme_{number}.py"
             path.write_text(block)
-            exec(compile(block, str(path), "exec"), {"__name__": "__main__"})  # noqa: S102
+            exec(compile(block, str(path), "exec"), {"__name__": "__main__"})
     print(f"{package}: {where.parent.name} with {', '.join(closure)}; README's snippets ran")
 
 
