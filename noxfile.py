@@ -147,15 +147,17 @@ def isolated(session: nox.Session, package: str) -> None:
             f"--output-file={requirements}",
             external=True,
         )
-        session.run_install(
-            *("uv", "pip", "sync", "--quiet", str(requirements), *wheels), external=True
-        )
+        with requirements.open("a") as file:
+            file.writelines(f"{wheel}\n" for wheel in wheels)
+        session.run_install("uv", "pip", "sync", "--quiet", str(requirements), external=True)
 
     install()
-    env = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
+    env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
     check = ROOT / "tests" / "check_installed.py"
     with session.chdir(work):
         session.run("python", str(check), package, *names, str(ROOT), env=env)
+    # Only now the interpreter, which needs the test group's numpy.
+    env["TRITON_INTERPRET"] = "1"
     install("test")
     copy = work / "copy"
     shutil.copytree(ROOT / f"packages/{package}/tests", copy / f"packages/{package}/tests")
