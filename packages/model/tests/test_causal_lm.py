@@ -1,12 +1,15 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from tilewright_kernels import use_backend
+from tilewright_kernels.testing import count_launches
 from tilewright_model import CausalLM, KVCache, ModelConfig, preset
 from tilewright_model.causal_lm import next_token_loss
 
@@ -189,11 +192,33 @@ def test_half_precision_and_autocast(device: torch.device) -> None:
     mixed.loss.backward()
     assert mixed.logits.dtype == torch.bfloat16
     assert mixed.loss.dtype == torch.float32
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
     whole = model.to(torch.bfloat16)(ids, labels=ids)
     # The logits are about 0.1 and rounded to 8 bits: the loss of 4.16 moves in the fourth digit.
     torch.testing.assert_close(mixed.loss, exact.loss, rtol=1e-3, atol=0)
     torch.testing.assert_close(whole.loss.float(), exact.loss, rtol=1e-3, atol=0)
+
+
+def test_backends_agree(device: torch.device) -> None:
+    model, ids = build(device=device), tokens(device=device)
+
+    def step(backend: Literal["torch", "triton"]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        with use_backend(backend), count_launches() as launches:
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+        kernels = {"rms_norm", "swiglu", "apply_rotary_emb", "cross_entropy"}
+        assert {name for name in kernels if launches[name]} == (
+            kernels if backend == "triton" else set()
+        )
+        return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    loss, gradients = step("triton")
+    expected_loss, expected = step("torch")
+    torch.testing.assert_close(loss, expected_loss)
+    assert gradients.keys() == expected.keys() == dict(model.named_parameters()).keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 # torch 2.11 looks at .grad of the hidden states while it traces, and warns about it.
@@ -202,7 +227,7 @@ def test_one_compilation_serves_all_blocks() -> None:
     model, ids = build(), tokens()
     expected = model(ids, labels=ids).loss
     expected.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -166,6 +168,6 @@ def test_result_may_be_trained_on() -> None:
     ids=str,
 )
 def test_bad_requests_are_refused(options: dict, error: type[Exception], message: str) -> None:
-    request = {"input_ids": prompts(), "max_new_tokens": 2, **options}
+    request: dict[str, Any] = {"input_ids": prompts(), "max_new_tokens": 2, **options}
     with pytest.raises(error, match=message):
         generate(build(), request.pop("input_ids"), **request)

@@ -31,7 +31,7 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.fixture(params=list(VARIANTS.values()), ids=list(VARIANTS))
 def config(request: pytest.FixtureRequest) -> ModelConfig:
     return request.param
 

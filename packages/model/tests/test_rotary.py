@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tilewright_model.rotary import RotaryEmbedding, rotary_tables
+from tilewright_model.rotary import RotaryTables, rotary_tables
 
 
 def test_tables_hold_the_angles_of_the_formula() -> None:
@@ -19,7 +19,7 @@ def test_tables_hold_the_angles_of_the_formula() -> None:
 
 
 def test_rows_are_views_of_the_tables() -> None:
-    rotary = RotaryEmbedding(4, 10, 100.0)
+    rotary = RotaryTables(4, 10, 100.0)
     cos, sin = rotary(3, 5)
     assert torch.equal(cos, rotary.cos[3:8])
     assert torch.equal(sin, rotary.sin[3:8])
@@ -28,7 +28,7 @@ def test_rows_are_views_of_the_tables() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_casting_a_model_leaves_the_tables_exact(dtype: torch.dtype) -> None:
-    rotary = RotaryEmbedding(8, 300, 10000.0)
+    rotary = RotaryTables(8, 300, 10000.0)
     cos, sin = rotary.cos.clone(), rotary.sin.clone()
     rotary.to(dtype)
     assert torch.equal(rotary.cos, cos)
@@ -36,14 +36,14 @@ def test_casting_a_model_leaves_the_tables_exact(dtype: torch.dtype) -> None:
 
 
 def test_tables_move_with_the_model(device: torch.device) -> None:
-    rotary = RotaryEmbedding(8, 300, 10000.0).to(device)
+    rotary = RotaryTables(8, 300, 10000.0).to(device)
     assert rotary.cos.device.type == device.type
     assert torch.equal(rotary.cos.cpu(), rotary_tables(8, 300, 10000.0)[0])
 
 
 def test_leaving_the_meta_device_fills_the_tables() -> None:
     with torch.device("meta"):
-        rotary = RotaryEmbedding(8, 20, 10000.0)
+        rotary = RotaryTables(8, 20, 10000.0)
     assert rotary.cos.is_meta
     rotary.to_empty(device="cpu")
     cos, sin = rotary_tables(8, 20, 10000.0)
@@ -52,4 +52,4 @@ def test_leaving_the_meta_device_fills_the_tables() -> None:
 
 
 def test_tables_are_not_part_of_a_checkpoint() -> None:
-    assert RotaryEmbedding(8, 20, 10000.0).state_dict() == {}
+    assert RotaryTables(8, 20, 10000.0).state_dict() == {}

@@ -23,7 +23,7 @@ from tilewright_model.checkpoint import read_config, read_weights, write_checkpo
 from tilewright_model.config import ModelConfig
 from tilewright_model.kv_cache import KVCache, LayerCache
 from tilewright_model.mlp import MLP
-from tilewright_model.rotary import RotaryEmbedding
+from tilewright_model.rotary import RotaryTables
 
 IGNORE_INDEX = -100
 """Label of a position that has no part in the loss."""
@@ -84,7 +84,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.rotary = RotaryEmbedding(
+        self.rotary = RotaryTables(
             config.attention_head_dim, config.max_position_embeddings, config.rope_theta
         )
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 
-class RotaryEmbedding(nn.Module):
-    """Tables `cos` and `sin`, [max_positions, head_dim / 2] float32, moved with the model.
+class RotaryTables(nn.Module):
+    """`cos` and `sin`, [max_positions, head_dim / 2] float32, moved with the model.
 
     They stay float32 whatever the model is cast to (bfloat16 has no distinct cosines past position
     256), and they are not part of a checkpoint: they follow from the configuration.
@@ -44,7 +44,7 @@ class RotaryEmbedding(nn.Module):
         """What `print(model)` says of the tables."""
         return f"{self.head_dim}, max_positions={self.max_positions}, theta={self.theta}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryTables":
         # Every cast and move of a module comes through here. Only the device is taken over:
         # .to(bfloat16) would round the tables, and to_empty(), after construction on the meta
         # device, would leave them unwritten.
