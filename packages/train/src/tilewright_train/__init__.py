@@ -1,1 +1,27 @@
-"""tilewright-train."""
+"""Pretraining from one command, on a laptop or on a GPU.
+
+`train-pretrain` with no argument trains a small model on the Python standard library. A script
+makes a `PretrainConfig` and hands it to `tilewright_train.pretraining.run`; that module is not
+imported here, because it imports torch.
+"""
+
+from tilewright_train.config import (
+    DataOptions,
+    MachineOptions,
+    ModelOptions,
+    PretrainConfig,
+    RunOptions,
+    TrainingOptions,
+)
+from tilewright_train.errors import InputError, TrainingStopped
+
+__all__ = [
+    "DataOptions",
+    "InputError",
+    "MachineOptions",
+    "ModelOptions",
+    "PretrainConfig",
+    "RunOptions",
+    "TrainingOptions",
+    "TrainingStopped",
+]

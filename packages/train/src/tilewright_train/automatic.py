@@ -1,0 +1,148 @@
+"""The values that a user left open: what is chosen, and why.
+
+Sizes and schedules come from a table of recipes, one row for each preset, so that a run depends on
+its options alone and not on how fast the machine happens to be.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tilewright_model import ModelConfig, count_parameters, preset
+from tilewright_train.config import STDLIB, PretrainConfig, with_options
+from tilewright_train.machine import choose_device, choose_threads, supports_bf16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A batch, a length and a learning rate that train one preset well."""
+
+    batch_size: int
+    seq_len: int
+    steps: int
+    lr: float
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "nano": Recipe(32, 128, 600, 4e-3),
+    "tiny": Recipe(32, 256, 1000, 2e-3),
+    "small": Recipe(64, 512, 600, 1e-3),
+    "100m": Recipe(64, 1024, 2000, 6e-4),
+    "0.5b": Recipe(64, 2048, 5000, 4e-4),
+    "1b": Recipe(128, 2048, 10000, 3e-4),
+    "2.7b": Recipe(256, 2048, 20000, 1.6e-4),
+}
+
+_LARGE_CHECKPOINT = 500_000_000  # bytes; smaller ones are written in about a second
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One value that was chosen for the user."""
+
+    name: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A configuration without open values."""
+
+    config: PretrainConfig
+    choices: tuple[Choice, ...]
+    """In the order in which they are printed."""
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why, by the name of the option."""
+        return {choice.name: choice.reason for choice in self.choices}
+
+
+def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
+    """Fill in every option that is open.
+
+    Args:
+        config: What the user gave.
+        local_processes: Processes of this run on this host.
+
+    Raises:
+        ValueError: A device, preset or shape of the model that does not exist.
+    """
+    choices: list[Choice] = []
+
+    def fill(name: str, section: str, value: Any, reason: str, unset: Any = None) -> Any:
+        given = getattr(getattr(config, section), name)
+        if given != unset:
+            return given
+        choices.append(Choice(name, value, reason))
+        return value
+
+    device = fill("device", "machine", *choose_device(config.machine.device))
+    on_gpu = device != "cpu"
+    fill("precision", "machine", *_precision(device), unset="auto")
+    fill("threads", "machine", *choose_threads(local_processes))
+    fill("backend", "machine", *_backend(on_gpu))
+
+    name = fill(
+        "preset",
+        "model",
+        "small" if on_gpu else "nano",
+        "trains in minutes on a GPU" if on_gpu else "trains in about two minutes on two CPU cores",
+    )
+    model = preset(name, **config.model.overrides)
+    fill("vocab_size", "data", model.vocab_size, f"preset {name}")
+
+    recipe, of = RECIPES[name], f"the recipe of {name}"
+    steps = fill("steps", "training", recipe.steps, of)
+    fill("batch_size", "training", recipe.batch_size, of)
+    fill("seq_len", "training", recipe.seq_len, of)
+    fill("lr", "training", recipe.lr, of)
+    warmup = max(1, min(100, steps // 10))
+    fill("warmup_steps", "training", warmup, "a tenth of the steps, at most 100")
+
+    checkpoint = 12 * count_parameters(model).total
+    times = 10 if checkpoint < _LARGE_CHECKPOINT else 2
+    often = f"{times} checkpoints a run, {checkpoint / 1e6:.0f} MB each"
+    fill("save_every", "run", max(1, steps // times), often)
+    fill("eval_every", "run", max(1, steps // 10), "ten times a run")
+    eval_tokens, kind = (262_144, "a GPU") if on_gpu else (65_536, "a CPU")
+    fill("eval_tokens", "run", eval_tokens, f"a second or so on {kind}")
+    fill("log_every", "run", max(1, steps // 25), "25 lines a run")
+    prompt = "def " if config.data.data == STDLIB else ""
+    fill("prompt", "run", prompt, "the corpus is code" if prompt else "the start of a document")
+    filled = with_options(config, **{choice.name: choice.value for choice in choices})
+    return Chosen(filled, tuple(choices))
+
+
+def model_config(config: PretrainConfig, vocab_size: int | None = None) -> ModelConfig:
+    """The model that a configuration without open values asks for.
+
+    Args:
+        config: From `choose`.
+        vocab_size: Entries that the tokenizer came out with, where known.
+
+    Raises:
+        ValueError: Sizes that do not fit each other.
+    """
+    name = config.model.preset or ""
+    base = preset(name, **config.model.overrides)
+    return dataclasses.replace(
+        base,
+        vocab_size=vocab_size or config.data.vocab_size or base.vocab_size,
+        max_position_embeddings=max(base.max_position_embeddings, config.training.seq_len or 0),
+    )
+
+
+def _precision(device: str) -> tuple[str, str]:
+    if supports_bf16(device):
+        return "bf16", "the GPU multiplies bf16 natively; weights stay float32"
+    return "fp32", "the CPU has no fast bf16" if device == "cpu" else "the GPU has no native bf16"
+
+
+def _backend(on_gpu: bool) -> tuple[str, str]:
+    if given := os.environ.get("TILEWRIGHT_BACKEND"):
+        return given, "TILEWRIGHT_BACKEND says so"
+    return "auto", "Triton kernels" if on_gpu else "plain torch, as nothing is on a GPU"

@@ -1,0 +1,50 @@
+"""The bigram model that a run is compared with: it knows the token before, and nothing else.
+
+P(b | a) = (c(a, b) + u(a) · P(b)) / (c(a) + u(a)),   P(b) = (c(b) + 1) / (N + V)
+
+with counts c in the training tokens and u(a) the number of different tokens seen after a
+(Witten & Bell 1991): the more kinds of successors a token has shown, the more weight goes to those
+that it has not. There is no constant to tune, so none can be tuned on the validation tokens, and
+no probability is zero. It is fitted on all training tokens, also those that a short run never
+reaches.
+"""
+
+import torch
+
+
+class BigramModel:
+    """Witten-Bell bigram probabilities of one token stream."""
+
+    def __init__(self, tokens: torch.Tensor, vocab_size: int) -> None:
+        """Count the pairs of `tokens`.
+
+        Args:
+            tokens: [N] integer, N at least 2.
+            vocab_size: V.
+        """
+        flat = tokens.long()
+        self.vocab_size = vocab_size
+        counts = torch.bincount(flat, minlength=vocab_size).double()
+        self.unigram = (counts + 1) / (counts.sum() + vocab_size)  # [V]
+        pairs = flat[:-1] * vocab_size + flat[1:]
+        self.pairs, pair_counts = torch.unique(pairs, return_counts=True)  # sorted
+        self.pair_counts = pair_counts.double()
+        first = self.pairs // vocab_size
+        self.followers = torch.bincount(first, minlength=vocab_size).double()  # u(a)
+        # c(a) as a first token: the last token of the stream has no successor.
+        self.as_first = torch.bincount(flat[:-1], minlength=vocab_size).double()
+
+    def log_prob(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """ln P(second | first), elementwise, in float64."""
+        wanted = first * self.vocab_size + second
+        place = torch.searchsorted(self.pairs, wanted).clamp(max=self.pairs.numel() - 1)
+        seen = torch.where(self.pairs[place] == wanted, self.pair_counts[place], 0.0)
+        weight = self.followers[first]
+        total = self.as_first[first] + weight
+        known = (seen + weight * self.unigram[second]) / total.clamp(min=1.0)
+        return torch.where(total > 0, known, self.unigram[second]).log()
+
+    def loss(self, rows: torch.Tensor) -> float:
+        """Mean -ln P over all predictions of `rows` [R, T]: every token but the first of a row."""
+        rows = rows.long()
+        return float(-self.log_prob(rows[:, :-1], rows[:, 1:]).mean())

@@ -1,0 +1,49 @@
+"""The command `train-pretrain`: options in, an exit status out.
+
+0: trained, or finished before. 2: something that the user can mend, said in one line on stderr.
+128 + n: stopped by signal n. A traceback is a mistake of ours.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from tilewright_train.errors import InputError, TrainingStopped, one_line
+from tilewright_train.layers import parse
+
+
+def pretrain() -> None:
+    """Entry point."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `train-pretrain` with these arguments and give its exit status."""
+    try:
+        _run(arguments)
+    except BrokenPipeError:
+        return 141  # `train-pretrain | head`: whoever read the lines has gone
+    except (InputError, OSError) as error:
+        return _complain(f"error: {one_line(error)}", 2)
+    except TrainingStopped as stopped:
+        return _complain(str(stopped), stopped.exit_status)
+    except KeyboardInterrupt:
+        return _complain("interrupted; train-pretrain --resume goes on from what is saved", 130)
+    return 0
+
+
+def _run(arguments: Sequence[str]) -> None:
+    config = parse(arguments)
+    # torch takes seconds to import: --help and a mistyped flag do not wait for it.
+    try:
+        from tilewright_train.pretraining import run
+    except ValueError as error:  # tilewright_kernels reads TILEWRIGHT_BACKEND when it is imported
+        raise InputError(str(error)) from error
+    run(config)
+
+
+def _complain(message: str, status: int) -> int:
+    """Say it once, not once for every process that torchrun started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+    return status

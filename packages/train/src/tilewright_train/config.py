@@ -1,0 +1,251 @@
+"""What a pretraining run can be told: four groups of options, checked when they are made.
+
+An option that is None is chosen by the run, which prints the choice with its reason
+(`automatic.py`). Every option is a flag (`seq_len` is `--seq-len`) and a key of the TOML file,
+in the section that is named in `SECTIONS`.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from tilewright_train.errors import InputError, suggest
+
+STDLIB = "stdlib"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What is read and how it becomes tokens."""
+
+    data: str = STDLIB
+    """«stdlib» (the Python standard library beside the interpreter), a file or a folder:
+    .jsonl with a "text" in every line, plain text, either of them also as .gz."""
+    on_bad_line: Literal["error", "skip"] = "error"
+    """A jsonl line that is not JSON or has no "text": stop there, or skip and count it."""
+    validation_fraction: float = 0.05
+    """Share of the documents that is kept for validation, 0 to 0.5."""
+    vocab_size: int | None = None
+    """Entries of the byte-level BPE vocabulary, 257 or more."""
+    cache_dir: Path | None = None
+    """Where tokenizers and encoded corpora are kept. Default: $XDG_CACHE_HOME/tilewright or
+    ~/.cache/tilewright."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_range(self, "validation_fraction", above=0.0, at_most=0.5)
+        _check_range(self, "vocab_size", at_least=257)
+        if not self.data:
+            raise InputError(f"data is empty: give a path, or {STDLIB!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The size of the model: a preset, and fields of it to change."""
+
+    preset: str | None = None
+    """A row of the table of presets in tilewright_model."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    num_hidden_layers: int | None = None
+    """Blocks."""
+    num_attention_heads: int | None = None
+    """Query heads; they divide hidden_size."""
+    num_key_value_heads: int | None = None
+    """Key and value heads; they divide the query heads."""
+    intermediate_size: int | None = None
+    """Width of the SwiGLU layer."""
+
+    def __post_init__(self) -> None:
+        for name in self.overrides:
+            _check_range(self, name, at_least=1)
+
+    @property
+    def overrides(self) -> dict[str, int]:
+        """The fields of the preset that were given, by their name in ModelConfig."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: v for k, v in given.items() if k != "preset" and v is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What a step is, and how many there are."""
+
+    steps: int | None = None
+    """Optimizer updates."""
+    batch_size: int | None = None
+    """Sequences a step, all processes together."""
+    seq_len: int | None = None
+    """Tokens a sequence."""
+    lr: float | None = None
+    """Highest learning rate of AdamW, reached after the warm-up."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end, as a share of the highest; a cosine leads there."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms are not decayed."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.95
+    """Decay of AdamW's second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it."""
+    seed: int = 0
+    """Seeds weights, order of the data and the sample."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            _check_range(self, name, at_least=1)
+        _check_range(self, "seq_len", at_least=2)
+        _check_range(self, "lr", above=0.0)
+        _check_range(self, "min_lr_ratio", at_least=0.0, at_most=1.0)
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            _check_range(self, name, at_least=0)
+        for name in ("beta1", "beta2"):
+            _check_range(self, name, at_least=0.0, below=1.0)
+        _check_range(self, "max_grad_norm", above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    """What computes, and in which arithmetic."""
+
+    device: str | None = None
+    """«cpu», «cuda» or «cuda:1». Default: the GPU where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the matrix products; weights and optimizer states stay float32."""
+    backend: str | None = None
+    """«auto», «triton» or «torch» for the operators of tilewright_kernels; single ones differently
+    as in «triton,rms_norm=torch». Default: what TILEWRIGHT_BACKEND says, else auto."""
+    threads: int | None = None
+    """CPU threads of a process."""
+    deterministic: bool = True
+    """Only algorithms that give the same bits every time, which resuming bit for bit needs."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_range(self, "threads", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the run is written, how often, and how it goes on."""
+
+    out: Path = Path("runs")
+    """Folder in which every run gets a folder of its own."""
+    name: str | None = None
+    """Name of the run's folder. Default: corpus, preset and the next free number."""
+    resume: str = "never"
+    """Go on with a run: its folder, or «auto» (as does the bare flag) for the latest in --out."""
+    resume_from_older: bool = False
+    """With --resume: where the newest checkpoint is damaged, take the newest whole one."""
+    save_every: int | None = None
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints that are kept; older ones are removed."""
+    eval_every: int | None = None
+    """Steps between measurements of the validation loss."""
+    eval_tokens: int | None = None
+    """Tokens of the validation loss, the same ones every time."""
+    log_every: int | None = None
+    """Steps between lines where the output is not a terminal."""
+    prompt: str | None = None
+    """Beginning of the sample that is drawn at the end."""
+    sample_tokens: int = 160
+    """Tokens of the sample."""
+
+    def __post_init__(self) -> None:
+        for name in ("save_every", "keep", "eval_every", "log_every", "sample_tokens"):
+            _check_range(self, name, at_least=1)
+        _check_range(self, "eval_tokens", at_least=2)
+        if self.name is not None and (Path(self.name).name != self.name or self.name in "."):
+            raise InputError(
+                f"name {self.name!r} is not the name of a folder: use --out for a path"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything that `train-pretrain` can be told. With nothing told, it trains all the same."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    machine: MachineOptions = field(default_factory=MachineOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataOptions,
+    "model": ModelOptions,
+    "training": TrainingOptions,
+    "machine": MachineOptions,
+    "run": RunOptions,
+}
+"""Sections of the TOML file, in the order in which they are written."""
+
+FREE_AT_RESUME = frozenset(
+    {"cache_dir", "out", "name", "resume", "resume_from_older", "prompt", "sample_tokens"}
+    | {"save_every", "keep", "eval_every", "log_every"}
+)
+"""Options that change what is written, not what is computed: a resumed run may set them anew."""
+
+
+def option_sections() -> dict[str, str]:
+    """The section of every option, by the option's name; names are unique over all sections."""
+    return {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+
+
+def with_options(config: PretrainConfig, **values: Any) -> PretrainConfig:
+    """A copy of `config` with some options set, whatever section they are in.
+
+    Raises:
+        InputError: A name is no option, or a value is out of its range.
+    """
+    sections = option_sections()
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name not in sections:
+            raise InputError(f"unknown option {name!r}{suggest(name, sections)}")
+        groups.setdefault(sections[name], {})[name] = value
+    changed = {s: dataclasses.replace(getattr(config, s), **v) for s, v in groups.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def _check_choices(options: Any) -> None:
+    """Every Literal field holds one of its values; TOML files do not go through a parser."""
+    for name, hint in get_type_hints(type(options)).items():
+        literals = [h for h in (hint, *get_args(hint)) if getattr(h, "__origin__", None) is Literal]
+        choices = [c for literal in literals for c in get_args(literal)]
+        value = getattr(options, name)
+        if choices and value is not None and value not in choices:
+            close = suggest(str(value), choices)
+            raise InputError(f"{name} {value!r} is none of {', '.join(choices)}{close}")
+
+
+def _check_range(
+    options: Any,
+    name: str,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """A number that is set lies between its bounds."""
+    value = getattr(options, name)
+    if value is None or (at_least <= value <= at_most and above < value < below):
+        return
+    bounds = [
+        f"{word} {bound:g}"
+        for word, bound in (
+            ("at least", at_least), ("above", above), ("at most", at_most), ("below", below)
+        )
+        if math.isfinite(bound)
+    ]  # fmt: skip
+    raise InputError(
+        f"{name} {value} is out of range: it must be {' and '.join(bounds) or 'finite'}"
+    )

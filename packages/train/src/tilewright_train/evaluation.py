@@ -1,0 +1,78 @@
+"""The validation loss, and a sample of what the model writes."""
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+
+from tilewright_dist import DistributedEnvironment
+from tilewright_model import CausalLM, generate
+from tilewright_train.tokenizer import END_OF_TEXT, decode
+
+
+@torch.no_grad()
+def validation_loss(
+    model: CausalLM,
+    rows: torch.Tensor,
+    *,
+    batch_size: int,
+    environment: DistributedEnvironment,
+    autocast: torch.autocast,
+) -> float:
+    """Mean loss over all predictions of `rows`, in nats; the processes share the rows.
+
+    Args:
+        model: Without wrappers.
+        rows: [R, T] int64 on the CPU, the same in every process.
+        batch_size: Rows that are computed together.
+        environment: Of this process.
+        autocast: Precision of the forward pass.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=environment.device)
+    mine = rows[environment.rank :: environment.world_size]
+    for chunk in mine.split(batch_size):
+        chunk = chunk.to(environment.device)
+        with autocast:
+            loss = model(chunk, labels=chunk, num_items=1).loss
+        total += loss.double()
+    if environment.process_group is not None:
+        dist.all_reduce(total, group=environment.process_group)
+    return float(total) / (rows.shape[0] * (rows.shape[1] - 1))
+
+
+def draw_sample(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    *,
+    prompt: str,
+    tokens: int,
+    seed: int,
+    autocast: torch.autocast,
+) -> str:
+    """`prompt` and what the model writes after it, until a document ends.
+
+    Args:
+        model: Without wrappers.
+        tokenizer: Of the model.
+        prompt: Empty to begin a document.
+        tokens: Tokens to add, as far as the model's positions reach.
+        seed: Of the draw, at temperature 0.8 among the 50 likeliest tokens.
+        autocast: Precision of the forward pass.
+    """
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    positions = model.config.max_position_embeddings
+    start = [end, *tokenizer.encode(prompt).ids][-(positions // 2) :]
+    device = model.embed_tokens.weight.device
+    with autocast:
+        drawn = generate(
+            model,
+            torch.tensor([start], device=device),
+            max_new_tokens=min(tokens, positions - len(start)),
+            temperature=0.8,
+            top_k=50,
+            eos_token_id=end,
+            generator=torch.Generator(device).manual_seed(seed),
+        )
+    written = drawn[0].tolist()[len(start) :]
+    if end in written:
+        written = written[: written.index(end)]
+    return prompt + decode(tokenizer, written)

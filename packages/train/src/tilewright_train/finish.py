@@ -1,0 +1,126 @@
+"""The end of a run: how good the model is, what it writes, and where everything lies."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import torch
+
+from tilewright_kernels import BackendReport, backend_report
+from tilewright_model import count_parameters
+from tilewright_train import machine
+from tilewright_train.bigram import BigramModel
+from tilewright_train.config import STDLIB, PretrainConfig
+from tilewright_train.evaluation import draw_sample
+from tilewright_train.metrics import Record, read_metrics, steady_tokens_per_second
+from tilewright_train.preparation import Prepared
+from tilewright_train.progress import Reporter, format_seconds
+
+# 16 M pairs are counted in about two seconds; a bigram of 4,096² entries gains little from more.
+_BIGRAM_TOKENS = 1 << 24
+
+
+def finish(
+    config: PretrainConfig, prepared: Prepared, autocast: torch.autocast, reporter: Reporter
+) -> None:
+    """Fit the bigram model, draw a sample and the picture, write summary.json, say all of it.
+
+    Args:
+        config: Without open values.
+        prepared: The run, with the model trained.
+        autocast: Precision of the sample.
+        reporter: Takes the last lines.
+    """
+    run, shape, training = prepared.run, prepared.model_config, config.training
+    report = backend_report()
+    records = read_metrics(run.metrics)
+    measured = [record for record in records if record.val_loss is not None]
+    fitted_on = prepared.tokens.train[:_BIGRAM_TOKENS]
+    bigram = BigramModel(fitted_on, shape.vocab_size).loss(prepared.validation)
+    text = draw_sample(
+        prepared.trainee.model,
+        prepared.tokens.tokenizer,
+        prompt=config.run.prompt or "",
+        tokens=config.run.sample_tokens,
+        seed=training.seed,
+        autocast=autocast,
+    )
+    sample = run.sample(training.steps)
+    sample.parent.mkdir(exist_ok=True)
+    sample.write_text(text, encoding="utf-8")
+    # Imported here: it takes a second, and the first time it looks through all fonts.
+    from tilewright_train.report import plot_losses
+
+    parameters = count_parameters(shape).total
+    title = f"{run.root.name}: {parameters / 1e6:.1f} M parameters, {training.steps} steps"
+    plot_losses(records, run.picture, title=title, vocab_size=shape.vocab_size, bigram_loss=bigram)
+    summary = _summary(config, prepared, records, bigram, report)
+    run.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    last = measured[-1].val_loss
+    lines = (
+        "",
+        f"validation   loss {last:.4f}, perplexity {math.exp(last):.1f}; before training"
+        f" {measured[0].val_loss:.4f}; bigram model on the same tokens {bigram:.4f}",
+        f"speed        {summary['tokens_per_second'] or 0:,.0f} tokens/s, the median of later"
+        f" steps; {format_seconds(records[-1].time)} in all",
+        f"backends     {_backends_in_words(report)}",
+        "sample",
+        *(f"    {line}" for line in text.splitlines()),
+        f"run          {run.root}",
+        f"picture      {run.picture}",
+        f"next         {_next_command(config)}",
+    )
+    for line in lines:
+        reporter.say(line)
+
+
+def _summary(
+    config: PretrainConfig,
+    prepared: Prepared,
+    records: list[Record],
+    bigram: float,
+    report: BackendReport,
+) -> dict[str, Any]:
+    """summary.json."""
+    measured = [record.val_loss for record in records if record.val_loss is not None]
+    device = prepared.trainee.model.embed_tokens.weight.device
+    return {
+        "steps": records[-1].step,
+        "val_loss": measured[-1],
+        "perplexity": math.exp(measured[-1]),
+        "first_val_loss": measured[0],
+        "bigram_val_loss": bigram,
+        "vocab_size": prepared.model_config.vocab_size,
+        "ln_vocab_size": math.log(prepared.model_config.vocab_size),
+        "val_predictions": prepared.validation.shape[0] * (prepared.validation.shape[1] - 1),
+        "parameters": count_parameters(prepared.model_config).total,
+        "tokens": records[-1].tokens,
+        "tokens_per_second": steady_tokens_per_second(records),
+        "peak_memory_bytes": max(record.peak_memory_bytes for record in records),
+        "seconds": records[-1].time,
+        "device": machine.describe(device),
+        "precision": config.machine.precision,
+        "backend": {
+            "asked_for": config.machine.backend,
+            "fell_back": list(report.fell_back),
+            "operators": {row.operator: dataclasses.asdict(row) for row in report.rows},
+        },
+    }
+
+
+def _backends_in_words(report: BackendReport) -> str:
+    ran = [
+        f"{row.operator} {'triton' if row.triton else 'torch'}"
+        for row in report.rows
+        if row.triton or row.torch
+    ]
+    fallen = f"; FELL BACK to torch: {', '.join(report.fell_back)}" if report.fell_back else ""
+    return ", ".join(ran) + fallen
+
+
+def _next_command(config: PretrainConfig) -> str:
+    if config.data.data == STDLIB:
+        return "train-pretrain --data FILE_OR_FOLDER    (your own text: .jsonl, .txt, .md, .py, …)"
+    return f"train-pretrain --data {config.data.data} --steps {4 * config.training.steps}"

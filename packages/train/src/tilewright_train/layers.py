@@ -1,0 +1,276 @@
+"""Where options come from: defaults, then a TOML file, then flags (or, to resume, the run's file).
+
+The parser is tyro over the dataclasses of `config.py`. What a user got wrong comes out as one
+`InputError`; a name that nobody knows gets the closest one that exists.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import tyro
+
+from tilewright_train.config import (
+    FREE_AT_RESUME,
+    SECTIONS,
+    STDLIB,
+    PretrainConfig,
+    option_sections,
+    with_options,
+)
+from tilewright_train.errors import InputError, suggest
+
+CONFIG_FILE = "config.toml"
+
+_DESCRIPTION = """Pretrain a language model. With no argument it trains a small one on the Python
+standard library and ends with a sample, a picture of the loss and the next command to try.
+
+An option that is not given takes its value from the TOML file (--config), else its default; where
+the default is «auto» the run chooses and prints why."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _CommandLine(PretrainConfig):
+    """The options, and the file that comes before them."""
+
+    config: Path | None = None
+    """A TOML file of options, such as the config.toml of an earlier run."""
+
+
+def parse(arguments: Sequence[str]) -> PretrainConfig:
+    """The configuration that `arguments` ask for.
+
+    With `--resume` the run's own config.toml is the base, and only options that do not change
+    what is computed may differ from it. `run.resume` of the result is the run's folder.
+
+    Raises:
+        InputError: An unknown flag or key, a value out of range, no run to resume.
+        SystemExit: Status 0 after `--help`.
+    """
+    given = _parse_flags(arguments, default=_CommandLine())
+    if given.run.resume == "never":
+        if given.config is None:
+            return _plain(given)
+        base = read_toml(given.config)
+        return _plain(_parse_flags(arguments, default=_on_command_line(base)))
+    if given.config is not None:
+        raise InputError("--config and --resume exclude each other: a run keeps its config.toml")
+    folder = find_run(given.run.resume, given.run.out)
+    base = with_options(read_toml(folder / CONFIG_FILE), resume=str(folder))
+    resumed = _plain(_parse_flags(arguments, default=_on_command_line(base)))
+    resumed = with_options(resumed, resume=str(folder))
+    changed = [n for n in _different(base, resumed) if n not in FREE_AT_RESUME]
+    if changed:
+        flags = ", ".join(_flag(name) for name in changed)
+        raise InputError(
+            f"{flags} cannot change when {folder} is resumed: leave it out, or start a new run with"
+            f" --config {folder / CONFIG_FILE}"
+        )
+    return resumed
+
+
+def find_run(which: str, out: Path) -> Path:
+    """The folder of the run to resume.
+
+    Args:
+        which: A folder, or «auto» for the run in `out` that was written last.
+        out: The folder of all runs.
+    """
+    if which != "auto":
+        folder = Path(which)
+        if not (folder / CONFIG_FILE).is_file():
+            raise InputError(f"{folder} is no run: it holds no {CONFIG_FILE}")
+        return folder
+    runs = [file.parent for file in out.glob(f"*/{CONFIG_FILE}")]
+    if not runs:
+        raise InputError(f"nothing to resume in {out}: start a run first, or give --out")
+    return max(runs, key=lambda run: max(file.stat().st_mtime_ns for file in run.iterdir()))
+
+
+def read_toml(path: Path) -> PretrainConfig:
+    """The configuration in a TOML file, over the defaults.
+
+    A key stands in its section, or above all sections.
+
+    Raises:
+        InputError: No such file, no TOML, an unknown section or key, a value of the wrong type.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from None
+    sections = option_sections()
+    values: dict[str, Any] = {}
+    for key, value in tables.items():
+        # «data» is a section and an option: a table is the first, anything else the second.
+        inner = value if isinstance(value, Mapping) else {key: value}
+        if isinstance(value, Mapping) and key not in SECTIONS:
+            raise InputError(f"{path}: unknown section [{key}]{suggest(key, SECTIONS)}")
+        for name, given in inner.items():
+            if name not in sections:
+                raise InputError(f"{path}: unknown key {name!r}{suggest(name, sections)}")
+            if inner is value and sections[name] != key:
+                raise InputError(f"{path}: {name!r} belongs in [{sections[name]}], not in [{key}]")
+            values[name] = _typed(path, name, given)
+    try:
+        return with_options(PretrainConfig(), **values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def write_toml(config: PretrainConfig, path: Path, reasons: Mapping[str, str]) -> None:
+    """Write every option that is set, so that `--config path` asks for the same again.
+
+    Args:
+        config: The options; None is left out, and so is what names or resumes one run.
+        path: The file to write.
+        reasons: For an option that was chosen automatically: why.
+    """
+    lines = ["# The options of one run; `train-pretrain --config` on this file starts it again."]
+    for section in SECTIONS:
+        options = getattr(config, section)
+        lines += ["", f"[{section}]"]
+        for field in dataclasses.fields(options):
+            value = getattr(options, field.name)
+            if value is None or field.name in ("resume", "name", "resume_from_older"):
+                continue
+            why = f"  # {reasons[field.name]}" if field.name in reasons else ""
+            lines.append(f"{field.name} = {_toml_value(value)}{why}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _parse_flags(arguments: Sequence[str], default: _CommandLine) -> _CommandLine:
+    """Run tyro over the flags; whatever it refuses becomes one InputError."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            parsed, unknown = tyro.cli(
+                _CommandLine,
+                prog="train-pretrain",
+                description=_DESCRIPTION,
+                args=_with_bare_resume(arguments),
+                default=default,
+                return_unknown_args=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+                registry=_registry(),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise _refusal(stop, errors.getvalue()) from None
+    if unknown:
+        name = unknown[0].split("=")[0]
+        known = [_flag(name) for name in (*option_sections(), "config", "help")]
+        kind = "unknown flag" if name.startswith("-") else "unexpected argument"
+        raise InputError(f"{kind} {name!r}{suggest(name.replace('_', '-'), known)}: see --help")
+    return parsed
+
+
+def _refusal(stop: SystemExit, printed: str) -> InputError:
+    """What tyro stopped for: our own error if there is one in the chain, else its box of text."""
+    error: BaseException | None = stop
+    while error is not None:
+        if isinstance(error, InputError):
+            return error
+        error = error.__context__
+    lines = [line.strip("│ ") for line in printed.splitlines()[1:]]
+    body = lines[: next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))]
+    return InputError(re.sub(r"^Error parsing ", "", " ".join(body)) + " (see --help)")
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """How values that may be None look: «INT» with the default «auto», «PATH» with «none»."""
+    registry = tyro.constructors.ConstructorRegistry()
+    kinds = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
+
+    @registry.primitive_rule
+    def _optional(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        inner = get_args(info.type)
+        if len(inner) != 2 or inner[1] is not type(None) or inner[0] not in kinds:
+            return None
+
+        unset = "none" if inner[0] is Path else "auto"
+
+        def convert(words: list[str]) -> Any:
+            try:
+                return inner[0](words[0])
+            except ValueError:
+                raise ValueError(f"{words[0]!r} is not {kinds[inner[0]]}") from None
+
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=inner[0].__name__.upper(),
+            instance_from_str=convert,
+            is_instance=lambda value: value is None or isinstance(value, inner[0]),
+            str_from_instance=lambda value: [str(value) if value is not None else unset],
+        )
+
+    return registry
+
+
+def _with_bare_resume(arguments: Sequence[str]) -> list[str]:
+    """`--resume` without a value means `--resume auto`."""
+    words: list[str] = []
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
+        words.append(word)
+        if word == "--resume" and following.startswith("--"):
+            words.append("auto")
+    return words
+
+
+def _typed(path: Path, name: str, value: Any) -> Any:
+    """`value` in the type of option `name`: whole numbers are numbers, text may be a path."""
+    hint = get_type_hints(SECTIONS[option_sections()[name]])[name]
+    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    if float in kinds and type(value) is int:
+        return float(value)
+    literal = not [kind for kind in kinds if kind is not type(None)]
+    if type(value) in (kinds if not literal else [str]):
+        return value
+    wanted = "str" if literal else next(k.__name__ for k in kinds if k is not type(None))
+    raise InputError(f"{path}: {name} = {value!r} is a {type(value).__name__}, not a {wanted}")
+
+
+def _toml_value(value: Any) -> str:
+    """A TOML value; JSON's strings, numbers and booleans are TOML's."""
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=True)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _different(first: PretrainConfig, second: PretrainConfig) -> list[str]:
+    """Names of the options whose values differ."""
+    return [
+        name
+        for name, section in option_sections().items()
+        if getattr(getattr(first, section), name) != getattr(getattr(second, section), name)
+    ]
+
+
+def _sections_of(config: PretrainConfig) -> dict[str, Any]:
+    return {section: getattr(config, section) for section in SECTIONS}
+
+
+def _on_command_line(config: PretrainConfig) -> _CommandLine:
+    return _CommandLine(**_sections_of(config))
+
+
+def _plain(config: _CommandLine) -> PretrainConfig:
+    """Without the file; the data's path absolute, so that a run can be resumed from anywhere."""
+    data = config.data.data
+    absolute = data if data == STDLIB else str(Path(data).absolute())
+    return with_options(PretrainConfig(**_sections_of(config)), data=absolute)

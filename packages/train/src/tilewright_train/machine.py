@@ -1,0 +1,171 @@
+"""What this machine has: devices, cores, peak arithmetic, memory in use."""
+
+import contextlib
+import os
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from tilewright_kernels import use_backend
+from tilewright_train.config import MachineOptions
+from tilewright_train.errors import InputError
+
+# Dense bf16 products with float32 accumulation, FLOP/s without sparsity, from NVIDIA's data
+# sheets. A form factor with a lower clock has its own row, above the plain name.
+_BF16_PEAKS = (
+    (r"\bGB200\b", 2500e12),
+    (r"\bB200\b", 2250e12),
+    (r"\bB100\b", 1750e12),
+    (r"\b(GH200|H200)\b", 989e12),
+    (r"\bH100 NVL\b", 835e12),
+    (r"\bH100 PCIe\b", 756e12),
+    (r"\b(H100|H800)\b", 989e12),
+    (r"\bH20\b", 148e12),
+    (r"\b(A100|A800)\b", 312e12),
+    (r"\bA40\b", 149.7e12),
+    (r"\bA30\b", 165e12),
+    (r"\bA10\b", 125e12),
+    (r"\bL40S\b", 362e12),
+    (r"\bL40\b", 181e12),
+    (r"\bL4\b", 121e12),
+)
+
+
+def choose_device(name: str | None) -> tuple[str, str]:
+    """The kind of device to use and why.
+
+    Args:
+        name: «cpu», «cuda», «cuda:N», or None for the GPU where there is one.
+
+    Raises:
+        InputError: The device is not there; the message says what is.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        if count:
+            return "cuda", f"{torch.cuda.get_device_name(0)} is there"
+        return "cpu", "no CUDA device on this machine"
+    there = "cpu" + "".join(f", cuda:{i}" for i in range(count))
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise InputError(f"device {name!r} is not supported: --device takes one of {there}")
+    if name != "cpu" and int(match.group(1) or 0) >= count:
+        raise InputError(f"device {name!r} is not there: --device takes one of {there}")
+    return name, "asked for"
+
+
+def choose_threads(local_processes: int) -> tuple[int, str]:
+    """CPU threads for this process and why.
+
+    Args:
+        local_processes: Processes that share this host's cores.
+    """
+    if omp := os.environ.get("OMP_NUM_THREADS"):
+        return torch.get_num_threads(), f"OMP_NUM_THREADS is {omp}"
+    cores = available_cores()
+    reason = f"{cores} cores" + (f", {local_processes} processes" if local_processes > 1 else "")
+    return max(1, cores // local_processes), reason
+
+
+@contextlib.contextmanager
+def configured(options: MachineOptions) -> Iterator[None]:
+    """Threads, determinism and backends of a run; what was set before comes back afterwards.
+
+    Args:
+        options: Without open values.
+
+    Raises:
+        ValueError: An unknown backend or operator, or Triton asked for where it cannot run.
+    """
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    with backends(options.backend or "auto", options.device or "cpu"):
+        try:
+            torch.set_num_threads(options.threads or threads)
+            if options.deterministic:
+                # cuBLAS reads this when its first handle is made.
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.utils.deterministic.fill_uninitialized_memory = False
+                torch.use_deterministic_algorithms(True)
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(deterministic)
+            torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def backends(text: str, device: str) -> use_backend:
+    """Choose backends as TILEWRIGHT_BACKEND does: «triton», or «auto,rms_norm=torch».
+
+    Raises:
+        ValueError: An unknown backend or operator, or Triton asked for where it cannot run.
+    """
+    default = None
+    operators: dict[str, str] = {}
+    for item in text.split(","):
+        name, equals, value = (part.strip() for part in item.rpartition("="))
+        if equals:
+            operators[name] = value
+        else:
+            default = value
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if "triton" in (default, *operators.values()) and device == "cpu" and not interpreted:
+        raise InputError(
+            "backend triton needs a CUDA device and this run is on the cpu: use --backend auto, or"
+            " set TRITON_INTERPRET=1 to have the kernels interpreted, which is slow"
+        )
+    return use_backend(default, **operators)  # pyrefly: ignore
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's quota."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or «max»: no quota
+        return cores
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of the device for matrix products in `precision`, or None where not known."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """Peak bf16 FLOP/s of a GPU by the name that its driver gives it."""
+    return next((peak for pattern, peak in _BF16_PEAKS if re.search(pattern, name)), None)
+
+
+def supports_bf16(device: str) -> bool:
+    """Whether the device multiplies bf16 natively: compute capability 8.0 or more."""
+    return device != "cpu" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Highest number of bytes in use so far: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe(device: torch.device) -> str:
+    """The device's name for people and records."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        match = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    except OSError:
+        match = None
+    return match.group(1) if match else "CPU"

@@ -1,0 +1,95 @@
+"""metrics.jsonl: one line a step, written as soon as the step is known.
+
+A run that is resumed drops the lines behind its checkpoint before it computes them again, so the
+file holds every step once.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What is known of one step. Step 0 is the model before training."""
+
+    step: int
+    """Optimizer updates that are done."""
+    loss: float | None = None
+    """Mean training loss of the step's batch over all processes, before its update, in nats."""
+    val_loss: float | None = None
+    """Mean validation loss after the update, where it was measured, in nats."""
+    lr: float | None = None
+    """Learning rate of the update."""
+    grad_norm: float | None = None
+    """Global norm of the gradients before clipping."""
+    tokens: int = 0
+    """Tokens trained on so far."""
+    tokens_per_second: float | None = None
+    """Throughput of the step, all processes together."""
+    mfu: float | None = None
+    """Model FLOP/s as a share of the devices' peak, where that is known."""
+    peak_memory_bytes: int = 0
+    """Highest memory so far: of the GPU's allocator, or of the process."""
+    time: float = 0.0
+    """Seconds of this run until now, pauses between a stop and a resume left out."""
+
+
+class MetricsFile:
+    """Appends records; a reader finds each line whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append one line and hand it to the operating system, so that a killed run keeps it."""
+        self._stream.write(json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Have the disk hold all lines."""
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """All records; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            records.append(Record(**json.loads(line)))
+    return records
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop what lies behind `step`; the file is replaced in one move.
+
+    The record of `step` itself stays, but without a checkpoint (step 0) all of them go: the run
+    starts again with the measurement before its first step.
+    """
+    kept = [record for record in read_metrics(path) if step > 0 and record.step <= step]
+    beside = path.with_suffix(".partial")
+    with beside.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(dataclasses.asdict(record)) + "\n" for record in kept)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(path)
+
+
+def steady_tokens_per_second(records: Iterable[Record]) -> float | None:
+    """Median throughput without the first ten steps (of a short run: the first half).
+
+    The first steps compile kernels and fill caches.
+    """
+    rates = [r.tokens_per_second for r in records if r.tokens_per_second is not None]
+    steady = rates[min(10, len(rates) // 2) :]
+    return statistics.median(steady) if steady else None

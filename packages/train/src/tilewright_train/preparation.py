@@ -1,0 +1,240 @@
+"""Everything before the first step: the folder of the run, its tokens, its model, its state.
+
+A user's mistakes end here, before anything is trained: each is an `InputError`.
+"""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilewright_dist import DistributedEnvironment
+from tilewright_model import CausalLM, ModelConfig, count_parameters, flops_per_token
+from tilewright_optim import AdamW, WarmupCosine
+from tilewright_train import checkpoint, machine, tokens
+from tilewright_train.automatic import Chosen, model_config
+from tilewright_train.batches import BatchSampler, validation_rows
+from tilewright_train.config import PretrainConfig
+from tilewright_train.corpus import Corpus, open_corpus
+from tilewright_train.errors import InputError
+from tilewright_train.layers import write_toml
+from tilewright_train.metrics import truncate_metrics
+from tilewright_train.processes import on_first
+from tilewright_train.progress import Reporter
+from tilewright_train.run_directory import RunDirectory, check_room, create
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """What is trained, and what trains it."""
+
+    model: CausalLM
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that can start."""
+
+    run: RunDirectory
+    tokens: tokens.Tokens
+    model_config: ModelConfig
+    trainee: Trainee
+    sampler: BatchSampler
+    validation: torch.Tensor
+    """[R, T] int64, the rows of the validation loss."""
+    done: int
+    """Steps that are done already."""
+    seconds: float
+    """What they took."""
+
+
+def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Reporter) -> Prepared:
+    """Read the corpus, make or find the run's folder, build the model, load the checkpoint.
+
+    Args:
+        chosen: Options without open values.
+        environment: Of this process; all processes call this together.
+        reporter: Says what is read and found.
+
+    Raises:
+        ValueError: Something that the user gave cannot be used.
+        OSError: A file cannot be read or written.
+    """
+    config, training = chosen.config, chosen.config.training
+    entry, run = on_first(environment, lambda: _prepare_files(chosen, environment, reporter))
+    encoded = tokens.load(entry)
+    sampler = BatchSampler(
+        encoded.train,
+        batch_size=training.batch_size,
+        seq_len=training.seq_len,
+        seed=training.seed,
+        rank=environment.rank,
+        world_size=environment.world_size,
+    )
+    shape = model_config(config, encoded.facts.vocab_size)
+    trainee = build(config, shape, environment.device)
+    done, seconds = 0, 0.0
+    if config.run.resume != "never":
+        older = config.run.resume_from_older
+        found = on_first(environment, lambda: _find_checkpoint(run, older, reporter))
+        done, seconds = found.step, _load_checkpoint(found, trainee, environment, reporter)
+    return Prepared(
+        run=run,
+        tokens=encoded,
+        model_config=shape,
+        trainee=trainee,
+        sampler=sampler,
+        validation=validation_rows(encoded.validation, training.seq_len, config.run.eval_tokens),
+        done=done,
+        seconds=seconds,
+    )
+
+
+def build(config: PretrainConfig, shape: ModelConfig, device: torch.device) -> Trainee:
+    """Model, AdamW and schedule from the seed: the same weights on every device and process."""
+    options = config.training
+    torch.manual_seed(options.seed)
+    model = CausalLM(shape).to(device)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = AdamW(
+        [
+            {"params": matrices, "weight_decay": options.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=options.lr,
+        betas=(options.beta1, options.beta2),
+    )
+    scheduler = WarmupCosine(
+        optimizer, options.warmup_steps, options.steps, min_lr_ratio=options.min_lr_ratio
+    )
+    return Trainee(model=model, optimizer=optimizer, scheduler=scheduler)
+
+
+def checkpoint_bytes(shape: ModelConfig) -> int:
+    """Size of a checkpoint: weights and two moments in float32, and a tokenizer."""
+    return 12 * count_parameters(shape).total + 100 * shape.vocab_size
+
+
+def _prepare_files(
+    chosen: Chosen, environment: DistributedEnvironment, reporter: Reporter
+) -> tuple[Path, RunDirectory]:
+    """The first process's part: room on the disk, tokens in the cache, the run's folder."""
+    config = chosen.config
+    resumed = Path(config.run.resume) if config.run.resume != "never" else None
+    shape = model_config(config)
+    saves = -(-config.training.steps // config.run.save_every)
+    room = checkpoint_bytes(shape) * min(config.run.keep + 1, saves)
+    check_room(resumed or config.run.out, room)
+    corpus = open_corpus(config.data.data)
+    reporter.say(f"corpus       {corpus.describe()}")
+    cache = tokens.writable_cache(
+        config.data.cache_dir or tokens.default_cache(), config.run.out / ".cache"
+    )
+    entry, cached = tokens.prepare(corpus, config.data, shape.vocab_size, cache)
+    facts = tokens.load(entry).facts
+    reporter.say(
+        f"tokens       {facts.train_tokens:,} to train on, {facts.validation_tokens:,} to validate,"
+        f" vocabulary {facts.vocab_size:,}, in {entry}{' since an earlier run' if cached else ''}"
+    )
+    if facts.skipped_lines:
+        examples = "; ".join(facts.skipped_examples)
+        reporter.say(f"skipped      {facts.skipped_lines} lines of jsonl: {examples}")
+    if resumed is not None:
+        run = RunDirectory(resumed)
+        _check_same_tokens(run, facts)
+    else:
+        stem = f"{corpus.name}-{config.model.preset}"
+        run = create(config.run.out, config.run.name, stem)
+        record = _facts_of(chosen, corpus, facts, environment)
+        run.facts.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_toml(config, run.config, chosen.reasons)
+    return entry, run
+
+
+def _facts_of(
+    chosen: Chosen,
+    corpus: Corpus,
+    facts: tokens.TokenFacts,
+    environment: DistributedEnvironment,
+) -> dict[str, Any]:
+    """run.json: what this run is, for those who find it later."""
+    shape = model_config(chosen.config, facts.vocab_size)
+    return {
+        "corpus": {
+            "name": corpus.name,
+            "root": str(corpus.root),
+            "files": len(corpus.files),
+            "bytes": corpus.size,
+            "sha256": corpus.sha256,
+            "python_version": corpus.python_version,
+        },
+        "tokens": asdict(facts),
+        "model": asdict(shape),
+        "parameters": count_parameters(shape).total,
+        "flops_per_token": flops_per_token(shape, chosen.config.training.seq_len),
+        "device": machine.describe(environment.device),
+        "processes": environment.world_size,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: _version(name) for name in ("tilewright-train", "triton", "tokenizers")},
+        },
+        "chosen": {c.name: {"value": c.value, "reason": c.reason} for c in chosen.choices},
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:  # run from a source tree, or triton on a machine without it
+        return None
+
+
+def _check_same_tokens(run: RunDirectory, facts: tokens.TokenFacts) -> None:
+    """A resumed run reads what it read before."""
+    try:
+        before = json.loads(run.facts.read_text(encoding="utf-8"))["tokens"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{run.facts} cannot be read: start a new run") from None
+    if before != facts.sha256:
+        raise InputError(
+            f"the data of {run.root} have changed since it began, so it cannot go on with the same"
+            f" tokens: restore them, or start a new run with --config {run.config}"
+        )
+
+
+def _find_checkpoint(run: RunDirectory, older: bool, reporter: Reporter) -> checkpoint.Found:
+    """Where the run goes on; what lies behind that point is dropped or set aside."""
+    found = checkpoint.find(run.checkpoints, from_older=older)
+    for folder in found.damaged:
+        reporter.say(f"damaged      {folder} is now {checkpoint.set_aside(folder).name}")
+    truncate_metrics(run.metrics, found.step)
+    where = f"after step {found.step}" if found.folder else "at the start: no checkpoint yet"
+    reporter.say(f"resume       {run.root} {where}")
+    return found
+
+
+def _load_checkpoint(
+    found: checkpoint.Found,
+    trainee: Trainee,
+    environment: DistributedEnvironment,
+    reporter: Reporter,
+) -> float:
+    """Load the checkpoint that was found, if any; returns the seconds that its steps took."""
+    if found.folder is None:
+        return 0.0
+    facts, states = checkpoint.load(found.folder, **vars(trainee))
+    checkpoint.set_random_states(states, environment.rank, environment.device)
+    if facts["processes"] != environment.world_size:
+        reporter.say(
+            f"note         {facts['processes']} processes before, {environment.world_size} now:"
+            " sums are taken in another order, so the last bits may differ"
+        )
+    return facts["seconds"]

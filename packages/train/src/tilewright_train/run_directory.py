@@ -1,0 +1,116 @@
+"""The folder of one run: its name, its room on the disk, and where everything in it lies."""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from tilewright_train.errors import InputError
+from tilewright_train.layers import CONFIG_FILE
+from tilewright_train.metrics import METRICS_FILE
+
+_MARGIN = 8_000_000  # bytes for metrics, picture and JSON
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where the parts of a run are."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The options, without open values."""
+        return self.root / CONFIG_FILE
+
+    @property
+    def facts(self) -> Path:
+        """What the run is: versions, corpus, model, machine, choices."""
+        return self.root / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One line a step."""
+        return self.root / METRICS_FILE
+
+    @property
+    def checkpoints(self) -> Path:
+        """step-000120 and so on."""
+        return self.root / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        """How the run ended; its presence says that it did."""
+        return self.root / "summary.json"
+
+    @property
+    def picture(self) -> Path:
+        """The loss curve."""
+        return self.root / "report" / "loss.png"
+
+    def sample(self, step: int) -> Path:
+        """What the model wrote after `step`."""
+        return self.root / "samples" / f"step-{step:06d}.txt"
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Make the folder of all runs and see that `needed` bytes and a margin can be written there.
+
+    Raises:
+        InputError: It is read-only or full, or something else has its name.
+    """
+    probe = out / f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as stream:
+            stream.write(bytes(4096))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "is full" if full else f"cannot be written ({(error.strerror or '').lower()})"
+        raise InputError(f"{out} {reason}: give another --out") from None
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    free, wanted = shutil.disk_usage(out).free, needed + _MARGIN
+    if free < wanted:
+        raise InputError(
+            f"{out} has {free / 1e6:.0f} MB free and this run needs {wanted / 1e6:.0f} MB: make"
+            " room, give another --out, or a smaller --keep"
+        )
+
+
+def create(out: Path, name: str | None, stem: str) -> RunDirectory:
+    """Make the folder of a new run.
+
+    Args:
+        out: The folder of all runs.
+        name: Its name; None for `stem` and the next free number.
+        stem: Corpus and preset.
+
+    Raises:
+        InputError: The name is taken.
+    """
+    if name is not None:
+        root = out / name
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise InputError(
+                f"{root} is not empty: give another --name, or go on with it by --resume {root}"
+            )
+        root.mkdir(exist_ok=True)
+        return RunDirectory(root)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "run"
+    number = 1
+    while True:
+        root = out / f"{stem}-{number:03d}"
+        try:
+            root.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return RunDirectory(root)
