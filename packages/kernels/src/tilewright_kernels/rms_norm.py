@@ -200,10 +200,10 @@ def _rms_norm_bwd_wide_dweight_kernel(
 def _pipeline(tile_bytes: int) -> tuple[int, int]:
     """Programs an SM and pipeline stages of the backward, for a tile of so many bytes.
 
-    Three stages buffer six tiles (dy and x) in shared memory. On an H200, bfloat16, share of the copy
-    speed with 3 / 2 / 1 stages: 0.956 / 0.842 / 0.884 at N = 4096 (two programs an SM), 0.956 / 0.862
-    / 0.889 at N = 1024 (four). At N = 16384 the buffers leave room for one program and nothing to
-    hide its reductions: 0.63 with three stages, 0.84 with none.
+    Three stages buffer six tiles (dy and x) in shared memory. Share of the copy speed on an H200,
+    bfloat16, with 3 / 2 / 1 stages: 0.956 / 0.842 / 0.884 at N = 4096 (two programs an SM),
+    0.956 / 0.862 / 0.889 at N = 1024 (four). At N = 16384 the buffers leave room for one program
+    and nothing to hide its reductions: 0.63 with three stages, 0.84 with none.
     """
     buffers = 6 * tile_bytes
     if buffers > 128 * 1024:
