@@ -6,9 +6,9 @@ their ratio to a copy of the same bytes says how far from the memory's speed the
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Case:
     operator: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make_inputs: Callable[[torch.device, torch.Generator], tuple[object, ...]]
+    make_inputs: Callable[[torch.device, torch.Generator], tuple[Any, ...]]
     reference: Function
     forward: Work
     backward: Work
@@ -96,7 +96,7 @@ class Case:
             return self.backward
         return self.forward_backward or self.forward + self.backward
 
-    def inputs(self, device: torch.device, seed: int) -> tuple[object, ...]:
+    def inputs(self, device: torch.device, seed: int) -> tuple[Any, ...]:
         """One set of inputs; the same seed gives the same values on the same device."""
         return self.make_inputs(device, torch.Generator(device).manual_seed(seed))
 
@@ -130,7 +130,7 @@ class Variant:
 
 
 def variants(
-    providers: dict[str, Callable[[], Function]],
+    providers: Mapping[str, Callable[[], Function]],
     directions: tuple[Direction, ...] = ("fwd", "bwd"),
 ) -> list[Variant]:
     """Every provider in every direction; providers of one direction stand side by side."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def _measure(
     ), ours
 
 
-def directed(function: Function, inputs: tuple[object, ...], direction: Direction) -> Call:
+def directed(function: Function, inputs: tuple[Any, ...], direction: Direction) -> Call:
     """A call without arguments that runs one direction on one set of inputs.
 
     Returns the results (fwd) or the gradients (bwd, fwd+bwd) of all inputs that require grad. For
@@ -241,11 +242,9 @@ def fresh_compilers(device: torch.device, direction: Direction) -> Iterator[None
 
 
 def _evaluate(
-    function: Function, inputs: tuple[object, ...], direction: Direction
+    function: Function, inputs: tuple[Any, ...], direction: Direction
 ) -> tuple[Tensor, ...]:
-    outcome = directed(function, inputs, direction)()
-    assert isinstance(outcome, Tensor | tuple)
-    return tuple(t.detach() for t in _tensors(outcome))
+    return tuple(t.detach() for t in _tensors(directed(function, inputs, direction)()))
 
 
 def _tensors(outcome: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

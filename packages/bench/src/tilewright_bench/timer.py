@@ -12,11 +12,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
 
 CALLS_PER_BLOCK = 10
 WARMUP_SECONDS = 0.05
