@@ -14,8 +14,8 @@ from torch import Tensor, nn
 class RotaryTables(nn.Module):
     """`cos` and `sin`, [max_positions, head_dim / 2] float32, moved with the model.
 
-    They stay float32 whatever the model is cast to (bfloat16 has no distinct cosines past position
-    256), and they are not part of a checkpoint: they follow from the configuration.
+    They stay float32 whatever the model is cast to (in bfloat16 each cosine would be off by up to
+    2⁻⁹), and they are not part of a checkpoint: they follow from the configuration.
 
     Args:
         head_dim: D, even.
@@ -58,9 +58,10 @@ class RotaryTables(nn.Module):
 def rotary_tables(head_dim: int, max_positions: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of t · theta^(-2i/head_dim), each [max_positions, head_dim / 2] float32.
 
-    Frequencies and angles are rounded to float32, as Llama checkpoints were trained with: float64
-    angles would be closer to the formula and further from those models (by 2e-3 at position 32768).
-    Always computed on the CPU, so that every device holds the same bits.
+    Frequencies and angles are rounded to float32, as in the code that trained the public Llama
+    checkpoints, so that their logits come out the same. Angles in float64, as
+    `tilewright_kernels.RotaryEmbedding` has them, are closer to the formula and differ from those
+    by up to 2e-3 at position 32768. Computed on the CPU: every device holds the same bits.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     inverse_frequencies = 1.0 / theta**exponents
