@@ -19,6 +19,11 @@ H200 = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """No tables of times from the few tests that use pytest-benchmark's fixture themselves."""
+    config.option.benchmark_quiet = True
+
+
 @pytest.fixture
 def write_run() -> Callable[..., Path]:
     """Write a saved run: (path, {name: median in seconds}, machine_info, commit_info) -> path."""

@@ -46,7 +46,8 @@ def pytest_runtest_makereport(
     report = yield
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
     if call.when == "call" and report.passed and benchmark and benchmark.extra_info:
-        row = Row(median=benchmark.stats["median"], extra_info=benchmark.extra_info)
+        stats = benchmark.stats
+        row = Row(median=stats["median"], iqr=stats["iqr"], extra_info=benchmark.extra_info)
         item.config.stash[_ROWS].append(row)
     return report
 

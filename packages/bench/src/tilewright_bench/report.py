@@ -10,6 +10,7 @@ HEADER = (
     "direction",
     "provider",
     "median µs",
+    "spread",
     "GB/s",
     "of copy",
     "host µs",
@@ -21,16 +22,23 @@ _TEXT_COLUMNS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One benchmark of a run: its median time in seconds and its extra_info (`Measurement`)."""
+    """One benchmark of a run.
+
+    Attributes:
+        median: of its times, in seconds.
+        iqr: their interquartile range, in seconds.
+        extra_info: the fields of its `Measurement`.
+    """
 
     median: float
+    iqr: float
     extra_info: Mapping[str, Any]
 
 
 def rows_of(benchmarks: Iterable[Mapping[str, Any]]) -> list[Row]:
     """The rows of a saved run's list `benchmarks`; those measured otherwise are left out."""
     return [
-        Row(median=b["stats"]["median"], extra_info=b["extra_info"])
+        Row(median=b["stats"]["median"], iqr=b["stats"]["iqr"], extra_info=b["extra_info"])
         for b in benchmarks
         if "share_of_copy" in b["extra_info"]
     ]
@@ -63,6 +71,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         info["direction"],
         info["provider"],
         f"{row.median * 1e6:.1f}",
+        f"{row.iqr / row.median:.1%}",
         f"{info['gb_per_s']:.0f}" if info["gb_per_s"] >= 10 else f"{info['gb_per_s']:.2g}",
         f"{info['share_of_copy']:.0%}",
         f"{info['host_us']:.1f}",

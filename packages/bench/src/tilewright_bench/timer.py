@@ -107,11 +107,11 @@ class EventTimer:
                 torch.cuda._sleep(int(lead * self._cycles_per_second))
             call()
             for start, end in edges:
-                before = time.perf_counter()
                 start.record()
+                before = time.perf_counter()
                 call()
-                end.record()
                 host.append(time.perf_counter() - before)
+                end.record()
             torch.cuda.synchronize()
         # elapsed_time is in milliseconds.
         device = [start.elapsed_time(end) / 1e3 for start, end in edges]
