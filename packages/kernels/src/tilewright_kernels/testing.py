@@ -8,6 +8,7 @@ Public, because tests of other packages (and of other people's operators) need t
 Nothing here imports pytest.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -150,6 +151,7 @@ def check_gradients(
     operator: str,
     rtol: float = 1e-5,
     atol: float = 1e-7,
+    fast_mode: bool = False,
 ) -> None:
     """torch.autograd.gradcheck in float64 with backend triton: the kernels against differences.
 
@@ -160,9 +162,12 @@ def check_gradients(
         rtol: a hundred times tighter than torch's default; central differences in float64 are
             good to about 1e-9.
         atol: likewise.
+        fast_mode: compare one random projection of the Jacobian instead of every entry.
     """
     with use_backend("triton"), count_launches() as launches:
-        assert torch.autograd.gradcheck(function, tuple(inputs), rtol=rtol, atol=atol)
+        assert torch.autograd.gradcheck(
+            function, tuple(inputs), rtol=rtol, atol=atol, fast_mode=fast_mode
+        )
     assert launches[operator] > 0, f"{operator} launched no kernel"
 
 
@@ -219,6 +224,22 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(former[0], warn_only=former[1])
+
+
+@contextmanager
+def no_synchronization() -> Iterator[None]:
+    """Raise where the block makes the host wait for the device; without a GPU nothing is checked."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    with warnings.catch_warnings():
+        # Once a process, torch says that the mode is a prototype.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def layouts(
