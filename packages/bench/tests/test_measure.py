@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from unittest.mock import Mock
 
 import pytest
@@ -128,6 +129,22 @@ def test_error_is_that_of_the_dtype_and_no_more(direction, device):
         return x * weight * 1.1
 
     assert relative_error(wrong, SCALE, direction, device) == pytest.approx(0.1, rel=0.1)
+
+
+def test_a_nan_is_not_hidden_by_a_smaller_error():
+    def nan_in_the_first_gradient(x, weight):
+        return x * weight + (x - x.detach()) * torch.nan
+
+    assert math.isnan(relative_error(nan_in_the_first_gradient, SCALE, "bwd", CPU))
+
+
+@pytest.mark.parametrize("factor", [1.1, torch.nan])
+def test_a_wrong_result_fails_the_benchmark(factor):
+    variant = Variant(
+        provider="torch", direction="fwd", build=lambda: lambda x, weight: x * weight * factor
+    )
+    with pytest.raises(pytest.fail.Exception, match="fwd-torch of scale 24x16-bf16: error"):
+        run(Mock(), SCALE, variant)
 
 
 def test_error_is_the_largest_over_gradients():

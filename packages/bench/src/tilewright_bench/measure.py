@@ -86,7 +86,8 @@ def run(benchmark: BenchmarkFixture, case: Case, variant: Variant) -> None:
 
     The benchmark's statistics become device times, its `extra_info` a `Measurement`, its group the
     operator, case and direction, so that the providers of one case share a table. Under
-    --benchmark-disable the variant runs once and is only compared with float64.
+    --benchmark-disable the variant runs once and is only compared with float64. A result that is
+    wrong fails the benchmark in either case.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -108,11 +109,17 @@ def run(benchmark: BenchmarkFixture, case: Case, variant: Variant) -> None:
     backend = "triton" if device.type == "cuda" else "torch"
     with use_backend(backend), fresh_compilers(device, variant.direction):
         error = relative_error(function, case, variant.direction, device)
+        if not error <= error_limit(case.dtype):
+            pytest.fail(
+                f"{variant} of {case.operator} {case}: error {error:.2g} against float64, more "
+                f"than {error_limit(case.dtype):.2g}; the time of a wrong result means nothing"
+            )
         if benchmark.disabled:
-            return benchmark.pedantic(lambda: None)
+            benchmark.pedantic(lambda: None)  # or pytest-benchmark warns of an unused fixture
+            return
         measurement, samples = _measure(function, case, variant, device, error)
     benchmark.extra_info.update(dataclasses.asdict(measurement))
-    return replay(benchmark, samples.seconds)
+    replay(benchmark, samples.seconds)
 
 
 def _measure(
@@ -171,7 +178,10 @@ def directed(function: Function, inputs: tuple[Any, ...], direction: Direction) 
 def relative_error(
     function: Function, case: Case, direction: Direction, device: torch.device
 ) -> float:
-    """‖ours − float64‖ / ‖float64‖, the largest over results (fwd) or gradients (else)."""
+    """‖ours − float64‖ / ‖float64‖, the largest over results (fwd) or gradients (else).
+
+    NaN where a result holds one.
+    """
     inputs = case.inputs(device, seed=0)
     wide = tuple(
         t.detach().double().requires_grad_(t.requires_grad)
@@ -181,10 +191,17 @@ def relative_error(
     )
     ours = _evaluate(function, inputs, direction)
     expected = _evaluate(case.reference, wide, direction)
-    return max(
-        ((a.double() - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+    tiny = torch.finfo(torch.float64).tiny
+    errors = [
+        (a.double() - b).norm() / b.norm().clamp_min(tiny)
         for a, b in zip(ours, expected, strict=True)
-    )
+    ]
+    return torch.stack(errors).max().item()
+
+
+def error_limit(dtype: torch.dtype) -> float:
+    """Largest relative error of a result that counts as right, TF32 products included."""
+    return max(4 * torch.finfo(dtype).eps, 1e-3)
 
 
 def input_sets(traffic: int, device: torch.device) -> int:
