@@ -228,7 +228,7 @@ def poisoned_memory() -> Iterator[None]:
 
 @contextmanager
 def no_synchronization() -> Iterator[None]:
-    """Raise where the block makes the host wait for the device; without a GPU nothing is checked."""
+    """Raise where the block makes the host wait for the device; checks nothing without a GPU."""
     if not torch.cuda.is_available():
         yield
         return
