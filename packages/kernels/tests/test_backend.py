@@ -128,6 +128,12 @@ def test_unknown_names_list_the_valid_ones():
     assert backend_report()["rms_norm"].setting == "auto", "a refused choice changes nothing"
 
 
+def test_importing_leaves_the_compiler_alone():
+    # It takes longer to import than torch itself, and eager users never need it.
+    code = "import sys, tilewright_kernels; print('torch._dynamo' in sys.modules)"
+    assert run_python(code).stdout == "False\n"
+
+
 def test_environment_chooses():
     code = (
         "from tilewright_kernels import backend_report as report;"

@@ -270,8 +270,8 @@ def _record_traced(operator: str, backend: str, reason: str, fell_back: bool) ->
     return True
 
 
-# What torch.compiler.assume_constant_result does: run the function once, while tracing, and leave it
-# out of the graph. The decorator itself would import the whole compiler, 4 s for every user.
+# What torch.compiler.assume_constant_result does: run the function once, while tracing, and leave
+# it out of the graph. The decorator itself would import the whole compiler, 4 s for every user.
 setattr(_record_traced, "_dynamo_marked_constant", True)  # noqa: B010
 
 
