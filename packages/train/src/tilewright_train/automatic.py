@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright_model import ModelConfig, count_parameters, preset
-from tilewright_train.config import STDLIB, PretrainConfig, with_options
+from tilewright_train.config import STDLIB, PretrainConfig, option_sections, with_options
 from tilewright_train.machine import choose_device, choose_threads, supports_bf16
 
 
@@ -47,11 +47,34 @@ class Choice:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """The options that may be left open, with what was given or chosen; see `config.py`."""
+
+    device: str
+    precision: str
+    threads: int
+    backend: str
+    preset: str
+    vocab_size: int
+    steps: int
+    batch_size: int
+    seq_len: int
+    lr: float
+    warmup_steps: int
+    save_every: int
+    eval_every: int
+    eval_tokens: int
+    log_every: int
+    prompt: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chosen:
     """A configuration without open values."""
 
     config: PretrainConfig
+    settled: Settled
     choices: tuple[Choice, ...]
     """In the order in which they are printed."""
 
@@ -114,25 +137,28 @@ def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
     prompt = "def " if config.data.data == STDLIB else ""
     fill("prompt", "run", prompt, "the corpus is code" if prompt else "the start of a document")
     filled = with_options(config, **{choice.name: choice.value for choice in choices})
-    return Chosen(filled, tuple(choices))
+    sections = option_sections()
+    names = [field.name for field in dataclasses.fields(Settled)]
+    settled = Settled(**{name: getattr(getattr(filled, sections[name]), name) for name in names})
+    return Chosen(config=filled, settled=settled, choices=tuple(choices))
 
 
-def model_config(config: PretrainConfig, vocab_size: int | None = None) -> ModelConfig:
-    """The model that a configuration without open values asks for.
+def model_config(chosen: Chosen, vocab_size: int | None = None) -> ModelConfig:
+    """The model that was asked for.
 
     Args:
-        config: From `choose`.
+        chosen: From `choose`.
         vocab_size: Entries that the tokenizer came out with, where known.
 
     Raises:
         ValueError: Sizes that do not fit each other.
     """
-    name = config.model.preset or ""
-    base = preset(name, **config.model.overrides)
+    settled = chosen.settled
+    base = preset(settled.preset, **chosen.config.model.overrides)
     return dataclasses.replace(
         base,
-        vocab_size=vocab_size or config.data.vocab_size or base.vocab_size,
-        max_position_embeddings=max(base.max_position_embeddings, config.training.seq_len or 0),
+        vocab_size=vocab_size or settled.vocab_size,
+        max_position_embeddings=max(base.max_position_embeddings, settled.seq_len),
     )
 
 

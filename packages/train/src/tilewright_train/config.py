@@ -7,6 +7,7 @@ in the section that is named in `SECTIONS`.
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -161,9 +162,10 @@ class RunOptions:
         for name in ("save_every", "keep", "eval_every", "log_every", "sample_tokens"):
             _check_range(self, name, at_least=1)
         _check_range(self, "eval_tokens", at_least=2)
-        if self.name is not None and (Path(self.name).name != self.name or self.name in "."):
+        if self.name is not None and not re.fullmatch(r"[^/\\.][^/\\]*", self.name):
             raise InputError(
-                f"name {self.name!r} is not the name of a folder: use --out for a path"
+                f"name {self.name!r} is not the name of a folder: use --out for a path, and no dot"
+                " at the beginning"
             )
 
 

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 
 from tilewright_dist import DistributedEnvironment
 from tilewright_model import CausalLM, generate
-from tilewright_train.tokenizer import END_OF_TEXT, decode
+from tilewright_train.tokenizer import decode, end_token
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def draw_sample(
         seed: Of the draw, at temperature 0.8 among the 50 likeliest tokens.
         autocast: Precision of the forward pass.
     """
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = end_token(tokenizer)
     positions = model.config.max_position_embeddings
     start = [end, *tokenizer.encode(prompt).ids][-(positions // 2) :]
     device = model.embed_tokens.weight.device

@@ -10,8 +10,9 @@ import torch
 from tilewright_kernels import BackendReport, backend_report
 from tilewright_model import count_parameters
 from tilewright_train import machine
+from tilewright_train.automatic import Chosen
 from tilewright_train.bigram import BigramModel
-from tilewright_train.config import STDLIB, PretrainConfig
+from tilewright_train.config import STDLIB
 from tilewright_train.evaluation import draw_sample
 from tilewright_train.metrics import Record, read_metrics, steady_tokens_per_second
 from tilewright_train.preparation import Prepared
@@ -22,47 +23,47 @@ _BIGRAM_TOKENS = 1 << 24
 
 
 def finish(
-    config: PretrainConfig, prepared: Prepared, autocast: torch.autocast, reporter: Reporter
+    chosen: Chosen, prepared: Prepared, autocast: torch.autocast, reporter: Reporter
 ) -> None:
     """Fit the bigram model, draw a sample and the picture, write summary.json, say all of it.
 
     Args:
-        config: Without open values.
+        chosen: The options.
         prepared: The run, with the model trained.
         autocast: Precision of the sample.
         reporter: Takes the last lines.
     """
-    run, shape, training = prepared.run, prepared.model_config, config.training
+    run, shape, config, settled = prepared.run, prepared.model_config, chosen.config, chosen.settled
     report = backend_report()
     records = read_metrics(run.metrics)
-    measured = [record for record in records if record.val_loss is not None]
+    val_losses = [record.val_loss for record in records if record.val_loss is not None]
     fitted_on = prepared.tokens.train[:_BIGRAM_TOKENS]
     bigram = BigramModel(fitted_on, shape.vocab_size).loss(prepared.validation)
     text = draw_sample(
         prepared.trainee.model,
         prepared.tokens.tokenizer,
-        prompt=config.run.prompt or "",
+        prompt=settled.prompt,
         tokens=config.run.sample_tokens,
-        seed=training.seed,
+        seed=config.training.seed,
         autocast=autocast,
     )
-    sample = run.sample(training.steps)
+    sample = run.sample(settled.steps)
     sample.parent.mkdir(exist_ok=True)
     sample.write_text(text, encoding="utf-8")
     # Imported here: it takes a second, and the first time it looks through all fonts.
     from tilewright_train.report import plot_losses
 
     parameters = count_parameters(shape).total
-    title = f"{run.root.name}: {parameters / 1e6:.1f} M parameters, {training.steps} steps"
+    title = f"{run.root.name}: {parameters / 1e6:.1f} M parameters, {settled.steps} steps"
     plot_losses(records, run.picture, title=title, vocab_size=shape.vocab_size, bigram_loss=bigram)
-    summary = _summary(config, prepared, records, bigram, report)
+    summary = _summary(chosen, prepared, records, bigram, report)
     run.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
-    last = measured[-1].val_loss
+    first, last = val_losses[0], val_losses[-1]
     lines = (
         "",
         f"validation   loss {last:.4f}, perplexity {math.exp(last):.1f}; before training"
-        f" {measured[0].val_loss:.4f}; bigram model on the same tokens {bigram:.4f}",
+        f" {first:.4f}; bigram model on the same tokens {bigram:.4f}",
         f"speed        {summary['tokens_per_second'] or 0:,.0f} tokens/s, the median of later"
         f" steps; {format_seconds(records[-1].time)} in all",
         f"backends     {_backends_in_words(report)}",
@@ -70,14 +71,14 @@ def finish(
         *(f"    {line}" for line in text.splitlines()),
         f"run          {run.root}",
         f"picture      {run.picture}",
-        f"next         {_next_command(config)}",
+        f"next         {_next_command(chosen)}",
     )
     for line in lines:
         reporter.say(line)
 
 
 def _summary(
-    config: PretrainConfig,
+    chosen: Chosen,
     prepared: Prepared,
     records: list[Record],
     bigram: float,
@@ -101,9 +102,9 @@ def _summary(
         "peak_memory_bytes": max(record.peak_memory_bytes for record in records),
         "seconds": records[-1].time,
         "device": machine.describe(device),
-        "precision": config.machine.precision,
+        "precision": chosen.settled.precision,
         "backend": {
-            "asked_for": config.machine.backend,
+            "asked_for": chosen.settled.backend,
             "fell_back": list(report.fell_back),
             "operators": {row.operator: dataclasses.asdict(row) for row in report.rows},
         },
@@ -120,7 +121,8 @@ def _backends_in_words(report: BackendReport) -> str:
     return ", ".join(ran) + fallen
 
 
-def _next_command(config: PretrainConfig) -> str:
-    if config.data.data == STDLIB:
+def _next_command(chosen: Chosen) -> str:
+    data = chosen.config.data.data
+    if data == STDLIB:
         return "train-pretrain --data FILE_OR_FOLDER    (your own text: .jsonl, .txt, .md, .py, …)"
-    return f"train-pretrain --data {config.data.data} --steps {4 * config.training.steps}"
+    return f"train-pretrain --data {data} --steps {4 * chosen.settled.steps}"

@@ -7,11 +7,11 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tilewright_kernels import use_backend
-from tilewright_train.config import MachineOptions
 from tilewright_train.errors import InputError
 
 # Dense bf16 products with float32 accumulation, FLOP/s without sparsity, from NVIDIA's data
@@ -72,31 +72,47 @@ def choose_threads(local_processes: int) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def configured(options: MachineOptions) -> Iterator[None]:
+def configured(*, threads: int, deterministic: bool, backend: str, device: str) -> Iterator[None]:
     """Threads, determinism and backends of a run; what was set before comes back afterwards.
 
     Args:
-        options: Without open values.
+        threads: Of this process.
+        deterministic: Only algorithms that give the same bits every time.
+        backend: As `backends` takes it.
+        device: Where the run computes.
 
     Raises:
         ValueError: An unknown backend or operator, or Triton asked for where it cannot run.
     """
-    threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    with backends(options.backend or "auto", options.device or "cpu"):
+    former_threads = torch.get_num_threads()
+    former_deterministic = torch.are_deterministic_algorithms_enabled()
+    with backends(backend, device):
         try:
-            torch.set_num_threads(options.threads or threads)
-            if options.deterministic:
+            torch.set_num_threads(threads)
+            if deterministic:
                 # cuBLAS reads this when its first handle is made.
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-                torch.utils.deterministic.fill_uninitialized_memory = False
                 torch.use_deterministic_algorithms(True)
-            yield
+            with _uninitialized_memory_as_it_is():
+                yield
         finally:
-            torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(deterministic)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            torch.set_num_threads(former_threads)
+            torch.use_deterministic_algorithms(former_deterministic)
+
+
+@contextlib.contextmanager
+def _uninitialized_memory_as_it_is() -> Iterator[None]:
+    """Deterministic mode would fill every new tensor, which costs a pass over memory for each.
+
+    It helps to find reads of memory that nobody wrote; a run that makes none has the same bits.
+    """
+    module: Any = torch.utils.deterministic
+    former = module.fill_uninitialized_memory
+    module.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        module.fill_uninitialized_memory = former
 
 
 def backends(text: str, device: str) -> use_backend:
@@ -105,8 +121,8 @@ def backends(text: str, device: str) -> use_backend:
     Raises:
         ValueError: An unknown backend or operator, or Triton asked for where it cannot run.
     """
-    default = None
-    operators: dict[str, str] = {}
+    default: Any = None
+    operators: dict[str, Any] = {}
     for item in text.split(","):
         name, equals, value = (part.strip() for part in item.rpartition("="))
         if equals:
@@ -119,7 +135,7 @@ def backends(text: str, device: str) -> use_backend:
             "backend triton needs a CUDA device and this run is on the cpu: use --backend auto, or"
             " set TRITON_INTERPRET=1 to have the kernels interpreted, which is slow"
         )
-    return use_backend(default, **operators)  # pyrefly: ignore
+    return use_backend(default, **operators)
 
 
 def available_cores() -> int:

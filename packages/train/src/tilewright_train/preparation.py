@@ -18,7 +18,6 @@ from tilewright_optim import AdamW, WarmupCosine
 from tilewright_train import checkpoint, machine, tokens
 from tilewright_train.automatic import Chosen, model_config
 from tilewright_train.batches import BatchSampler, validation_rows
-from tilewright_train.config import PretrainConfig
 from tilewright_train.corpus import Corpus, open_corpus
 from tilewright_train.errors import InputError
 from tilewright_train.layers import write_toml
@@ -66,19 +65,19 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         ValueError: Something that the user gave cannot be used.
         OSError: A file cannot be read or written.
     """
-    config, training = chosen.config, chosen.config.training
+    config, settled = chosen.config, chosen.settled
     entry, run = on_first(environment, lambda: _prepare_files(chosen, environment, reporter))
     encoded = tokens.load(entry)
     sampler = BatchSampler(
         encoded.train,
-        batch_size=training.batch_size,
-        seq_len=training.seq_len,
-        seed=training.seed,
+        batch_size=settled.batch_size,
+        seq_len=settled.seq_len,
+        seed=config.training.seed,
         rank=environment.rank,
         world_size=environment.world_size,
     )
-    shape = model_config(config, encoded.facts.vocab_size)
-    trainee = build(config, shape, environment.device)
+    shape = model_config(chosen, encoded.facts.vocab_size)
+    trainee = build(chosen, shape, environment.device)
     done, seconds = 0, 0.0
     if config.run.resume != "never":
         older = config.run.resume_from_older
@@ -90,15 +89,15 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         model_config=shape,
         trainee=trainee,
         sampler=sampler,
-        validation=validation_rows(encoded.validation, training.seq_len, config.run.eval_tokens),
+        validation=validation_rows(encoded.validation, settled.seq_len, settled.eval_tokens),
         done=done,
         seconds=seconds,
     )
 
 
-def build(config: PretrainConfig, shape: ModelConfig, device: torch.device) -> Trainee:
+def build(chosen: Chosen, shape: ModelConfig, device: torch.device) -> Trainee:
     """Model, AdamW and schedule from the seed: the same weights on every device and process."""
-    options = config.training
+    options, settled = chosen.config.training, chosen.settled
     torch.manual_seed(options.seed)
     model = CausalLM(shape).to(device)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -108,11 +107,11 @@ def build(config: PretrainConfig, shape: ModelConfig, device: torch.device) -> T
             {"params": matrices, "weight_decay": options.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ],
-        lr=options.lr,
+        lr=settled.lr,
         betas=(options.beta1, options.beta2),
     )
     scheduler = WarmupCosine(
-        optimizer, options.warmup_steps, options.steps, min_lr_ratio=options.min_lr_ratio
+        optimizer, settled.warmup_steps, settled.steps, min_lr_ratio=options.min_lr_ratio
     )
     return Trainee(model=model, optimizer=optimizer, scheduler=scheduler)
 
@@ -126,10 +125,10 @@ def _prepare_files(
     chosen: Chosen, environment: DistributedEnvironment, reporter: Reporter
 ) -> tuple[Path, RunDirectory]:
     """The first process's part: room on the disk, tokens in the cache, the run's folder."""
-    config = chosen.config
+    config, settled = chosen.config, chosen.settled
     resumed = Path(config.run.resume) if config.run.resume != "never" else None
-    shape = model_config(config)
-    saves = -(-config.training.steps // config.run.save_every)
+    shape = model_config(chosen)
+    saves = -(-settled.steps // settled.save_every)
     room = checkpoint_bytes(shape) * min(config.run.keep + 1, saves)
     check_room(resumed or config.run.out, room)
     corpus = open_corpus(config.data.data)
@@ -150,7 +149,7 @@ def _prepare_files(
         run = RunDirectory(resumed)
         _check_same_tokens(run, facts)
     else:
-        stem = f"{corpus.name}-{config.model.preset}"
+        stem = f"{corpus.name}-{settled.preset}"
         run = create(config.run.out, config.run.name, stem)
         record = _facts_of(chosen, corpus, facts, environment)
         run.facts.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -165,7 +164,7 @@ def _facts_of(
     environment: DistributedEnvironment,
 ) -> dict[str, Any]:
     """run.json: what this run is, for those who find it later."""
-    shape = model_config(chosen.config, facts.vocab_size)
+    shape = model_config(chosen, facts.vocab_size)
     return {
         "corpus": {
             "name": corpus.name,
@@ -178,7 +177,7 @@ def _facts_of(
         "tokens": asdict(facts),
         "model": asdict(shape),
         "parameters": count_parameters(shape).total,
-        "flops_per_token": flops_per_token(shape, chosen.config.training.seq_len),
+        "flops_per_token": flops_per_token(shape, chosen.settled.seq_len),
         "device": machine.describe(environment.device),
         "processes": environment.world_size,
         "versions": {

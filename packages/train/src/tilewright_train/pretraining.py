@@ -34,14 +34,14 @@ from tilewright_train.signals import StopRequest
 _PATIENCE = timedelta(hours=2)
 
 
-def run(config: PretrainConfig, stream: TextIO = sys.stdout) -> Path:
+def run(config: PretrainConfig, stream: TextIO | None = None) -> Path:
     """Train, or go on training.
 
     Under torchrun every process calls this; the first one writes and prints.
 
     Args:
         config: From `layers.parse`, or made by hand.
-        stream: What a person reads.
+        stream: Takes the lines for a person; by default the standard output.
 
     Returns:
         The folder of the run.
@@ -54,25 +54,33 @@ def run(config: PretrainConfig, stream: TextIO = sys.stdout) -> Path:
     with contextlib.ExitStack() as stack:
         with _as_input_errors():
             chosen = automatic.choose(config, local_processes=local_processes())
-            automatic.model_config(chosen.config)
-            stack.enter_context(machine.configured(chosen.config.machine))
-            environment = stack.enter_context(
-                init_from_environment(chosen.config.machine.device, timeout=_PATIENCE)
+            automatic.model_config(chosen)
+            settled = chosen.settled
+            stack.enter_context(
+                machine.configured(
+                    threads=settled.threads,
+                    deterministic=config.machine.deterministic,
+                    backend=settled.backend,
+                    device=settled.device,
+                )
             )
-        every = chosen.config.run.log_every
-        reporter = make_reporter(stream, every) if environment.is_main else Reporter()
+            environment = stack.enter_context(
+                init_from_environment(settled.device, timeout=_PATIENCE)
+            )
+        reporter = Reporter()
+        if environment.is_main:
+            reporter = make_reporter(stream or sys.stdout, settled.log_every)
         if _is_finished(config, reporter):
             return Path(config.run.resume)
         _say_choices(chosen, environment, reporter)
         with _as_input_errors():
             prepared = prepare(chosen, environment, reporter)
         try:
-            _train(chosen.config, prepared, environment, reporter)
+            _Training(chosen, prepared, environment, reporter).run()
         except torch.OutOfMemoryError as error:
-            training = chosen.config.training
             raise InputError(
-                f"out of memory with batch_size {training.batch_size} and seq_len"
-                f" {training.seq_len} ({error}): start again with a smaller one or another --preset"
+                f"out of memory with batch_size {settled.batch_size} and seq_len {settled.seq_len}"
+                f" ({error}): start again with a smaller one, or another --preset"
             ) from error
         return prepared.run.root
 
@@ -102,97 +110,112 @@ def _is_finished(config: PretrainConfig, reporter: Reporter) -> bool:
 
 def _say_choices(chosen: Chosen, environment: DistributedEnvironment, reporter: Reporter) -> None:
     for choice in chosen.choices:
-        value = repr(choice.value) if isinstance(choice.value, str) else f"{choice.value:g}"
-        reporter.say(f"{choice.name:<12} {value.strip(chr(39)) or chr(34) * 2:<8} {choice.reason}")
+        value = f"{choice.value:g}" if isinstance(choice.value, float) else str(choice.value)
+        reporter.say(f"{choice.name:<12} {value or repr(value):<8} {choice.reason}")
     if environment.process_group is not None:
-        reporter.say(f"processes    {environment.world_size}        torchrun says so")
+        reporter.say(f"processes    {environment.world_size:<8} torchrun says so")
 
 
-def _train(
-    config: PretrainConfig,
-    prepared: Prepared,
-    environment: DistributedEnvironment,
-    reporter: Reporter,
-) -> None:
-    """Run the loop, then say how it ended."""
-    model, shape = prepared.trainee.model, prepared.model_config
-    training, run = config.training, prepared.run
-    precision = config.machine.precision
-    device = environment.device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    parameters = count_parameters(shape)
-    reporter.say(
-        f"model        {parameters.total / 1e6:.2f} M parameters,"
-        f" {parameters.embedding / 1e6:.2f} M of them the embedding; {machine.describe(device)}"
-    )
-    epochs = prepared.sampler.epochs(training.steps)
-    reporter.say(f"run          {run.root}, {epochs:.2g} times through the training tokens")
-    reporter.say()
+class _Training:
+    """A prepared run while it trains: what the loop asks for, with this process's part in it."""
 
-    def evaluate() -> float:
-        return validation_loss(
-            model,
-            prepared.validation,
-            batch_size=max(1, training.batch_size // environment.world_size),
-            environment=environment,
-            autocast=autocast,
-        )
+    def __init__(
+        self,
+        chosen: Chosen,
+        prepared: Prepared,
+        environment: DistributedEnvironment,
+        reporter: Reporter,
+    ) -> None:
+        self.chosen = chosen
+        self.prepared = prepared
+        self.environment = environment
+        self.reporter = reporter
+        is_bf16 = chosen.settled.precision == "bf16"
+        self.autocast = torch.autocast(environment.device.type, torch.bfloat16, enabled=is_bf16)
+        self.metrics = MetricsFile(prepared.run.metrics) if environment.is_main else None
 
-    def save(step: int, seconds: float) -> None:
-        states = gather(environment, checkpoint.random_states(environment.rank, device))
-
-        def write() -> None:
-            checkpoint.save(
-                run.checkpoints,
-                step,
-                **vars(prepared.trainee),
-                random_states=states,
-                tokenizer=prepared.tokens.tokenizer.to_str(),
-                facts={"seconds": seconds, "processes": environment.world_size},
-                keep=config.run.keep,
+    def run(self) -> None:
+        """Train to the end and say how it was; or stop when asked to, and say how to go on."""
+        steps, prepared = self.chosen.settled.steps, self.prepared
+        self._introduce()
+        backend_report(reset=True)
+        self.reporter.begin(prepared.done, steps, prepared.model_config.vocab_size)
+        with StopRequest() as stop:
+            try:
+                done = self._loop(stop).run(prepared.done, prepared.seconds)
+            finally:
+                self.reporter.end()
+                if self.metrics is not None:
+                    self.metrics.close()
+        if done < steps:
+            raise TrainingStopped(
+                f"stopped after step {done} of {steps}, which is saved; go on with:"
+                f" train-pretrain --resume {prepared.run.root}",
+                128 + (stop.signal or 15),
             )
+        if self.environment.is_main:
+            finish(self.chosen, prepared, self.autocast, self.reporter)
 
-        on_first(environment, write)
+    def _introduce(self) -> None:
+        parameters = count_parameters(self.prepared.model_config)
+        epochs = self.prepared.sampler.epochs(self.chosen.settled.steps)
+        self.reporter.say(
+            f"model        {parameters.total / 1e6:.2f} M parameters,"
+            f" {parameters.embedding / 1e6:.2f} M of them the embedding;"
+            f" {machine.describe(self.environment.device)}"
+        )
+        root = self.prepared.run.root
+        self.reporter.say(f"run          {root}, {epochs:.2g} times through the training tokens")
+        self.reporter.say()
 
-    metrics = MetricsFile(run.metrics) if environment.is_main else None
-
-    def emit(record: Record) -> None:
-        if metrics is not None:
-            metrics.write(record)
-        reporter.record(record)
-
-    backend_report(reset=True)
-    reporter.begin(prepared.done, training.steps, shape.vocab_size)
-    with StopRequest() as stop:
-        loop = TrainingLoop(
+    def _loop(self, stop: StopRequest) -> TrainingLoop:
+        config, settled, prepared = self.chosen.config, self.chosen.settled, self.prepared
+        return TrainingLoop(
             **vars(prepared.trainee),
             sampler=prepared.sampler,
             options=LoopOptions(
-                steps=training.steps,
-                max_grad_norm=training.max_grad_norm,
-                eval_every=config.run.eval_every,
-                save_every=config.run.save_every,
-                flops_per_token=flops_per_token(shape, training.seq_len),
-                peak_flops=machine.peak_flops(device, precision),
+                steps=settled.steps,
+                max_grad_norm=config.training.max_grad_norm,
+                eval_every=settled.eval_every,
+                save_every=settled.save_every,
+                flops_per_token=flops_per_token(prepared.model_config, settled.seq_len),
+                peak_flops=machine.peak_flops(self.environment.device, settled.precision),
             ),
-            environment=environment,
-            autocast=autocast,
-            evaluate=evaluate,
-            save=save,
-            emit=emit,
+            environment=self.environment,
+            autocast=self.autocast,
+            evaluate=self._evaluate,
+            save=self._save,
+            emit=self._emit,
             stop=stop,
         )
-        try:
-            done = loop.run(prepared.done, prepared.seconds)
-        finally:
-            reporter.end()
-            if metrics is not None:
-                metrics.close()
-    if done < training.steps:
-        raise TrainingStopped(
-            f"stopped after step {done} of {training.steps}, which is saved; go on with:"
-            f" train-pretrain --resume {run.root}",
-            128 + (stop.signal or 15),
+
+    def _evaluate(self) -> float:
+        return validation_loss(
+            self.prepared.trainee.model,
+            self.prepared.validation,
+            batch_size=max(1, self.chosen.settled.batch_size // self.environment.world_size),
+            environment=self.environment,
+            autocast=self.autocast,
         )
-    if environment.is_main:
-        finish(config, prepared, autocast, reporter)
+
+    def _emit(self, record: Record) -> None:
+        if self.metrics is not None:
+            self.metrics.write(record)
+        self.reporter.record(record)
+
+    def _save(self, step: int, seconds: float) -> None:
+        environment = self.environment
+        states = gather(environment, checkpoint.random_states(environment.rank, environment.device))
+
+        def write() -> None:
+            checkpoint.save(
+                self.prepared.run.checkpoints,
+                step,
+                **vars(self.prepared.trainee),
+                random_states=states,
+                tokenizer=self.prepared.tokens.tokenizer.to_str(),
+                facts={"seconds": seconds, "processes": environment.world_size},
+                keep=self.chosen.config.run.keep,
+            )
+
+        on_first(environment, write)

@@ -6,7 +6,7 @@ and fail too, so that none is left waiting.
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -31,20 +31,20 @@ def on_first(environment: DistributedEnvironment, action: Callable[[], T]) -> T:
     group = environment.process_group
     if group is None:
         return action()
-    outcome: list[tuple[str, object]] = [("", None)]
     failure: Exception | None = None
+    outcome: list[Any] = [None, None]  # what went wrong, what came out
     if environment.is_main:
         try:
-            outcome = [("done", action())]
+            outcome[1] = action()
         except (ValueError, OSError) as error:
-            failure, outcome = error, [("failed", one_line(error))]
+            failure = error
+            outcome[0] = one_line(error)
     dist.broadcast_object_list(outcome, src=0, group=group)
     if failure is not None:
         raise failure
-    status, result = outcome[0]
-    if status == "failed":
-        raise InputError(str(result))
-    return result  # type: ignore[return-value]
+    if outcome[0] is not None:
+        raise InputError(outcome[0])
+    return outcome[1]
 
 
 def gather(environment: DistributedEnvironment, mine: dict[str, T]) -> dict[str, T]:

@@ -88,6 +88,18 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def end_token(tokenizer: Tokenizer) -> int:
+    """Number of the end token.
+
+    Raises:
+        InputError: The tokenizer has none; it was made elsewhere.
+    """
+    number = tokenizer.token_to_id(END_OF_TEXT)
+    if number is None:
+        raise InputError(f"the tokenizer has no token {END_OF_TEXT!r}")
+    return number
+
+
 def encode(
     tokenizer: Tokenizer, documents: Iterable[tuple[bool, str]]
 ) -> Iterator[tuple[bool, list[int]]]:
@@ -97,7 +109,7 @@ def encode(
         tokenizer: From `train_tokenizer` or `load_tokenizer`.
         documents: (mark, text); the mark is handed through.
     """
-    end = [tokenizer.token_to_id(END_OF_TEXT)]
+    end = [end_token(tokenizer)]
     waiting: list[tuple[bool, str, bool]] = []
     characters = 0
     for mark, document in documents:

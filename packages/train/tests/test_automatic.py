@@ -1,0 +1,96 @@
+"""What is chosen for the user, with its reason, and never over what the user gave."""
+
+import pytest
+import torch
+
+from tilewright_model import PRESETS
+from tilewright_train.automatic import RECIPES, choose, model_config
+from tilewright_train.config import PretrainConfig, with_options
+from tilewright_train.errors import InputError
+
+CPU = with_options(PretrainConfig(), device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TILEWRIGHT_BACKEND", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_every_preset_has_a_recipe_that_its_positions_hold() -> None:
+    assert set(RECIPES) == set(PRESETS)
+    for name, recipe in RECIPES.items():
+        assert recipe.seq_len <= PRESETS[name].max_position_embeddings
+
+
+def test_nothing_stays_open_and_everything_chosen_has_a_reason() -> None:
+    chosen = choose(CPU)
+    names = {choice.name for choice in chosen.choices}
+    assert {"precision", "threads", "backend", "preset", "vocab_size", "steps", "lr"} <= names
+    assert "device" not in names  # it was given
+    assert all(choice.reason for choice in chosen.choices)
+    config = chosen.config
+    assert (config.machine.precision, config.machine.backend) == ("fp32", "auto")
+    assert config.model.preset == "nano"
+    assert config.training.steps == RECIPES["nano"].steps
+    assert None not in vars(config.training).values()
+    assert choose(config).choices == ()
+
+
+def test_what_the_user_gave_stays() -> None:
+    given = with_options(CPU, steps=33, preset="tiny", precision="bf16", threads=1, seq_len=64)
+    chosen = choose(given)
+    config = chosen.config
+    assert (config.training.steps, config.training.seq_len) == (33, 64)
+    assert (config.model.preset, config.machine.precision) == ("tiny", "bf16")
+    assert config.machine.threads == 1
+    assert config.training.warmup_steps == 3
+    assert chosen.reasons["lr"] == "the recipe of tiny"
+
+
+def test_on_a_gpu_the_model_is_larger_and_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    chosen = choose(PretrainConfig())
+    assert chosen.config.machine.device == "cuda"
+    assert chosen.config.machine.precision == "bf16"
+    assert chosen.config.model.preset == "small"
+    assert chosen.reasons["backend"] == "Triton kernels"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert choose(PretrainConfig()).config.machine.precision == "fp32"
+
+
+def test_the_environments_backend_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TILEWRIGHT_BACKEND", "auto,rms_norm=torch")
+    chosen = choose(CPU)
+    assert chosen.config.machine.backend == "auto,rms_norm=torch"
+    assert chosen.reasons["backend"] == "TILEWRIGHT_BACKEND says so"
+    assert choose(with_options(CPU, backend="torch")).config.machine.backend == "torch"
+
+
+def test_the_model_has_the_tokenizers_vocabulary_and_room_for_the_sequence() -> None:
+    chosen = choose(with_options(CPU, seq_len=5000, hidden_size=64))
+    shape = model_config(chosen, vocab_size=777)
+    assert (shape.vocab_size, shape.max_position_embeddings) == (777, 5000)
+    assert shape.hidden_size == 64
+    assert model_config(chosen).vocab_size == PRESETS["nano"].vocab_size
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"preset": "nanoo"}, r"no preset 'nanoo' \(did you mean 'nano'\?\)"),
+        ({"hidden_size": 130}, "hidden_size 130 is not a multiple of num_attention_heads"),
+        ({"num_key_value_heads": 3}, "num_attention_heads .* num_key_value_heads 3"),
+    ],
+)
+def test_a_model_that_cannot_be_is_an_error(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(with_options(CPU, **values))
+
+
+def test_a_device_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(InputError, match="'cuda:64' is not there"):
+        choose(with_options(PretrainConfig(), device="cuda:64"))

@@ -1,0 +1,44 @@
+"""The bigram model against a case computed by hand, and as a distribution."""
+
+import math
+
+import pytest
+import torch
+
+from tilewright_train.bigram import BigramModel
+
+
+def test_a_case_by_hand() -> None:
+    # a b a b a c with V = 4: c(a) = 3 of 6, so P(a) = 4/10, P(b) = 3/10, P(c) = 2/10, P(d) = 1/10.
+    model = BigramModel(torch.tensor([0, 1, 0, 1, 0, 2]), vocab_size=4)
+    # After a: b twice, c once; two kinds of followers.
+    assert model.log_prob(torch.tensor(0), torch.tensor(1)).exp() == pytest.approx(
+        (2 + 2 * 3 / 10) / (3 + 2)
+    )
+    assert model.log_prob(torch.tensor(0), torch.tensor(3)).exp() == pytest.approx(
+        (0 + 2 * 1 / 10) / (3 + 2)
+    )
+    # After b: always a. After c, which ends the stream, nothing was seen: the unigrams.
+    assert model.log_prob(torch.tensor(1), torch.tensor(0)).exp() == pytest.approx(
+        (2 + 1 * 4 / 10) / (2 + 1)
+    )
+    assert model.log_prob(torch.tensor(2), torch.tensor(1)).exp() == pytest.approx(3 / 10)
+    rows = torch.tensor([[0, 1, 0], [2, 1, 0]])
+    expected = [2.6 / 5, 2.4 / 3, 3 / 10, 2.4 / 3]
+    assert model.loss(rows) == pytest.approx(-sum(map(math.log, expected)) / 4)
+
+
+def test_the_probabilities_after_every_token_sum_to_one() -> None:
+    tokens = torch.randint(0, 30, (500,), generator=torch.Generator().manual_seed(0))
+    model = BigramModel(tokens, vocab_size=40)  # ten tokens never occur
+    first, second = torch.meshgrid(torch.arange(40), torch.arange(40), indexing="ij")
+    torch.testing.assert_close(
+        model.log_prob(first, second).exp().sum(1), torch.ones(40, dtype=torch.float64)
+    )
+
+
+def test_it_learns_what_a_bigram_can_learn() -> None:
+    # Each token decides the next one: a model of single tokens stays at ln 5.
+    cycle = torch.arange(5).repeat(200)
+    model = BigramModel(cycle, vocab_size=5)
+    assert model.loss(cycle[None, :50]) < 0.02

@@ -1,0 +1,136 @@
+"""Every mistake that a user can make: one line on stderr, exit status 2, nothing lost."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tilewright_train.cli import main
+
+
+def without(flags: list[str], *names: str) -> list[str]:
+    """`flags` but these, each with its value."""
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return [word for name, value in pairs if name not in names for word in (name, value)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "no/such/file.txt"], "no/such/file.txt does not exist: give --data a file"),
+        (["--hidden-size", "33"], "hidden_size 33 is not a multiple of num_attention_heads 2"),
+        (["--preset", "nanoo"], "no preset 'nanoo' (did you mean 'nano'?): choose one of nano"),
+        (["--backend", "trition"], "'trition' is not a backend; choose from auto, triton, torch"),
+        (["--backend", "auto,rms_nrm=torch"], "'rms_nrm' is not an operator (did you mean"),
+        (["--device", "cuda:77"], "device 'cuda:77' is not there: --device takes one of cpu"),
+        (["--device", "tpu"], "device 'tpu' is not supported: --device takes one of cpu"),
+        (["--out", "/proc/runs"], "/proc/runs cannot be written ("),
+        (["--stepz", "3"], "unknown flag '--stepz' (did you mean '--steps'?)"),
+        (["--seq-len", "100000"], "fewer than one sequence of 100000: give --data more text"),
+        (["--resume", "/no/run"], "/no/run is no run: it holds no config.toml"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tiny_flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    assert main([*without(tiny_flags, words[0]), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "corpus.jsonl is empty: give --data something to read"),
+        ('{"text": "x"}\n{"text": 1}\n', 'corpus.jsonl:2 has a "text" that is not a string'),
+        ('{"text": "x"}\n\n{"txt": "x"}\n', 'corpus.jsonl:3 has no "text" (its keys: txt)'),
+        ("{]\n", "corpus.jsonl:1 is not JSON"),
+        ('{"text": ""}\n', "the corpus holds no text"),
+    ],
+)
+def test_bad_data_is_named_and_no_run_is_begun(
+    tiny_flags: list[str],
+    corpus_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    message: str,
+) -> None:
+    corpus_file.write_text(text)
+    assert main(tiny_flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    out = Path(tiny_flags[tiny_flags.index("--out") + 1])
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_bad_lines_can_be_skipped_and_are_reported(
+    tiny_flags: list[str], corpus_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus_file.write_text("{]\n" + corpus_file.read_text() + '{"txt": 1}\n')
+    assert main([*tiny_flags, "--on-bad-line", "skip", "--steps", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert f"skipped      2 lines of jsonl: {corpus_file}:1 is not JSON" in printed
+    assert f'{corpus_file}:302 has no "text"' in printed
+
+
+def test_a_full_disk_in_the_middle_keeps_what_is_written(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tilewright_train import checkpoint
+
+    seal = checkpoint._seal
+
+    def full(folder: Path) -> None:
+        if folder.name == ".step-000008.partial":
+            raise OSError(28, os.strerror(28), str(folder / "MANIFEST.json"))
+        seal(folder)
+
+    monkeypatch.setattr(checkpoint, "_seal", full)
+    assert main(tiny_flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("MANIFEST.json: no space left on device")
+    out = Path(tiny_flags[tiny_flags.index("--out") + 1])
+    (run,) = out.glob("corpus-nano-*")
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000004"]
+    assert (run / "metrics.jsonl").read_text().count("\n") == 9
+    monkeypatch.undo()
+    assert main(["--resume", str(run)]) == 0
+
+
+def test_the_command_ends_with_the_status_and_without_a_traceback(tiny_flags: list[str]) -> None:
+    bad = subprocess.run(
+        [sys.executable, "-m", "tilewright_train", *tiny_flags, "--num-attention-heads", "3"],
+        capture_output=True,
+        text=True,
+    )
+    assert bad.returncode == 2
+    assert bad.stderr.count("\n") == 1
+    assert bad.stderr.startswith("error: hidden_size 32 is not a multiple of num_attention_heads 3")
+
+
+def test_a_bad_environment_is_an_error_like_any_other(tiny_flags: list[str]) -> None:
+    bad = subprocess.run(
+        [sys.executable, "-m", "tilewright_train", *tiny_flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TILEWRIGHT_BACKEND": "tritn"},
+    )
+    assert bad.returncode == 2
+    assert bad.stderr.count("\n") == 1
+    assert "TILEWRIGHT_BACKEND='tritn' is not a backend" in bad.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("tilewright_train.progress.PlainReporter.say", gone)
+    assert main(tiny_flags) == 141

@@ -1,0 +1,43 @@
+"""The validation loss is the mean over all predictions; a sample begins with its prompt."""
+
+import pytest
+import torch
+
+from tilewright_dist import DistributedEnvironment
+from tilewright_model import CausalLM, preset
+from tilewright_train.evaluation import draw_sample, validation_loss
+from tilewright_train.tokenizer import train_tokenizer
+
+FP32 = torch.autocast("cpu", enabled=False)
+ALONE = DistributedEnvironment(device=torch.device("cpu"))
+
+
+@pytest.fixture
+def model() -> CausalLM:
+    torch.manual_seed(0)
+    shape = preset(
+        "nano", vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=32, max_position_embeddings=24,
+    )  # fmt: skip
+    return CausalLM(shape)
+
+
+def test_the_loss_does_not_depend_on_how_rows_are_grouped(model: CausalLM) -> None:
+    rows = torch.randint(260, (7, 9), generator=torch.Generator().manual_seed(0))
+    expected = model(rows, labels=rows).loss.item()
+    for batch_size in (1, 3, 7, 100):
+        loss = validation_loss(model, rows, batch_size=batch_size, environment=ALONE, autocast=FP32)
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_sample_begins_with_its_prompt_and_depends_on_the_seed(model: CausalLM) -> None:
+    tokenizer = train_tokenizer(["def f(): pass"] * 3, 260)
+
+    def sample(prompt: str, seed: int, tokens: int = 10) -> str:
+        return draw_sample(model, tokenizer, prompt=prompt, tokens=tokens, seed=seed, autocast=FP32)
+
+    assert sample("def ", 0).startswith("def ")
+    assert sample("def ", 0) == sample("def ", 0) != sample("def ", 1)
+    assert sample("", 0) != ""
+    # More than the model has positions: the prompt is cut from the left, the sample is shorter.
+    assert sample("def f(): " * 20, 0, tokens=1000).startswith("def f(): " * 20)

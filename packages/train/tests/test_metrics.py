@@ -1,0 +1,71 @@
+"""metrics.jsonl: whole lines, no step twice, a fair figure for the throughput."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tilewright_train.metrics import (
+    MetricsFile,
+    Record,
+    read_metrics,
+    steady_tokens_per_second,
+    truncate_metrics,
+)
+
+KEYS = [
+    "step", "loss", "val_loss", "lr", "grad_norm",
+    "tokens", "tokens_per_second", "mfu", "peak_memory_bytes", "time",
+]  # fmt: skip
+
+
+def write(path: Path, steps: range) -> list[Record]:
+    records = [Record(step=step, loss=1 / (step + 3)) for step in steps]
+    file = MetricsFile(path)
+    for record in records:
+        file.write(record)
+        assert json.loads(path.read_text().splitlines()[-1])["step"] == record.step
+    file.close()
+    return records
+
+
+def test_numbers_come_back_bit_for_bit_under_their_keys(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = write(path, range(5))
+    assert read_metrics(path) == records
+    assert list(json.loads(path.read_text().splitlines()[0])) == KEYS
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = write(path, range(5))
+    path.write_text(path.read_text()[:-20])
+    assert read_metrics(path) == records[:4]
+    assert read_metrics(tmp_path / "no") == []
+
+
+def test_truncation_keeps_what_the_checkpoint_knows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = write(path, range(8))
+    path.write_text(path.read_text() + '{"step": 8, "lo')
+    truncate_metrics(path, 5)
+    assert read_metrics(path) == records[:6]
+    write(path, range(6, 8))
+    assert [record.step for record in read_metrics(path)] == list(range(8))
+    truncate_metrics(path, 0)  # no checkpoint: the run measures step 0 again
+    assert read_metrics(path) == []
+
+
+def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        file.write(Record(step=1, loss=float("nan")))
+    file.close()
+
+
+def test_throughput_leaves_out_the_first_steps() -> None:
+    rates = [1.0] * 10 + [5.0, 7.0, 100.0] * 5
+    records = [Record(step=0), *(Record(step=i, tokens_per_second=r) for i, r in enumerate(rates))]
+    assert steady_tokens_per_second(records) == 7.0
+    assert steady_tokens_per_second(records[:5]) == 1.0
+    assert steady_tokens_per_second(records[:1]) is None

@@ -1,0 +1,281 @@
+"""Whole runs: what they leave behind, how they end, and that a resumed one is the same run."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.image import imread
+from safetensors.torch import load_file
+
+from tilewright_model import CausalLM, CausalLMOutput
+from tilewright_train.batches import BatchSampler
+from tilewright_train.cli import main
+from tilewright_train.layers import parse
+from tilewright_train.metrics import read_metrics
+from tilewright_train.pretraining import run
+
+
+def train(flags: list[str], *more: str) -> tuple[Path, str]:
+    """Run in this process; the folder of the run and what was printed."""
+    printed = io.StringIO()
+    folder = run(parse([*flags, *more]), printed)
+    return folder, printed.getvalue()
+
+
+def losses(folder: Path) -> list[tuple]:
+    """What must not change when a run is resumed: everything but speed, memory and time."""
+    return [
+        (r.step, r.loss, r.val_loss, r.lr, r.grad_norm, r.tokens)
+        for r in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / "step-000012" / "model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(other)[name]), name
+
+
+@pytest.mark.smoke
+def test_a_run_learns_and_leaves_everything_behind(tiny_flags: list[str]) -> None:
+    folder, printed = train(tiny_flags)
+    assert folder.name == "corpus-nano-001"
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [record.step for record in records] == list(range(13))
+    measured = {r.step: r.val_loss for r in records if r.val_loss is not None}
+    assert list(measured) == [0, 6, 12]
+    assert measured[12] < measured[0] - 0.3
+    assert all(r.tokens_per_second and r.grad_norm for r in records[1:])
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["val_loss"] == measured[12]
+    assert summary["bigram_val_loss"] < measured[0]
+    assert summary["backend"]["fell_back"] == []
+    assert summary["backend"]["operators"]["rms_norm"]["torch"] > 0
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["corpus"]["files"] == 1
+    assert facts["versions"]["torch"] == torch.__version__
+
+    picture = imread(folder / "report" / "loss.png")
+    assert picture.std() > 0.01
+    assert (folder / "samples" / "step-000012.txt").read_text()
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert kept == ["step-000004", "step-000008", "step-000012"]
+
+    for wanted in (
+        "warmup_steps 1        a tenth of the steps",
+        "step  0/12  val loss 5.",
+        f"bigram model on the same tokens {summary['bigram_val_loss']:.4f}",
+        f"run          {folder}",
+        f"picture      {folder}/report/loss.png",
+        "next         train-pretrain --data",
+        "sample\n",
+    ):
+        assert wanted in printed, wanted
+    assert "\x1b" not in printed
+
+
+def test_the_runs_own_file_starts_the_same_run_again(tiny_flags: list[str]) -> None:
+    first, _ = train(tiny_flags)
+    second, _ = train(["--config", str(first / "config.toml")])
+    assert second.name == "corpus-nano-002"
+    assert_same_run(first, second)
+
+
+def test_a_finished_run_that_is_resumed_says_so(tiny_flags: list[str]) -> None:
+    folder, _ = train(tiny_flags)
+    before = losses(folder)
+    again, printed = train(["--resume", str(folder)])
+    assert again == folder
+    assert f"{folder} is finished" in printed
+    assert losses(folder) == before
+
+
+def test_a_resumed_run_is_the_same_run(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = train(tiny_flags)
+
+    # Ctrl-C in the middle of the seventh step: it is finished and saved.
+    def interrupt(self: BatchSampler, step: int) -> torch.Tensor:
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return rows(self, step)
+
+    rows = BatchSampler.rows
+    monkeypatch.setattr(BatchSampler, "rows", interrupt)
+    assert main(tiny_flags) == 130
+    monkeypatch.undo()
+    part = whole.with_name("corpus-nano-002")
+    assert [r.step for r in read_metrics(part / "metrics.jsonl")] == list(range(8))
+    assert (part / "checkpoints" / "step-000007").is_dir()
+    assert not (part / "summary.json").exists()
+
+    _, printed = train(["--resume", str(part)])
+    assert f"resume       {part} after step 7" in printed
+    assert_same_run(whole, part)
+    assert json.loads((part / "summary.json").read_text())["first_val_loss"] == losses(whole)[0][2]
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tilewright_train import loop
+
+    start = loop.TrainingLoop._start_step
+
+    def interrupted(self: loop.TrainingLoop, step: int) -> None:
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        start(self, step)
+
+    monkeypatch.setattr(loop.TrainingLoop, "_start_step", interrupted)
+    assert main(tiny_flags) == 128 + signal.SIGTERM
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"stopped after step 3 of 12, which is saved; go on with: train-pretrain --resume \S+\n",
+        error,
+    )
+
+
+def test_killed_at_any_step_and_resumed_the_losses_are_equal_bit_for_bit(
+    tiny_flags: list[str], tmp_path: Path
+) -> None:
+    """SIGKILL in a process of its own, twice: before the first checkpoint, and after one."""
+    whole, _ = train(tiny_flags, "--name", "whole")
+    killed = tmp_path / "runs" / "killed"
+    metrics = killed / "metrics.jsonl"
+    slow = (
+        "import sys, time; from tilewright_train import cli, loop\n"
+        "start = loop.TrainingLoop._start_step\n"
+        "def slowly(self, step): time.sleep(0.1); start(self, step)\n"
+        "loop.TrainingLoop._start_step = slowly\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    resume = ["--resume", str(killed)]
+    draw = int.from_bytes(os.urandom(2), "big")
+    for flags, low, high in (([*tiny_flags, "--name", "killed"], 1, 3), (resume, 5, 11)):
+        last = low + draw % (high - low + 1)
+        process = subprocess.Popen([sys.executable, "-c", slow, *flags], stdout=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 120
+            while not metrics.exists() or metrics.read_text().count("\n") <= last:
+                assert time.monotonic() < deadline, "the run does not get on"
+                assert process.poll() is None, f"ended with {process.returncode}"
+                time.sleep(0.01)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert not (killed / "summary.json").exists()
+    train(resume)
+    assert_same_run(whole, killed)
+
+
+def test_a_damaged_checkpoint_stops_the_resume_until_told_otherwise(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, _ = train(tiny_flags)
+    expected = losses(whole), weights(whole)
+    (whole / "summary.json").unlink()
+    damaged = whole / "checkpoints" / "step-000012" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert main(["--resume", str(whole)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {damaged} has ")
+    remedy = "from step-000008, the newest whole checkpoint, add --resume-from-older\n"
+    assert error.endswith(remedy)
+    assert losses(whole) == expected[0]
+
+    _, printed = train(["--resume", str(whole), "--resume-from-older"])
+    assert "step-000012 is now step-000012.damaged" in printed
+    assert losses(whole) == expected[0]
+    for name, tensor in expected[1].items():
+        assert torch.equal(tensor, weights(whole)[name]), name
+
+
+def test_a_run_whose_data_changed_is_not_resumed(
+    tiny_flags: list[str], corpus_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = train(tiny_flags)
+    (folder / "summary.json").unlink()
+    corpus_file.write_text(corpus_file.read_text() + '{"text": "one more"}\n')
+    assert main(["--resume", str(folder)]) == 2
+    assert f"the data of {folder} have changed since it began" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_a_remedy(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = CausalLM.forward
+    calls = []
+
+    def diverging(self: CausalLM, *args: Any, **kwargs: Any) -> CausalLMOutput:
+        output = forward(self, *args, **kwargs)
+        calls.append(torch.is_grad_enabled())
+        assert output.loss is not None
+        return output._replace(loss=output.loss * torch.nan) if sum(calls) == 6 else output
+
+    monkeypatch.setattr(CausalLM, "forward", diverging)
+    assert main(tiny_flags) == 2
+    error = capsys.readouterr().err
+    assert "the loss is nan" in error
+    assert "at step 6: start again with a smaller --lr" in error
+    (run_folder,) = (Path(tiny_flags[tiny_flags.index("--out") + 1])).glob("corpus-nano-*")
+    assert [p.name for p in (run_folder / "checkpoints").iterdir()] == ["step-000004"]
+
+
+def test_two_processes_train_as_one_on_the_joined_batch(
+    tiny_flags: list[str], tmp_path: Path
+) -> None:
+    alone, _ = train(tiny_flags, "--name", "alone")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "tilewright_train", *tiny_flags, "--name", "two"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("val loss") == 3  # said once, not once a process
+    assert "processes    2" in done.stdout
+    two = tmp_path / "runs" / "two"
+    for one, other in zip(losses(alone), losses(two), strict=True):
+        for value, expected in zip(other, one, strict=True):
+            assert value == (expected if expected is None else pytest.approx(expected, rel=2e-5))
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(tensor, weights(two)[name], rtol=1e-3, atol=2e-5)
+
+
+def test_an_error_of_one_process_ends_both(tiny_flags: list[str], corpus_file: Path) -> None:
+    corpus_file.write_text("bad\n")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", "-m", "tilewright_train", *tiny_flags),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(ours) == 1
+    assert f"{corpus_file}:1 is not JSON" in ours[0]
