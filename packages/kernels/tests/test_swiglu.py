@@ -16,8 +16,14 @@ from tilewright_kernels.testing import (
     check_deterministic,
     check_gradients,
     layouts,
+    no_synchronization,
     poisoned_memory,
 )
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 def make(shape, dtype, device, count=2, seed=0):
@@ -129,9 +135,10 @@ def test_rows_are_read_and_written_in_place(device, monkeypatch):
 
 
 def test_output_gradient_layouts(device):
-    # What sum() and transposes hand back: expanded and transposed gradients.
+    # What sum(), transposes and concatenations hand back.
     inputs = make((8, 8), torch.float32, device)
-    for dy in (torch.ones((), device=device).expand(8, 8), torch.rand(8, 8, device=device).T):
+    one, wide = torch.ones((), device=device), torch.rand(8, 19, device=device)
+    for dy in (one.expand(8, 8), torch.rand(8, 8, device=device).T, wide[:, 3:11]):
         with use_backend("triton"):
             ours = torch.autograd.grad(swiglu(*inputs), inputs, dy)
         expected = torch.autograd.grad(swiglu_reference(*inputs), inputs, dy)
@@ -248,6 +255,14 @@ def test_module(device):
     with use_backend("triton"):
         torch.testing.assert_close(SwiGLU()(packed), F.silu(gate) * up)
         torch.testing.assert_close(SwiGLU()(gate, up), F.silu(gate) * up)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device():
+    (packed,) = make_packed((7, 12), torch.float32, torch.device("cuda"))
+    dy = torch.rand(7, 12, device="cuda")
+    with no_synchronization():
+        swiglu(packed).backward(dy)
 
 
 @pytest.mark.gpu

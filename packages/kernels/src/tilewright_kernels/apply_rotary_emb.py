@@ -1,0 +1,325 @@
+"""Rotary position embedding (RoPE; Su et al. 2021, arXiv:2104.09864) of queries and keys.
+
+Pairs (x₁, x₂) of a head's first R dimensions turn by an angle that grows with the token's position:
+
+    y₁ = x₁ · cos - x₂ · sin          y₂ = x₂ · cos + x₁ · sin
+
+A pair is dimensions (i, i + R/2), as in Llama's weights on Hugging Face, or (2i, 2i + 1) where
+interleaved. Dimensions R and up are handed through. The gradient is turned back by the same angle,
+so backward is the same kernel with -sin and keeps nothing of q and k.
+
+One launch reads q and k once and writes both once; a token's row of the tables is read once for all
+its heads. The tables stay float32 up to the product, which is computed in float32 (float64 for
+float64) and rounded once. Hugging Face casts them to the activations' type first: in bfloat16 that
+alone is an error of 2⁻⁹ in each cosine.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewright_kernels._launch import cdiv, next_power_of_2
+from tilewright_kernels._operator import (
+    Operator,
+    accumulator,
+    check_floating,
+    check_same_device,
+)
+from tilewright_kernels._triton import tl, triton
+
+_OP = Operator("apply_rotary_emb")
+
+
+def apply_rotary_emb_reference(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The definition in plain torch; arguments as `apply_rotary_emb`."""
+    rows = slice(q.shape[-3]) if position_ids is None else position_ids
+    cos, sin = cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2)
+    return _turn(q, cos, sin, interleaved), _turn(k, cos, sin, interleaved)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Turn the pairs of x [..., D] by tables that broadcast to [..., R/2]."""
+    rotated, rest = x.tensor_split([2 * cos.shape[-1]], dim=-1)
+    if rotated.dtype != torch.float64:
+        rotated = rotated.float()
+    x1, x2 = rotated.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else rotated.chunk(2, -1)
+    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    y = torch.stack((y1, y2), -1).flatten(-2) if interleaved else torch.cat((y1, y2), -1)
+    return torch.cat((y.to(x.dtype), rest), -1).contiguous()
+
+
+# T and N change from batch to batch, and nothing would be gained from knowing what divides them.
+@triton.jit(do_not_specialize=["tokens_per_sequence", "num_tokens"])
+def _apply_rotary_emb_kernel(
+    q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, q_out_ptr, k_out_ptr,
+    q_batch_stride, q_token_stride, q_head_stride, q_dim_stride,
+    k_batch_stride, k_token_stride, k_head_stride, k_dim_stride,
+    cos_row_stride, sin_row_stride, position_batch_stride, position_token_stride,
+    tokens_per_sequence, num_tokens, table_rows, q_heads, k_heads,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
+    """y₁ = x₁ · cos - x₂ · sin, y₂ = x₂ · cos + x₁ · sin for BLOCK_H heads of BLOCK_T tokens.
+
+    Heads are counted through q and then k, and a tile may hold some of both: pointers are chosen
+    head by head. Programs on the same tokens are neighbours in the launch.
+    """
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    shares = tl.cdiv(q_heads + k_heads, BLOCK_H)
+    tokens = tl.program_id(0) // shares * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_mask = tokens < num_tokens
+    # Divided in int32, which is several times faster, and int64 from here on.
+    b = (tokens // tokens_per_sequence).to(tl.int64)[:, None]
+    t = (tokens % tokens_per_sequence).to(tl.int64)[:, None]
+    tokens = tokens.to(tl.int64)[:, None]
+    head = (tl.program_id(0) % shares * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :]
+    k_head = head - q_heads
+    q_rows = q_ptr + b * q_batch_stride + t * q_token_stride + head * q_head_stride
+    k_rows = k_ptr + b * k_batch_stride + t * k_token_stride + k_head * k_head_stride
+    q_outs = q_out_ptr + (tokens * q_heads + head) * HEAD_DIM
+    k_outs = k_out_ptr + (tokens * k_heads + k_head) * HEAD_DIM
+    is_q = head < q_heads
+    rows = tl.where(is_q, q_rows, k_rows)[:, :, None]
+    outs = tl.where(is_q, q_outs, k_outs)[:, :, None]
+    dim_stride = tl.where(is_q, q_dim_stride, k_dim_stride).to(tl.int64)[:, :, None]
+    mask = (token_mask[:, None] & (k_head < k_heads))[:, :, None]
+
+    # The loads of q and k come before those of the tables, which have to wait for the positions.
+    if INTERLEAVED:
+        # Whole rows in wide loads, parted in registers: loads of stride 2 would fetch all twice.
+        dims = tl.arange(0, 2 * BLOCK_PAIRS)[None, None, :]
+        x_mask = mask & (dims < ROTARY_DIM)
+        x = tl.load(rows + dims * dim_stride, mask=x_mask, other=0.0).to(ACC)
+        x1, x2 = tl.split(tl.reshape(x, [BLOCK_T, BLOCK_H, BLOCK_PAIRS, 2]))
+    else:
+        dims = tl.arange(0, BLOCK_PAIRS)[None, None, :]
+        x_mask = mask & (dims < HALF)
+        x1 = tl.load(rows + dims * dim_stride, mask=x_mask, other=0.0).to(ACC)
+        x2 = tl.load(rows + (dims + HALF) * dim_stride, mask=x_mask, other=0.0).to(ACC)
+
+    position = t
+    if HAS_POSITIONS:
+        offsets = b * position_batch_stride + t * position_token_stride
+        position = tl.load(position_ptr + offsets, mask=token_mask[:, None], other=0).to(tl.int64)
+    # A position outside the tables cannot raise here: it gives NaN, not somebody else's memory.
+    in_table = token_mask[:, None] & (position >= 0) & (position < table_rows)
+    pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
+    table_mask = in_table & (pairs < HALF)
+    nan = float("nan")
+    cos = tl.load(cos_ptr + position * cos_row_stride + pairs, mask=table_mask, other=nan)
+    sin = tl.load(sin_ptr + position * sin_row_stride + pairs, mask=table_mask, other=nan)
+    cos, sin = cos.to(ACC)[:, None, :], sin.to(ACC)[:, None, :]
+    if CONJUGATE:
+        sin = -sin
+
+    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    if INTERLEAVED:
+        y = tl.reshape(tl.join(y1, y2), [BLOCK_T, BLOCK_H, 2 * BLOCK_PAIRS])
+        tl.store(outs + dims, y, mask=x_mask)
+    else:
+        tl.store(outs + dims, y1, mask=x_mask)
+        tl.store(outs + dims + HALF, y2, mask=x_mask)
+    if ROTARY_DIM < HEAD_DIM:
+        rest = ROTARY_DIM + tl.arange(0, BLOCK_REST)[None, None, :]
+        rest_mask = mask & (rest < HEAD_DIM)
+        tl.store(outs + rest, tl.load(rows + rest * dim_stride, mask=rest_mask), mask=rest_mask)
+
+
+class _Tile(NamedTuple):
+    """Tokens and heads that one program takes."""
+
+    BLOCK_T: int
+    BLOCK_H: int
+    num_warps: int
+
+
+def _tile(heads: int, head_dim: int, rotary_dim: int) -> _Tile:
+    """Tile of 2048 to 4096 elements, 16 of those that turn a thread: two loads of 8 in bfloat16.
+
+    It takes as many heads as possible, since they share a row of the tables, but at least three
+    quarters of its lanes must have a head to work on. For 16 heads of q, 8 of k and D = 128 that is
+    one token and 256 threads with 32 registers (sm_90, bfloat16): a multiprocessor holds eight
+    programs with 48 KiB of loads in flight; about 20 KiB cover the latency of an H200's memory.
+    """
+    per_head = next_power_of_2(head_dim)
+    block_h = min(next_power_of_2(heads), max(1, 4096 // per_head))
+    while 4 * heads < 3 * cdiv(heads, block_h) * block_h:
+        block_h //= 2
+    block_t = next_power_of_2(cdiv(2048, block_h * per_head))
+    turning = block_t * block_h * next_power_of_2(rotary_dim)
+    return _Tile(block_t, block_h, max(1, min(16, turning // (32 * 16))))
+
+
+def _fake(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
+    interleaved: bool, conjugate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos, sin, position_ids, ctx.interleaved, ctx.conjugate = inputs
+    frozen = [y for y, need in zip(output, ctx.needs_input_grad, strict=False) if not need]
+    ctx.mark_non_differentiable(*frozen)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(cos, sin, position_ids)
+
+
+def _grads(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+    given = dk if dq is None else dq
+    if given is None:
+        return (None,) * 7
+    # Where the loss knows one output only, the other counts no heads.
+    heads = [given[:, :, :0] if dy is None else dy for dy in (dq, dk)]
+    dq_in, dk_in = rotate_heads(*heads, *ctx.saved_tensors, ctx.interleaved, not ctx.conjugate)
+    grads = (None if dq is None else dq_in, None if dk is None else dk_in)
+    return *grads, None, None, None, None, None
+
+
+@_OP.function(fake=_fake, setup_context=_save, backward=_grads)
+def rotate_heads(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
+    interleaved: bool, conjugate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the rotation of q [B, T, H, D] and k [B, T, K, D], back instead where conjugate."""
+    q_out, k_out = _fake(q, k, cos, sin, position_ids, interleaved, conjugate)
+    B, T, H, D = q.shape
+    K, R = k.shape[2], 2 * cos.shape[1]
+    if B * T * (H + K) == 0:
+        return q_out, k_out
+    tile = _tile(H + K, D, R)
+    _OP.launch(
+        _apply_rotary_emb_kernel, (cdiv(B * T, tile.BLOCK_T) * cdiv(H + K, tile.BLOCK_H),),
+        q, k, cos, sin, position_ids, q_out, k_out,
+        *q.stride(), *k.stride(), cos.stride(0), sin.stride(0),
+        *((0, 0) if position_ids is None else position_ids.stride()),
+        T, B * T, cos.shape[0], H, K,
+        HEAD_DIM=D, ROTARY_DIM=R, HAS_POSITIONS=position_ids is not None,
+        INTERLEAVED=interleaved, CONJUGATE=conjugate, ACC=accumulator(q.dtype),
+        BLOCK_PAIRS=next_power_of_2(R // 2), BLOCK_REST=next_power_of_2(max(1, D - R)),
+        **tile._asdict(),
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def apply_rotary_emb(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of queries and keys, in one launch.
+
+    y₁ = x₁ · cos - x₂ · sin,  y₂ = x₂ · cos + x₁ · sin         (Su et al. 2021, arXiv:2104.09864)
+
+    Args:
+        q: [B, T, H, D], or packed [N, H, D], in float16, bfloat16, float32 or float64. Any strides,
+            none is copied: a [B, H, T, D] tensor comes as q.transpose(1, 2), the q of a joint
+            projection as a slice.
+        k: [B, T, K, D], or [N, K, D], like q but for the number of heads and the strides.
+        cos: [P, R/2] float32, as `rotary_table` makes it: one value a pair, R ≤ D.
+        sin: like cos.
+        position_ids: [B, T], or [N], int64 or int32: the row of the tables for each token. None
+            takes row t for token t of each sequence, and a packed batch for one sequence. Ids must
+            lie in [0, P). Checking that would wait for the device, so it is not done: the kernel
+            gives NaN for tokens outside, the reference indexes as torch does.
+        interleaved: whether a pair is dimensions (2i, 2i + 1) instead of (i, i + R/2).
+
+    Returns:
+        New q and k, contiguous in the shapes given: what attention reads next, whatever the inputs'
+        strides. Differentiable once with respect to q and k.
+
+    Raises:
+        ValueError: shapes that do not fit, more tokens than rows of the tables, tables that require
+            grad, tensors on different devices.
+        TypeError: dtypes other than these, q and k of different dtypes.
+    """
+    _check_heads(q, k)
+    _check_tables(q, cos, sin)
+    _check_positions(q, cos, position_ids)
+    check_same_device(q=q, k=k, cos=cos, sin=sin, position_ids=position_ids)
+    tokens = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
+    if not _OP.uses_triton(q, f"there are {tokens} tokens" if tokens >= 2**31 else None):
+        return apply_rotary_emb_reference(
+            q, k, cos, sin, position_ids=position_ids, interleaved=interleaved
+        )
+    cos, sin = (table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))
+    if q.dim() == 4:
+        return rotate_heads(q, k, cos, sin, position_ids, interleaved, False)
+    position_ids = None if position_ids is None else position_ids[None]
+    q_out, k_out = rotate_heads(q[None], k[None], cos, sin, position_ids, interleaved, False)
+    return q_out[0], k_out[0]
+
+
+def _check_heads(q: Tensor, k: Tensor) -> None:
+    check_floating("q", q)
+    if q.dtype != k.dtype:
+        raise TypeError(f"q is {q.dtype} and k {k.dtype}; make them equal, as in k.to({q.dtype})")
+    shapes = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
+    if q.dim() not in (3, 4) or q.dim() != k.dim():
+        raise ValueError(
+            f"{shapes}; give [B, T, heads, D], or [N, heads, D] for packed sequences, for both"
+        )
+    if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"{shapes}; only the number of heads, the last dimension but one, may differ "
+            f"([B, heads, T, D] tensors come as q.transpose(1, 2))"
+        )
+
+
+def _check_tables(q: Tensor, cos: Tensor, sin: Tensor) -> None:
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype != torch.float32:
+            raise TypeError(
+                f"{name} is {table.dtype}; the tables stay float32 whatever q is: "
+                f"keep them as rotary_table makes them"
+            )
+        if table.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, but only q and k have gradients here; give "
+                f"{name}.detach(), or learn angles through apply_rotary_emb_reference"
+            )
+    if cos.dim() != 2 or cos.shape != sin.shape:
+        raise ValueError(
+            f"cos has shape {tuple(cos.shape)} and sin {tuple(sin.shape)}; both must be [P, R/2], "
+            f"one row a position (position_ids choose rows)"
+        )
+    if not 2 <= 2 * cos.shape[1] <= q.shape[-1]:
+        raise ValueError(
+            f"the tables have {cos.shape[1]} columns, which turn R = {2 * cos.shape[1]} dimensions "
+            f"of a head, and D is {q.shape[-1]}; R must lie in [2, D]. Tables that hold every "
+            f"angle twice are halved by cos[:, : R // 2]"
+        )
+
+
+def _check_positions(q: Tensor, cos: Tensor, position_ids: Tensor | None) -> None:
+    if position_ids is None:
+        if q.shape[-3] > cos.shape[0]:
+            raise ValueError(
+                f"q has {q.shape[-3]} tokens a sequence and the tables have {cos.shape[0]} rows; "
+                f"make longer tables, or give position_ids"
+            )
+        return
+    if position_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"position_ids is {position_ids.dtype}; give int64 or int32, as in position_ids.long()"
+        )
+    if position_ids.shape != q.shape[:-2]:
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}; for q of shape {tuple(q.shape)} "
+            f"it must be {tuple(q.shape[:-2])}, for example by position_ids.expand"
+        )
