@@ -1,1 +1,11 @@
-"""tilewright-optim."""
+"""Optimizers and learning-rate schedules for LLM training, in Triton and in torch.optim's terms.
+
+On CUDA devices one kernel launch updates all tensors of a parameter group in one pass over memory;
+elsewhere the plain-torch definition runs. State dicts are torch.optim's.
+"""
+
+from tilewright_optim.adamw import AdamW
+from tilewright_optim.functional import adamw_reference
+from tilewright_optim.schedule import WarmupCosine
+
+__all__ = ["AdamW", "WarmupCosine", "adamw_reference"]

@@ -1,0 +1,46 @@
+"""What a user can get wrong, checked where it enters; messages name the value and the remedy."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless the options of a parameter group are in their ranges."""
+    lr, betas = options["lr"], options["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; give one of one element")
+    if len(betas) != 2 or any(isinstance(beta, Tensor) for beta in betas):
+        raise ValueError(f"betas are {betas}; give two floats, for example (0.9, 0.999)")
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas[{i}] is {beta}; it must be at least 0 and below 1")
+    for name in ("lr", "eps", "weight_decay"):
+        if not options[name] >= 0.0:
+            raise ValueError(f"{name} is {options[name]}; it must be a number of at least 0")
+
+
+def check_tensors(param: Tensor, grad: Tensor, *states: Tensor) -> None:
+    """Raise unless an optimizer can work with this parameter, its gradient and its states."""
+    what = f"a parameter of shape {tuple(param.shape)}"
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"the gradient of {what} is {grad.layout}; this optimizer needs dense ones: make it so "
+            f"by param.grad.to_dense(), or use torch.optim.SparseAdam for this parameter"
+        )
+    for name, tensor in ((what, param), (f"the gradient of {what}", grad)):
+        if tensor.dtype not in _FLOATING:
+            raise TypeError(
+                f"{name} is {tensor.dtype}; give float16, bfloat16, float32 or float64 (for "
+                f"complex numbers, torch.view_as_real of them)"
+            )
+    for name, tensor in (("gradient", grad), *(("state", state) for state in states)):
+        if tensor.device != param.device:
+            raise ValueError(
+                f"{what} is on {param.device} and its {name} on {tensor.device}; move the model "
+                f"first, then create its optimizer and load the optimizer's state"
+            )

@@ -1,0 +1,104 @@
+"""Tables on the device that let one launch work on any number of tensors of any sizes.
+
+The work table holds, as int64, columns of addresses, a column of sizes, and the list of chunks;
+program i takes chunk i. All chunks but a tensor's last are of one size, so tensors of one element
+and of hundreds of millions are balanced by the GPU's own scheduler.
+
+    columns[0][0 … T)  …  columns[K - 1][0 … T)  |  sizes[0 … T)  |  chunks[0 … C)
+    chunk = tensor << 32 | ordinal:  elements ordinal · CHUNK … of that tensor
+
+Gradients change address when `zero_grad` frees them, so theirs is a table of its own, small enough
+to be sent anew. A table is never written again once it was sent: a changed address makes a new one.
+That needs no synchronization with launches under way, and a captured CUDA graph keeps the tables
+that it was captured with.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def chunk_list(sizes: Sequence[int], chunk: int) -> Tensor:
+    """Chunks of tensors of these sizes, int64 [C]; empty tensors have none."""
+    elements = torch.tensor(sizes, dtype=torch.int64)
+    counts = (elements + chunk - 1) // chunk
+    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    ordinal = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    return tensor << 32 | ordinal
+
+
+class Tables(NamedTuple):
+    """What one launch is given.
+
+    Attributes:
+        work: int64 [(K + 1) · T + C], as above.
+        grads: int64 [T], addresses of the gradients.
+        num_chunks: C.
+    """
+
+    work: Tensor
+    grads: Tensor
+    num_chunks: int
+
+
+class PointerTables:
+    """Makes the tables of successive launches; keeps those on the device that still hold.
+
+    Args:
+        device: where the tensors are.
+        chunk: elements in a chunk, a multiple of 16.
+    """
+
+    def __init__(self, device: torch.device, chunk: int) -> None:
+        nothing = torch.empty(0, dtype=torch.int64, device=device)
+        self._tables = Tables(nothing, nothing, 0)
+        self._work_key: list[list[int]] = []
+        self._grads_key: list[int] = []
+        self._device = device
+        self._chunk = chunk
+        self._stream = 0
+        self._captured: list[Tensor] = []
+
+    def get(self, columns: Sequence[list[int]], sizes: list[int], grads: list[int]) -> Tables:
+        """Tables with these contents; what has changed since the last call is sent.
+
+        Args:
+            columns: K lists of T addresses, or other integers that seldom change.
+            sizes: elements of each tensor.
+            grads: addresses of the gradients.
+        """
+        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._device.type == "cuda" and not capturing:
+            self._follow_stream()
+        tables, work_key = self._tables, [*columns, sizes]
+        if work_key != self._work_key:
+            chunks = chunk_list(sizes, self._chunk)
+            work = torch.cat([torch.tensor(work_key).flatten(), chunks])
+            tables = tables._replace(work=self._send(work, capturing), num_chunks=len(chunks))
+        if grads != self._grads_key:
+            tables = tables._replace(grads=self._send(torch.tensor(grads), capturing))
+        if capturing:
+            # Not for later steps: what is sent in a capture arrives when the graph is replayed.
+            self._captured += [tables.work, tables.grads]
+        else:
+            self._tables, self._work_key, self._grads_key = tables, work_key, grads
+        return tables
+
+    def _send(self, table: Tensor, capturing: bool) -> Tensor:
+        """Copy to the device, without waiting for it."""
+        if self._device.type != "cuda":
+            return table
+        table = table.pin_memory()
+        if capturing:
+            self._captured.append(table)  # each replay copies from it again
+        return table.to(self._device, non_blocking=True)
+
+    def _follow_stream(self) -> None:
+        """Tell the allocator when launches move to another stream than the tables were made on."""
+        stream = torch.cuda.current_stream(self._device)
+        if stream.cuda_stream != self._stream:
+            self._stream = stream.cuda_stream
+            self._tables.work.record_stream(stream)
+            self._tables.grads.record_stream(stream)
