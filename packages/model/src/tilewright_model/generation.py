@@ -9,9 +9,14 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tilewright_model.causal_lm import CausalLM
 from tilewright_model.kv_cache import KVCache
+
+# All of torch's attention backends but cuDNN, which builds a plan for every new length: decoding a
+# 0.5 B model takes 31 ms a token with it on an H200 (torch 2.11) and 6.5 ms without.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @torch.no_grad()
@@ -62,7 +67,7 @@ def generate(
     )
     ended = torch.zeros(batch_size, dtype=torch.bool, device=input_ids.device)
     pieces = [input_ids]
-    with _uncompiled():
+    with _uncompiled(), sdpa_kernel(_ATTENTION):
         for _ in range(max_new_tokens):
             # Only the last position's logits are needed, not [B, T, V] of a long prompt.
             last_BC = model.hidden_states(pieces[-1], cache=cache)[:, -1]
