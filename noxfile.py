@@ -75,6 +75,8 @@ def add_test_session(package: str) -> None:
         if device == "interpreter":
             # Before triton decorates a kernel, so before Python starts.
             env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+            # Tensors of tests are tiny: more threads only wait for each other.
+            env |= {"OMP_NUM_THREADS": "1"}
         chosen = "not gpu and not multigpu" if device == "interpreter" else "gpu or multigpu"
         session.run(
             *("python", "-m", "pytest", f"packages/{package}/tests", "-m", chosen),
