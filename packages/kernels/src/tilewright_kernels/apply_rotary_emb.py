@@ -20,12 +20,7 @@ import torch
 from torch import Tensor
 
 from tilewright_kernels._launch import cdiv, next_power_of_2
-from tilewright_kernels._operator import (
-    Operator,
-    accumulator,
-    check_floating,
-    check_same_device,
-)
+from tilewright_kernels._operator import Operator, accumulator, check_floating, check_same_device
 from tilewright_kernels._triton import tl, triton
 
 _OP = Operator("apply_rotary_emb")
@@ -57,8 +52,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((y.to(x.dtype), rest), -1).contiguous()
 
 
-# T and N change from batch to batch, and nothing would be gained from knowing what divides them.
-@triton.jit(do_not_specialize=["tokens_per_sequence", "num_tokens"])
+# These change from batch to batch, and nothing would be gained from knowing what divides them.
+@triton.jit(do_not_specialize=["tokens_per_sequence", "num_tokens", "table_rows"])
 def _apply_rotary_emb_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, q_out_ptr, k_out_ptr,
     q_batch_stride, q_token_stride, q_head_stride, q_dim_stride,
@@ -97,7 +92,7 @@ def _apply_rotary_emb_kernel(
 
     # The loads of q and k come before those of the tables, which have to wait for the positions.
     if INTERLEAVED:
-        # Whole rows in wide loads, parted in registers: loads of stride 2 would fetch all twice.
+        # Whole rows in wide loads, parted in registers: loads of stride 2 would ask for all twice.
         dims = tl.arange(0, 2 * BLOCK_PAIRS)[None, None, :]
         x_mask = mask & (dims < ROTARY_DIM)
         x = tl.load(rows + dims * dim_stride, mask=x_mask, other=0.0).to(ACC)
