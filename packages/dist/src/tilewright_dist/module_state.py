@@ -1,0 +1,111 @@
+"""Equal modules on all ranks: what the ranks hold is compared, then rank 0's values are sent.
+
+The comparison comes first and is itself safe: every rank describes its tensors, all ranks see all
+descriptions and come to the same verdict. A broadcast between modules that differ would hang, or
+fill tensors with each other's bytes.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+class _TensorDescription(NamedTuple):
+    """What has to agree between ranks for one parameter or buffer."""
+
+    kind: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    device_type: str
+    trainable: bool
+
+    def __str__(self) -> str:
+        frozen = "" if self.trainable or self.kind == "buffer" else ", frozen"
+        dtype = self.dtype.removeprefix("torch.")
+        return f"{self.kind} {self.name!r} {dtype} {self.shape} on {self.device_type}{frozen}"
+
+
+def verify_module_state(module: nn.Module, process_group: dist.ProcessGroup) -> None:
+    """Check that all ranks hold the same parameters and buffers, apart from their values.
+
+    Compared are names, order, dtypes, shapes, device types and which parameters are trainable.
+
+    Args:
+        module: The replica of this rank.
+        process_group: The ranks to compare.
+
+    Raises:
+        ValueError: On every rank alike: the first tensor that differs, with what each rank holds
+            in its place; or a tensor on the meta device, which has no values to send.
+    """
+    descriptions: list[list[_TensorDescription]] = [[] for _ in range(process_group.size())]
+    # NCCL moves objects through the current device, which a caller may have left at 0 on all ranks.
+    with torch.cuda.device(_cuda_index(module)):
+        dist.all_gather_object(descriptions, _describe(module), group=process_group)
+
+    ranks = dist.get_process_group_ranks(process_group)
+    for position in range(max(len(held) for held in descriptions)):
+        holders: dict[_TensorDescription | None, list[int]] = {}
+        for rank, held in zip(ranks, descriptions, strict=True):
+            description = held[position] if position < len(held) else None
+            holders.setdefault(description, []).append(rank)
+        if len(holders) > 1:
+            raise ValueError(_mismatch_message(holders))
+
+    for description in descriptions[0]:
+        if description.device_type == "meta":
+            raise ValueError(f"{description} has no values yet: call to_empty() and initialise it")
+
+
+def broadcast_module_state(
+    module: nn.Module, process_group: dist.ProcessGroup, device: torch.device
+) -> None:
+    """Overwrite parameters and buffers with those of rank 0 of the group, bit for bit.
+
+    Args:
+        module: Verified by `verify_module_state`.
+        process_group: The ranks to send to.
+        device: Where the values travel. A buffer that lives elsewhere (a counter on the CPU of a
+            module on the GPU) passes through it.
+    """
+    for tensor in [*module.parameters(), *module.buffers()]:
+        target = tensor.detach()
+        if target.numel() == 0:
+            continue
+        values = target.to(device).contiguous().view(-1)
+        # As bytes: no backend moves every dtype (bool, float8, complex), all move uint8.
+        dist.broadcast(values.view(torch.uint8), group=process_group, group_src=0)
+        if values.data_ptr() != target.data_ptr():
+            target.copy_(values.view(target.shape))
+
+
+def _cuda_index(module: nn.Module) -> int:
+    """The first CUDA device in use, -1 without one."""
+    devices = (tensor.device for tensor in [*module.parameters(), *module.buffers()])
+    return next((device.index for device in devices if device.type == "cuda"), -1)
+
+
+def _describe(module: nn.Module) -> list[_TensorDescription]:
+    named = [("parameter", n, p) for n, p in module.named_parameters()]
+    named += [("buffer", n, b) for n, b in module.named_buffers()]
+    return [
+        _TensorDescription(
+            kind, name, str(tensor.dtype), tuple(tensor.shape), tensor.device.type,
+            tensor.requires_grad,
+        )
+        for kind, name, tensor in named
+    ]  # fmt: skip
+
+
+def _mismatch_message(holders: dict[_TensorDescription | None, list[int]]) -> str:
+    described = []
+    for description, ranks in holders.items():
+        who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        described.append(f"{description or 'nothing in its place'} on {who}")
+    return (
+        f"the module differs between ranks: {'; '.join(described)}. "
+        "Build it from the same configuration on every rank"
+    )
