@@ -6,12 +6,18 @@ and the environment variable TILEWRIGHT_BACKEND choose otherwise, `backend_repor
 
 from tilewright_kernels._backend import BackendReport, OperatorReport, backend_report, use_backend
 from tilewright_kernels.apply_rotary_emb import apply_rotary_emb, apply_rotary_emb_reference
+from tilewright_kernels.cross_entropy import (
+    CrossEntropyLoss,
+    cross_entropy,
+    cross_entropy_reference,
+)
 from tilewright_kernels.rms_norm import RMSNorm, rms_norm, rms_norm_reference
 from tilewright_kernels.rotary_embedding import RotaryEmbedding, rotary_table
 from tilewright_kernels.swiglu import SwiGLU, swiglu, swiglu_reference
 
 __all__ = [
     "BackendReport",
+    "CrossEntropyLoss",
     "OperatorReport",
     "RMSNorm",
     "RotaryEmbedding",
@@ -19,6 +25,8 @@ __all__ = [
     "apply_rotary_emb",
     "apply_rotary_emb_reference",
     "backend_report",
+    "cross_entropy",
+    "cross_entropy_reference",
     "rms_norm",
     "rms_norm_reference",
     "rotary_table",
