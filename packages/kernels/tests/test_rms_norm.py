@@ -101,9 +101,10 @@ def test_layouts(device):
 
 
 def test_output_gradient_layouts(device):
-    # What sum() and transposes hand back: expanded and transposed gradients.
+    # What sum(), transposes and slices hand back: expanded, transposed and strided gradients.
     x, weight = make((8, 8), torch.float32, device)
-    for dy in (torch.ones((), device=device).expand(8, 8), torch.rand(8, 8, device=device).T):
+    one, wide = torch.ones((), device=device), torch.rand(8, 19, device=device)
+    for dy in (one.expand(8, 8), wide[:, :8].T, wide[:, 3:11]):
         ours = torch.autograd.grad(function(x, weight), (x, weight), dy)
         with use_backend("torch"):
             expected = torch.autograd.grad(function(x, weight), (x, weight), dy)
