@@ -40,11 +40,17 @@ FORWARD_LANES, FORWARD_UNROLL, FORWARD_STAGES = 2048, 4, 2
 """Forward walks a row by UNROLL · LANES columns, STAGES tiles of loads in flight.
 
 A lane is a column with a running maximum and sum of its own. 8 warps load 8 bfloat16 a thread over
-2048 lanes, so the UNROLL columns of a lane lie in one thread and the loop has no barrier.
+2048 lanes, so the UNROLL columns of a lane lie in one thread and are reduced there. For sm_90 that
+is 75 registers, 3 programs and 48 KiB in flight a multiprocessor. Predicted for an H200 and not yet
+measured: 90 % of copy_'s bandwidth at V = 32768; with one stage 64 registers, 4 programs, about as
+fast; with three stages 195 registers and slower.
 """
 
 BACKWARD_TILE = 4096
-"""Columns of a program of backward; programs are independent, as in an element-wise kernel."""
+"""Columns of a program of backward; programs are independent, as in an element-wise kernel.
+
+16 elements a thread, 28 registers, 8 programs a multiprocessor. Predicted: 95 % of copy_.
+"""
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -69,16 +75,15 @@ def cross_entropy_reference(
     w = s.new_ones(s.shape[-1]) if weight is None else weight.to(s.dtype)
     ignored = target == ignore_index
     y = target.masked_fill(ignored, 0).long().unsqueeze(-1)
-    w_y = w[y].squeeze(-1)
+    s_y, w_y = s.gather(-1, y).squeeze(-1), w[y].squeeze(-1)
 
     largest = s.detach().amax(-1, keepdim=True)
-    lse = largest + (s - largest).exp().sum(-1, keepdim=True).log()
-    surprise = lse - s
-    loss = w_y * (1 - label_smoothing) * surprise.gather(-1, y).squeeze(-1)
+    lse = (largest + (s - largest).exp().sum(-1, keepdim=True).log()).squeeze(-1)
+    loss = w_y * (1 - label_smoothing) * (lse - s_y)
     if z_loss != 0:
-        loss = loss + w_y * z_loss * lse.squeeze(-1).square()
+        loss = loss + w_y * z_loss * lse.square()
     if label_smoothing != 0:
-        loss = loss + label_smoothing / s.shape[-1] * (w * surprise).sum(-1)
+        loss = loss + label_smoothing / s.shape[-1] * (w * (lse.unsqueeze(-1) - s)).sum(-1)
     return _reduce(loss.masked_fill(ignored, 0), w_y.masked_fill(ignored, 0), reduction)
 
 
