@@ -7,8 +7,8 @@ key, so that checkpoints go both ways.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import compress
-from operator import attrgetter
+from itertools import repeat
+from operator import ne
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from tilewright_optim._adamw_kernel import CHUNK, OPERATOR, adamw_triton
 from tilewright_optim._checks import check_options, check_tensors
+from tilewright_optim._kinds import Kind, by_kind
 from tilewright_optim._tables import PointerTables
 from tilewright_optim.functional import adamw_reference
 
@@ -24,12 +25,8 @@ from tilewright_optim.functional import adamw_reference
 # state_dict passes through unchanged, and without effect here.
 _TORCH_OPTIONS = {"foreach": None, "differentiable": False, "fused": None}
 
-
-# What the parameters, gradients, m and v of one launch have in common.
-_TRAITS = attrgetter("device", "dtype", "layout")
-_Kind = tuple[Any, ...]
-
-_CPU = torch.device("cpu")
+_CPU = -1
+"""What `Tensor.get_device` says of a tensor on the CPU."""
 
 
 class AdamW(Optimizer):
@@ -83,7 +80,7 @@ class AdamW(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
     ) -> None:
-        self._tables: dict[tuple[int, _Kind], PointerTables] = {}
+        self._tables: dict[tuple[int, Kind], PointerTables] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -113,6 +110,7 @@ class AdamW(Optimizer):
                 group.setdefault(option, default)
             group["decoupled_weight_decay"] = True
 
+    @torch.compiler.disable  # it works with addresses and counts on the host, each a graph break
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -139,8 +137,8 @@ class AdamW(Optimizer):
 
     def _step_group(self, index: int, group: dict[str, Any], found_inf: Tensor | None) -> None:
         beta1, beta2 = map(float, group["betas"])
-        for kind, columns in self._by_kind(group):
-            params = columns[0]
+        for kind, (params, grads, exp_avgs, exp_avg_sqs, maxima, steps) in self._by_kind(group):
+            check_tensors(params[0], grads[0], exp_avgs[0], exp_avg_sqs[0])
             device = params[0].device
             capturing = _is_capturing(device)
             if capturing and not group["capturable"]:
@@ -149,7 +147,9 @@ class AdamW(Optimizer):
                     "with capturable=True, so that step counts live on the device"
                 )
             update: Callable[..., None] = adamw_reference
-            if any(map(Tensor.numel, params)) and OPERATOR.uses_triton(params[0]):
+            if any(map(Tensor.numel, params)) and OPERATOR.uses_triton(
+                params[0], _obstacle(params)
+            ):
                 if (index, kind) not in self._tables:
                     self._tables[index, kind] = PointerTables(device, CHUNK)
                 update = partial(
@@ -158,7 +158,12 @@ class AdamW(Optimizer):
                     capturable=group["capturable"],
                 )
             update(
-                *columns,
+                params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                maxima,
+                steps,
                 lr=_learning_rate(group["lr"], device, capturing),
                 beta1=beta1,
                 beta2=beta2,
@@ -170,33 +175,23 @@ class AdamW(Optimizer):
                 found_inf=_on(device, found_inf),
             )
 
-    def _by_kind(self, group: dict[str, Any]) -> Iterator[tuple[_Kind, list[list[Tensor]]]]:
-        """The group's tensors in columns (params, grads, m, v, max v, steps), one set a kind."""
+    def _by_kind(self, group: dict[str, Any]) -> Iterator[tuple[Kind, list[list[Tensor]]]]:
+        """The group's tensors as lists (params, grads, m, v, max v, steps), for each launch."""
         params = [param for param in group["params"] if param.grad is not None]
         grads = [param.grad for param in params]
         states = [self.state[param] or self._new_state(param, group) for param in params]
         exp_avgs = [state["exp_avg"] for state in states]
         exp_avg_sqs = [state["exp_avg_sq"] for state in states]
         maxima = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
-        for param, state in zip(params, states, strict=True):
-            place = param.device if group["capturable"] else _CPU
-            if state["step"].device != place:  # capturable was changed, or the model was moved
-                state["step"] = state["step"].to(place, torch.float32)
         steps = [state["step"] for state in states]
-        columns = [params, grads, exp_avgs, exp_avg_sqs, maxima, steps]
-
-        kinds = list(zip(*(map(_TRAITS, column) for column in columns[:4]), strict=True))
-        while kinds:
-            kind = kinds[0]
-            check_tensors(*(column[0] for column in columns[:4]))
-            same = [k == kind for k in kinds]
-            if all(same):
-                yield kind, columns
-                return
-            yield kind, [list(compress(column, same)) for column in columns]
-            rest = [not s for s in same]
-            columns = [list(compress(column, rest)) for column in columns]
-            kinds = list(compress(kinds, rest))
+        places = map(Tensor.get_device, params) if group["capturable"] else repeat(_CPU)
+        if any(map(ne, map(Tensor.get_device, steps), places)):
+            # capturable was changed, or the model was moved
+            for param, state in zip(params, states, strict=True):
+                place = param.device if group["capturable"] else "cpu"
+                state["step"] = state["step"].to(place, torch.float32)
+            steps = [state["step"] for state in states]
+        return by_kind((params, grads, exp_avgs, exp_avg_sqs), (maxima, steps))
 
     def _new_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if _is_capturing(param.device):
@@ -213,6 +208,14 @@ class AdamW(Optimizer):
         for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
             state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return state
+
+
+def _obstacle(params: list[Tensor]) -> str | None:
+    """Why the kernel cannot take these parameters, or None if it can."""
+    subclasses = set(map(type, params)) - {Tensor, torch.nn.Parameter}
+    if not subclasses:
+        return None
+    return f"a parameter is a {subclasses.pop().__name__}, which may not lie at one address"
 
 
 def _is_capturing(device: torch.device) -> bool:

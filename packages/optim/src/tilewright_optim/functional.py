@@ -104,4 +104,8 @@ def _update(
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     second = torch.maximum(rest[0], exp_avg_sq, out=rest[0]) if amsgrad else exp_avg_sq
     denominator = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    param.sub_(torch.div(exp_avg, denominator, out=denominator).mul_(lr / (1 - beta1**step)))
+    step_size = lr / (1 - beta1**step)
+    if isinstance(step_size, Tensor):
+        param.sub_(torch.div(exp_avg, denominator, out=denominator).mul_(step_size))
+    else:
+        param.addcdiv_(exp_avg, denominator, value=-step_size)

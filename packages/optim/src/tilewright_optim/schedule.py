@@ -4,7 +4,7 @@ The n-th optimizer step (n = 1, 2, …; `last_epoch` is n - 1) of W warm-up and 
 
     γₙ = γ · n / W                                              n ≤ W
     γₙ = γ · (r + (1 - r) (1 + cos(π (n - W) / (N - W))) / 2)    W ≤ n ≤ N
-    γₙ = γ · r                                                  n ≥ N
+    γₙ = γ · r                                                  n ≥ N, n > W
 
 (Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts). So the first step is not lost on a
 rate of 0, step W is the only one at full rate, and step N, the last, is the first at the floor.
