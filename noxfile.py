@@ -110,7 +110,7 @@ def lint(session: nox.Session) -> None:
     session.run("lint-imports", env=source_path(PACKAGES))
     for package in PACKAGES:
         with session.chdir(f"packages/{package}"):
-            session.run("deptry", "src")
+            session.run("deptry", *(name for name in ("src", "benchmarks") if Path(name).exists()))
     session.run("uv", "lock", "--check", external=True)
 
 

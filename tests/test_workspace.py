@@ -13,6 +13,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("bench", "dist", "kernels", "model", "optim", "train")
+CODE = ("src", "benchmarks")
+"""Folders of a package that import what it declares."""
 
 
 def manifest(package: str, root: Path = ROOT) -> dict:
@@ -163,7 +165,9 @@ def copy(tmp_path):
     for package in PACKAGES:
         folder = ROOT / "packages" / package
         target = tmp_path / "packages" / package
-        shutil.copytree(folder / "src", target / "src")
+        for name in CODE:
+            if (folder / name).exists():
+                shutil.copytree(folder / name, target / name)
         shutil.copy(folder / "pyproject.toml", target)
     return tmp_path
 
@@ -179,8 +183,8 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess:
 
 
 def deptry(root: Path, package: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "deptry", "src"]
     folder = root / "packages" / package
+    command = [sys.executable, "-m", "deptry", *(c for c in CODE if (folder / c).exists())]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 

@@ -98,6 +98,7 @@ def test_sparse_gradient_is_refused_by_name(one_rank_group):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("one_rank_group", ["nccl"], indirect=True)
 def test_does_not_wait_for_the_device(one_rank_group):
     parameters = [nn.Parameter(torch.zeros(2, device="cuda")) for _ in range(3)]
