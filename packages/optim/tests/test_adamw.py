@@ -270,6 +270,17 @@ def test_state_dict_has_torchs_options(device):
     assert ours == torchs
 
 
+def test_adams_state_loads_and_decay_stays_decoupled(device):
+    params = make(device)
+    adam = torch.optim.Adam(params)
+    set_grads(params, 0)
+    adam.step()
+    optimizer = AdamW(params)
+    optimizer.load_state_dict(adam.state_dict())
+    assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+
+
 def test_resuming_is_exact(device):
     def run(params, optimizer, steps):
         for step in steps:
