@@ -44,7 +44,7 @@ def test_what_the_user_gave_stays() -> None:
     assert (config.training.steps, config.training.seq_len) == (33, 64)
     assert (config.model.preset, config.machine.precision) == ("tiny", "bf16")
     assert config.machine.threads == 1
-    assert config.training.warmup_steps == 3
+    assert config.training.warmup_steps == 16
     assert chosen.reasons["lr"] == "the recipe of tiny"
 
 

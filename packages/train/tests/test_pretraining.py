@@ -76,7 +76,7 @@ def test_a_run_learns_and_leaves_everything_behind(tiny_flags: list[str]) -> Non
     assert kept == ["step-000004", "step-000008", "step-000012"]
 
     for wanted in (
-        "warmup_steps 1        a tenth of the steps",
+        "warmup_steps 6        the recipe of nano, at most half the steps",
         "step  0/12  val loss 5.",
         f"bigram model on the same tokens {summary['bigram_val_loss']:.4f}",
         f"run          {folder}",

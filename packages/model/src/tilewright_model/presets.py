@@ -30,7 +30,7 @@ def _row(
 PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
     {
         #             vocab  hidden layers heads kv   mlp positions
-        "nano": _row(4096, 128, 4, 4, 2, 384, 1024),
+        "nano": _row(2048, 128, 4, 4, 2, 384, 1024),
         "tiny": _row(8192, 256, 10, 4, 2, 768, 1024),
         "small": _row(16384, 512, 8, 8, 4, 1280, 2048),
         "100m": _row(32768, 768, 12, 12, 4, 2048, 2048),

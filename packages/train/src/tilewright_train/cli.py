@@ -34,12 +34,23 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> None:
     config = parse(arguments)
+    _wait_politely()
     # torch takes seconds to import: --help and a mistyped flag do not wait for it.
     try:
         from tilewright_train.pretraining import run
     except ValueError as error:  # tilewright_kernels reads TILEWRIGHT_BACKEND when it is imported
         raise InputError(str(error)) from error
     run(config)
+
+
+def _wait_politely() -> None:
+    """Have OpenMP's threads sleep soon while they wait for each other; set before torch is loaded.
+
+    By default they spin for a millisecond or so. With two busy programs beside it on two cores, nano then
+    trains 662 to 1,586 tokens/s; with 5,000 turns 4,155 to 6,559. On quiet cores both reach 13,000.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def _complain(message: str, status: int) -> int:

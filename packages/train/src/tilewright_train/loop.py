@@ -104,6 +104,7 @@ class TrainingLoop:
         )
         self._pending: deque[_Pending] = deque()
         self._stop_wanted = False
+        self._clock = _StepClock(environment.device)
 
     def run(self, done: int, seconds: float) -> int:
         """Train until the last step, or until somebody asked to stop.
@@ -123,7 +124,7 @@ class TrainingLoop:
         saved = done
         if done == 0:
             self.emit(self._measured(Record(step=0), self.evaluate()))
-        self._mark = time.perf_counter()
+        self._clock.restart()
         while done < self.options.steps and not self._stop_wanted:
             self._start_step(done)
             done += 1
@@ -141,7 +142,7 @@ class TrainingLoop:
             if saves:
                 self.save(done, self._seconds())
                 saved = done
-            self._mark = time.perf_counter()
+            self._clock.restart()
         self._finish_steps(keep=0)
         if saved < done:
             self.save(done, self._seconds())
@@ -177,7 +178,7 @@ class TrainingLoop:
         if numbers.device.type == "cpu":
             return _Pending(step, lr, numbers, None)
         on_host = numbers.to("cpu", non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event(enable_timing=True)
         arrived.record()
         return _Pending(step, lr, on_host, arrived)
 
@@ -204,10 +205,8 @@ class TrainingLoop:
                 f"the loss is {loss} and the gradient norm {norm} at step {pending.step}: start"
                 f" again with a smaller --lr (it was {pending.lr:.2e}) or a longer --warmup-steps"
             )
-        now = time.perf_counter()
-        elapsed, self._mark = now - self._mark, now
         a_step = self.sampler.batch_size * self.sampler.seq_len
-        rate = a_step / elapsed
+        rate = a_step / self._clock.lap(pending.arrived)
         peak = self.options.peak_flops
         flops = rate * self.options.flops_per_token / self.environment.world_size
         return Record(
@@ -229,3 +228,32 @@ class TrainingLoop:
     def _seconds(self) -> float:
         """Seconds of the run so far, those before a resume included."""
         return time.perf_counter() - self._began
+
+
+class _StepClock:
+    """Seconds from the end of one step to the end of the next.
+
+    On a GPU from its own events: the host reads the numbers of two steps at once now and then, so
+    its clock would give one of them no time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """The next step begins now, after a measurement or a checkpoint."""
+        self._since = time.perf_counter()
+        if self._device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def lap(self, arrived: torch.cuda.Event | None) -> float:
+        """Seconds that the step took whose numbers have arrived."""
+        if arrived is not None:
+            seconds = self._event.elapsed_time(arrived) / 1000
+            self._event = arrived
+            return seconds
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds
