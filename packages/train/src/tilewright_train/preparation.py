@@ -14,7 +14,6 @@ import torch
 
 from tilewright_dist import DistributedEnvironment
 from tilewright_model import CausalLM, ModelConfig, count_parameters, flops_per_token
-from tilewright_optim import AdamW, WarmupCosine
 from tilewright_train import checkpoint, machine, tokens
 from tilewright_train.automatic import Chosen, model_config
 from tilewright_train.batches import BatchSampler, validation_rows
@@ -97,6 +96,9 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
 
 def build(chosen: Chosen, shape: ModelConfig, device: torch.device) -> Trainee:
     """Model, AdamW and schedule from the seed: the same weights on every device and process."""
+    # Imported here, behind the thread that `pretraining` starts for it.
+    from tilewright_optim import AdamW, WarmupCosine
+
     options, settled = chosen.config.training, chosen.settled
     torch.manual_seed(options.seed)
     model = CausalLM(shape).to(device)
