@@ -88,6 +88,37 @@ def test_a_run_learns_and_leaves_everything_behind(tiny_flags: list[str]) -> Non
     assert "\x1b" not in printed
 
 
+def test_the_kernels_train_as_their_references_do(tiny_flags: list[str]) -> None:
+    """Through the interpreter: two steps, every operator forward and backward."""
+    flags = [*tiny_flags, "--steps", "2", "--batch-size", "2", "--eval-tokens", "30"]
+    runs = {backend: train(flags, "--backend", backend)[0] for backend in ("torch", "triton")}
+    operators = {}
+    for backend, folder in runs.items():
+        report = json.loads((folder / "summary.json").read_text())["backend"]
+        operators[backend] = report["operators"]
+        assert report["fell_back"] == []
+    model = {"apply_rotary_emb", "cross_entropy", "rms_norm", "swiglu"}
+    for name in model:
+        assert operators["torch"][name]["launches"] == 0, name
+        assert operators["triton"][name]["torch"] == 0, name
+        assert operators["triton"][name]["launches"] > operators["triton"][name]["triton"], name
+    for one, other in zip(losses(runs["torch"]), losses(runs["triton"]), strict=True):
+        for value, expected in zip(other, one, strict=True):
+            assert value == (expected if expected is None else pytest.approx(expected, rel=1e-5))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_command_takes_triton_and_bf16(tiny_flags: list[str]) -> None:
+    flags = [*tiny_flags, "--device", "cuda"]
+    runs = [train(flags, "--backend", backend)[0] for backend in ("torch", "auto", "auto")]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in runs]
+    assert {summary["precision"] for summary in summaries} == {"bf16"}
+    for row in summaries[1]["backend"]["operators"].values():
+        assert (row["torch"], row["fell_back"]) == (0, 0), row
+    assert summaries[1]["val_loss"] == pytest.approx(summaries[0]["val_loss"], rel=0.02)
+    assert_same_run(runs[1], runs[2])
+
+
 def test_the_runs_own_file_starts_the_same_run_again(tiny_flags: list[str]) -> None:
     first, _ = train(tiny_flags)
     second, _ = train(["--config", str(first / "config.toml")])

@@ -122,7 +122,7 @@ def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
         "preset",
         "model",
         "small" if on_gpu else "nano",
-        "trains in minutes on a GPU" if on_gpu else "trains in about two minutes on two CPU cores",
+        "trains in minutes on a GPU" if on_gpu else "trains in one to two minutes on two CPU cores",
     )
     model = preset(name, **config.model.overrides)
     fill("vocab_size", "data", model.vocab_size, f"preset {name}")

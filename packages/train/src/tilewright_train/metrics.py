@@ -53,9 +53,13 @@ class MetricsFile:
         self._stream.write(json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n")
         self._stream.flush()
 
-    def close(self) -> None:
-        """Have the disk hold all lines."""
+    def flush(self) -> None:
+        """Have the disk hold all lines: a checkpoint must not be ahead of them."""
         os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Flush and let go of the file."""
+        self.flush()
         self._stream.close()
 
 

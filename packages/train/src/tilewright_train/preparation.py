@@ -130,8 +130,10 @@ def _prepare_files(
     config, settled = chosen.config, chosen.settled
     resumed = Path(config.run.resume) if config.run.resume != "never" else None
     shape = model_config(chosen)
-    saves = -(-settled.steps // settled.save_every)
-    room = checkpoint_bytes(shape) * min(config.run.keep + 1, saves)
+    # A checkpoint is written before the oldest one is removed.
+    most = min(config.run.keep + 1, -(-settled.steps // settled.save_every))
+    there = len(checkpoint.all_checkpoints(RunDirectory(resumed).checkpoints)) if resumed else 0
+    room = checkpoint_bytes(shape) * max(1, most - there)
     check_room(resumed or config.run.out, room)
     corpus = open_corpus(config.data.data)
     reporter.say(f"corpus       {corpus.describe()}")

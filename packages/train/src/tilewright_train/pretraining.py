@@ -222,6 +222,8 @@ class _Training:
         states = gather(environment, checkpoint.random_states(environment.rank, environment.device))
 
         def write() -> None:
+            if self.metrics is not None:
+                self.metrics.flush()
             checkpoint.save(
                 self.prepared.run.checkpoints,
                 step,

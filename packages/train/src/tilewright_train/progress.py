@@ -79,6 +79,7 @@ class LiveReporter(Reporter):
             TextColumn("{task.description}", markup=False),
             console=self.console,
             transient=True,
+            refresh_per_second=4,
         )
         self._task = self._progress.add_task(f"step {first}/{total}", total=total, completed=first)
         self._progress.start()
