@@ -135,6 +135,7 @@ def save_baseline(
         if not re.fullmatch(r"[0-9a-f]{7,40}", commit):
             raise SavedRunError(f"{commit!r} is not a commit: give 7 to 40 hexadecimal digits")
         made_with["id"] = commit
+        made_with.pop("error", None)  # git's word that there is no checkout
     _check_provenance(run, allow_dirty)
     content["machine_info"].pop("node", None)
     baselines.mkdir(parents=True, exist_ok=True)
