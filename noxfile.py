@@ -38,7 +38,11 @@ def closure(package: str) -> list[str]:
 
 
 def source_path(packages: list[str] | tuple[str, ...]) -> dict[str, str]:
-    return {"PYTHONPATH": os.pathsep.join(str(ROOT / f"packages/{name}/src") for name in packages)}
+    """Variables that put our sources before what PYTHONPATH already names."""
+    ours = [str(ROOT / f"packages/{name}/src") for name in packages]
+    return {
+        "PYTHONPATH": os.pathsep.join([*ours, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    }
 
 
 def sync(session: nox.Session, package: str | None, *groups: str) -> dict[str, str]:
