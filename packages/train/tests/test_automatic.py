@@ -83,6 +83,7 @@ def test_the_model_has_the_tokenizers_vocabulary_and_room_for_the_sequence() -> 
     [
         ({"preset": "nanoo"}, r"no preset 'nanoo' \(did you mean 'nano'\?\)"),
         ({"hidden_size": 130}, "hidden_size 130 is not a multiple of num_attention_heads"),
+        ({"head_dim": 15}, "head_dim 15 is odd"),
         ({"num_key_value_heads": 3}, "num_attention_heads .* num_key_value_heads 3"),
     ],
 )

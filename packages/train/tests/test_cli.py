@@ -104,14 +104,17 @@ def test_a_full_disk_in_the_middle_keeps_what_is_written(
 
 
 def test_the_command_ends_with_the_status_and_without_a_traceback(tiny_flags: list[str]) -> None:
+    """And knows the optimizers' operators, whose package is imported later otherwise."""
+    backend = "auto,adamw=torch,rms_nrm=torch"
     bad = subprocess.run(
-        [sys.executable, "-m", "tilewright_train", *tiny_flags, "--num-attention-heads", "3"],
+        [sys.executable, "-m", "tilewright_train", *tiny_flags, "--backend", backend],
         capture_output=True,
         text=True,
     )
     assert bad.returncode == 2
     assert bad.stderr.count("\n") == 1
-    assert bad.stderr.startswith("error: hidden_size 32 is not a multiple of num_attention_heads 3")
+    assert bad.stderr.startswith("error: 'rms_nrm' is not an operator (did you mean 'rms_norm'?)")
+    assert "adamw" in bad.stderr
 
 
 def test_a_bad_environment_is_an_error_like_any_other(tiny_flags: list[str]) -> None:

@@ -93,13 +93,18 @@ def test_settings_last_as_long_as_the_run() -> None:
 )
 def test_an_unknown_backend_or_operator_is_an_error(backend: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        backends(backend, "cpu")
+        backends(backend)
 
 
-def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["triton", "auto,rms_norm=triton"])
+def test_triton_on_the_cpu_needs_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(InputError, match="needs a CUDA device"):
-        backends("auto,rms_norm=triton", "cpu")
+    settings = configured(threads=1, deterministic=True, backend=backend, device="cpu")
+    with pytest.raises(InputError, match="needs a CUDA device"), settings:
+        pass
+    assert backend_report()["rms_norm"].setting == "auto"
 
 
 def test_memory_counts_bytes() -> None:

@@ -56,6 +56,8 @@ class ModelOptions:
     """Query heads; they divide hidden_size."""
     num_key_value_heads: int | None = None
     """Key and value heads; they divide the query heads."""
+    head_dim: int | None = None
+    """Width of a head, even. Default: hidden_size / num_attention_heads."""
     intermediate_size: int | None = None
     """Width of the SwiGLU layer."""
 

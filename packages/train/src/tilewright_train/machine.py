@@ -1,6 +1,7 @@
 """What this machine has: devices, cores, peak arithmetic, memory in use."""
 
 import contextlib
+import importlib
 import os
 import re
 import resource
@@ -86,7 +87,8 @@ def configured(*, threads: int, deterministic: bool, backend: str, device: str) 
     """
     former_threads = torch.get_num_threads()
     former_deterministic = torch.are_deterministic_algorithms_enabled()
-    with backends(backend, device):
+    with backends(backend):
+        _check_triton(backend, device)
         try:
             torch.set_num_threads(threads)
             if deterministic:
@@ -115,11 +117,11 @@ def _uninitialized_memory_as_it_is() -> Iterator[None]:
         module.fill_uninitialized_memory = former
 
 
-def backends(text: str, device: str) -> use_backend:
+def backends(text: str) -> use_backend:
     """Choose backends as TILEWRIGHT_BACKEND does: «triton», or «auto,rms_norm=torch».
 
     Raises:
-        ValueError: An unknown backend or operator, or Triton asked for where it cannot run.
+        ValueError: An unknown backend or operator.
     """
     default: Any = None
     operators: dict[str, Any] = {}
@@ -129,13 +131,20 @@ def backends(text: str, device: str) -> use_backend:
             operators[name] = value
         else:
             default = value
+    if operators:
+        # An operator has a name once its package is imported. Else this waits: see `pretraining`.
+        importlib.import_module("tilewright_optim")
+    return use_backend(default, **operators)
+
+
+def _check_triton(backend: str, device: str) -> None:
+    """Triton was not asked for where it cannot run."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if "triton" in (default, *operators.values()) and device == "cpu" and not interpreted:
+    if "triton" in re.split("[,=]", backend) and device == "cpu" and not interpreted:
         raise InputError(
             "backend triton needs a CUDA device and this run is on the cpu: use --backend auto, or"
             " set TRITON_INTERPRET=1 to have the kernels interpreted, which is slow"
         )
-    return use_backend(default, **operators)
 
 
 def available_cores() -> int:
