@@ -11,8 +11,9 @@ import os
 import pytest
 import torch
 
-# Triton reads this when a kernel is decorated, so it is set before any test module is imported.
-if not torch.cuda.is_available():
+# Triton reads this when a kernel is decorated, so it is set before any test module is imported. Its
+# interpreter needs numpy, which the test group holds and the benchmarks' environment does not.
+if not torch.cuda.is_available() and importlib.util.find_spec("numpy") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
