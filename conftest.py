@@ -23,6 +23,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run."""
     devices = 0 if INTERPRETED else torch.cuda.device_count()
+    if os.environ.get("TILEWRIGHT_REQUIRE_GPU") == "1" and devices == 0:
+        raise pytest.UsageError("the GPU form of the tests was asked for, and torch sees no device")
     for item in items:
         multigpu = item.get_closest_marker("multigpu")
         needed = multigpu.args[0] if multigpu else int(item.get_closest_marker("gpu") is not None)

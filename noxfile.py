@@ -40,9 +40,8 @@ def closure(package: str) -> list[str]:
 def source_path(packages: list[str] | tuple[str, ...]) -> dict[str, str]:
     """Variables that put our sources before what PYTHONPATH already names."""
     ours = [str(ROOT / f"packages/{name}/src") for name in packages]
-    return {
-        "PYTHONPATH": os.pathsep.join([*ours, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    }
+    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return {"PYTHONPATH": os.pathsep.join(ours + others)}
 
 
 def sync(session: nox.Session, package: str | None, *groups: str) -> dict[str, str]:
@@ -81,6 +80,9 @@ def add_test_session(package: str) -> None:
             env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
             # Tensors of tests are tiny: more threads only wait for each other.
             env |= {"OMP_NUM_THREADS": "1"}
+        else:
+            # Without it a broken driver would skip every test, and pass.
+            env |= {"TILEWRIGHT_REQUIRE_GPU": "1"}
         chosen = "not gpu and not multigpu" if device == "interpreter" else "gpu or multigpu"
         session.run(
             *("python", "-m", "pytest", f"packages/{package}/tests", "-m", chosen),
