@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from tilewright_kernels._launch import next_power_of_2
-from tilewright_kernels._math import exp, log1p, tanh, tanh_grad
+from tilewright_kernels._math import (
+    exp,
+    log1p,
+    sigmoid,
+    sigmoid_grad,
+    silu,
+    silu_grad,
+    tanh,
+    tanh_grad,
+)
 from tilewright_kernels._triton import tl, triton
 
 
@@ -52,6 +61,23 @@ def test_relative_error(function, expected, signs, largest, dtype, device):
         # The relative error of an exponential grows with its argument.
         allowed = largest + 6 if function in (exp, tanh_grad) else 6
         assert error < allowed * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("function", "derivative", "expected"),
+    [(sigmoid, sigmoid_grad, torch.sigmoid), (silu, silu_grad, torch.nn.functional.silu)],
+    ids=["sigmoid", "silu"],
+)
+def test_value_and_derivative(function, derivative, expected, dtype, device):
+    # Both saturated ends, the middle and zero; derivatives by torch's autograd.
+    x = torch.cat([torch.linspace(-90, 90, 31), torch.linspace(-2, 2, 31)]).to(device, dtype)
+    wide = x.double().requires_grad_()
+    value = expected(wide)
+    (slope,) = torch.autograd.grad(value.sum(), wide)
+    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (0.0, 1e-13)
+    torch.testing.assert_close(apply(function, x).double(), value.detach(), rtol=rtol, atol=atol)
+    torch.testing.assert_close(apply(derivative, x).double(), slope, rtol=rtol, atol=atol)
 
 
 def test_ends(device):
