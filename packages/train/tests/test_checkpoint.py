@@ -124,6 +124,26 @@ def test_every_damage_is_named(three: Path, name: str, how: str) -> None:
     assert (found.folder, found.damaged) == (three / "step-000009", (three / "step-000010",))
 
 
+def test_a_manifest_that_is_json_but_no_manifest_is_named(three: Path) -> None:
+    folder = three / "step-000010"
+    manifest = folder / "MANIFEST.json"
+    listed = json.loads(manifest.read_text())["files"]
+    (folder / "optimizer.safetensors").unlink()  # what a manifest that lists nothing would hide
+    wrong: list[Any] = [
+        [], {"files": []}, {"files": {}}, {"files": None}, {"files": {"config.json": {}}},
+        {"files": listed | {"config.json": None}},
+        {"files": {name: facts for name, facts in listed.items() if name[:3] != "opt"}},
+        {"files": listed | {"config.json": listed["config.json"] | {"size": "12"}}},
+        {"files": listed | {"config.json": listed["config.json"] | {"sha256": 0}}},
+    ]  # fmt: skip
+    for content in wrong:
+        manifest.write_text(json.dumps(content))
+        with pytest.raises(InputError, match="step-000009, the newest whole") as caught:
+            checkpoint.find(three, from_older=False)
+        assert str(caught.value).startswith(f"{manifest} "), content
+        assert checkpoint.find(three, from_older=True).step == 9
+
+
 def test_without_a_whole_one_there_is_nothing_to_fall_back_to(three: Path) -> None:
     for folder in checkpoint.all_checkpoints(three):
         (folder / "model.safetensors").unlink()

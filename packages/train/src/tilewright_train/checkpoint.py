@@ -28,6 +28,11 @@ MANIFEST = "MANIFEST.json"
 _OPTIMIZER = "optimizer.safetensors"
 _RANDOM = "random.safetensors"
 _TRAINING = "training.json"
+_TOKENIZER = "tokenizer.json"
+_EXPECTED = {
+    *("config.json", "model.safetensors"),  # what CausalLM.save_pretrained writes
+    *(_TOKENIZER, _OPTIMIZER, _RANDOM, _TRAINING),
+}
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -106,6 +111,8 @@ def damage(folder: Path) -> str | None:
         return f"{manifest} is missing: the checkpoint is incomplete"
     except (ValueError, KeyError, TypeError, OSError):
         return f"{manifest} cannot be read: the checkpoint is damaged"
+    if not _lists_a_checkpoint(files):
+        return f"{manifest} does not list a checkpoint's files: the checkpoint is damaged"
     for name, facts in files.items():
         file = folder / name
         if not file.is_file():
@@ -116,6 +123,20 @@ def damage(folder: Path) -> str | None:
         if _sha256(file) != facts["sha256"]:
             return f"{file} does not match its checksum: the checkpoint is damaged"
     return None
+
+
+def _lists_a_checkpoint(files: object) -> bool:
+    """Whether a manifest's list names all expected files, each with its size and checksum."""
+    return (
+        isinstance(files, dict)
+        and files.keys() >= _EXPECTED
+        and all(
+            isinstance(facts, dict)
+            and type(facts.get("size")) is int
+            and isinstance(facts.get("sha256"), str)
+            for facts in files.values()
+        )
+    )
 
 
 def save(
@@ -156,7 +177,7 @@ def save(
     beside.mkdir()
     try:
         model.save_pretrained(beside)
-        (beside / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+        (beside / _TOKENIZER).write_text(tokenizer, encoding="utf-8")
         tensors, record = optimizer_state.flatten(optimizer, model)
         _save_tensors(tensors, beside / _OPTIMIZER)
         _save_tensors(dict(random_states), beside / _RANDOM)
