@@ -44,6 +44,7 @@ def test_a_text_file_is_one_document(tmp_path: Path, name: str) -> None:
         ('{"txt": "x"}', r'has no "text" \(its keys: txt\)'),
         ('{"text": 3}', 'has a "text" that is not a string'),
         ("[" * 100_000, "is not JSON"),
+        ('{"text": "x", "id": ' + "9" * 4301 + "}", "holds a number that is too long"),
     ],
 )
 def test_a_bad_line_is_named_with_file_and_number(tmp_path: Path, line: str, reason: str) -> None:
@@ -61,6 +62,12 @@ def test_bad_lines_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
     assert skipped.count == 5
     assert len(skipped.examples) == 3
     assert skipped.examples[1].startswith(f"{path}:6 is not JSON")
+
+
+def test_a_number_that_is_too_long_can_be_skipped(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "x", "id": ' + "9" * 4301 + "}\n" + GOOD)
+    texts, skipped = read(path, "skip")
+    assert (texts, skipped.count) == (["one", "two\nlines"], 1)
 
 
 def test_half_a_surrogate_pair_becomes_a_character_that_utf8_has(tmp_path: Path) -> None:

@@ -101,6 +101,11 @@ def _text_of(line: bytes, place: str) -> str:
         record = json.loads(_decode(line, place))
     except json.JSONDecodeError as error:
         raise InputError(f"{place} is not JSON ({error.msg}, column {error.colno})") from None
+    except ValueError as error:
+        # What int() refuses: more digits than sys.get_int_max_str_digits(), 4,300.
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{place} holds a number that is too long") from None
     except RecursionError:
         raise InputError(f"{place} is not JSON that can be read (nested too deeply)") from None
     if not isinstance(record, dict):
