@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tilewright_train.errors import InputError
 from tilewright_train.metrics import (
     MetricsFile,
     Record,
@@ -42,6 +43,19 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:-20])
     assert read_metrics(path) == records[:4]
     assert read_metrics(tmp_path / "no") == []
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b'{"step": 2, "los": 1}', b"{}", b"\xff\x00"])
+def test_a_damaged_line_is_named_and_nothing_is_dropped(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(5))
+    lines = path.read_bytes().splitlines()
+    lines[2] = line
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"metrics\.jsonl:3 is not a record of a step: mend"):
+        truncate_metrics(path, 1)
+    assert path.read_bytes() == before
 
 
 def test_truncation_keeps_what_the_checkpoint_knows(tmp_path: Path) -> None:

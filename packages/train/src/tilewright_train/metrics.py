@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from tilewright_train.errors import InputError
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -64,13 +66,23 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """All records; a last line that a kill cut short is left out."""
+    """All records; a last line that a kill cut short is left out.
+
+    Raises:
+        InputError: Another line is no record. The message names it.
+    """
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
             records.append(Record(**json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(
+                f"{path}:{number} is not a record of a step: mend the line, or start a new run"
+            ) from None
     return records
 
 
