@@ -42,6 +42,8 @@ def test_keys_may_stand_above_all_sections(tmp_path: Path) -> None:
         ("on_bad_line = 'stop'", "on_bad_line 'stop' is none of error, skip"),
         ("steps = 0", "steps 0 is out of range"),
         ("steps 7", "is not TOML"),
+        ("resume = 'auto'", "'resume' is not for a file: use the flag --resume$"),
+        ("[run]\nresume_from_older = true", "'resume_from_older' .* the flag --resume-from-older$"),
     ],
 )
 def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
@@ -79,6 +81,26 @@ def test_a_written_file_asks_for_the_same_again(tmp_path: Path) -> None:
     write_toml(config, path, {"steps": "because"})
     assert read_toml(path) == config
     assert "steps = 7  # because\n" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["😀", "\x7f\x00\x1b\x85\u2028\ufeff", "\U0010ffff\ue000", "a\r\nb\tc", '\'"""\'\\u0041#', ""],
+)
+def test_any_text_comes_back_from_the_file(tmp_path: Path, text: str) -> None:
+    folder = a_run(tmp_path, "one", prompt=text, data=f"/data/x{text}")
+    config = parse(["--resume", str(folder)])
+    assert config.run.prompt == text
+    assert read_toml(folder / "config.toml").data.data == f"/data/x{text}"
+
+
+@pytest.mark.parametrize("flag", ["--data", "--out", "--prompt"])
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path, flag: str) -> None:
+    name = flag.strip("-")
+    with pytest.raises(InputError, match=rf"^{name} '.*\\udcff' is not UTF-8"):
+        parse([flag, "x\udcff"])
+    with pytest.raises(InputError, match="is not UTF-8"):
+        write_toml(with_options(PretrainConfig(), prompt="\ud83d\ude00"), tmp_path / "x.toml", {})
 
 
 def test_help_is_quick_because_torch_is_not_imported() -> None:

@@ -28,6 +28,9 @@ from tilewright_train.errors import InputError, suggest
 
 CONFIG_FILE = "config.toml"
 
+_FLAGS_ALONE = frozenset({"resume", "resume_from_older"})
+"""What to do with a run that is there; a file says what a run is."""
+
 _DESCRIPTION = """Pretrain a language model. With no argument it trains a small one on the Python
 standard library and ends with a sample, a picture of the loss and the next command to try.
 
@@ -99,7 +102,8 @@ def read_toml(path: Path) -> PretrainConfig:
     A key stands in its section, or above all sections.
 
     Raises:
-        InputError: No such file, no TOML, an unknown section or key, a value of the wrong type.
+        InputError: No such file, no TOML, an unknown section or key, a key that is a flag alone, a
+            value of the wrong type.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -117,6 +121,8 @@ def read_toml(path: Path) -> PretrainConfig:
         for name, given in inner.items():
             if name not in sections:
                 raise InputError(f"{path}: unknown key {name!r}{suggest(name, sections)}")
+            if name in _FLAGS_ALONE:
+                raise InputError(f"{path}: {name!r} is not for a file: use the flag {_flag(name)}")
             if inner is value and sections[name] != key:
                 raise InputError(f"{path}: {name!r} belongs in [{sections[name]}], not in [{key}]")
             values[name] = _typed(path, name, given)
@@ -133,6 +139,9 @@ def write_toml(config: PretrainConfig, path: Path, reasons: Mapping[str, str]) -
         config: The options; None is left out, and so is what names or resumes one run.
         path: The file to write.
         reasons: For an option that was chosen automatically: why.
+
+    Raises:
+        InputError: Text that is not Unicode.
     """
     lines = ["# The options of one run; `train-pretrain --config` on this file starts it again."]
     for section in SECTIONS:
@@ -140,10 +149,10 @@ def write_toml(config: PretrainConfig, path: Path, reasons: Mapping[str, str]) -
         lines += ["", f"[{section}]"]
         for field in dataclasses.fields(options):
             value = getattr(options, field.name)
-            if value is None or field.name in ("resume", "name", "resume_from_older"):
+            if value is None or field.name in _FLAGS_ALONE | {"name"}:
                 continue
             why = f"  # {reasons[field.name]}" if field.name in reasons else ""
-            lines.append(f"{field.name} = {_toml_value(value)}{why}")
+            lines.append(f"{field.name} = {_toml_value(field.name, value)}{why}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -243,9 +252,15 @@ def _typed(path: Path, name: str, value: Any) -> Any:
     raise InputError(f"{path}: {name} = {value!r} is a {type(value).__name__}, not a {wanted}")
 
 
-def _toml_value(value: Any) -> str:
-    """A TOML value; JSON's strings, numbers and booleans are TOML's."""
-    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=True)
+def _toml_value(name: str, value: Any) -> str:
+    """A TOML value; JSON's strings, numbers and booleans are TOML's, but for U+007F.
+
+    TOML has no pairs of surrogates, so what is not ASCII stands as it is.
+    """
+    text = json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    if re.search("[\ud800-\udfff]", text):  # from the bytes of a file name or an argument
+        raise InputError(f"{name} {str(value)!r} is not UTF-8 and cannot be written to a file")
+    return text.replace("\x7f", "\\u007f")
 
 
 def _flag(name: str) -> str:
@@ -273,4 +288,7 @@ def _plain(config: _CommandLine) -> PretrainConfig:
     """Without the file; the data's path absolute, so that a run can be resumed from anywhere."""
     data = config.data.data
     absolute = data if data == STDLIB else str(Path(data).absolute())
-    return with_options(PretrainConfig(**_sections_of(config)), data=absolute)
+    plain = with_options(PretrainConfig(**_sections_of(config)), data=absolute)
+    for name, section in option_sections().items():
+        _toml_value(name, getattr(getattr(plain, section), name))  # before any folder is made
+    return plain
