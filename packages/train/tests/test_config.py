@@ -26,6 +26,12 @@ from tilewright_train.errors import InputError
         (TrainingOptions, {"lr": 0.0}, "lr 0.0 .* above 0"),
         (TrainingOptions, {"lr": float("nan")}, "lr nan"),
         (TrainingOptions, {"lr": float("inf")}, "lr inf"),
+        (TrainingOptions, {"max_grad_norm": float("inf")}, "inf .* must be finite and above 0$"),
+        (
+            TrainingOptions,
+            {"seed": 2**63},
+            "seed 9223372036854775808 .* at most 9223372036854775807$",
+        ),
         (TrainingOptions, {"beta2": 1.0}, "beta2 1.0 .* at least 0 and below 1"),
         (TrainingOptions, {"min_lr_ratio": 1.5}, "min_lr_ratio 1.5 .* at most 1"),
         (DataOptions, {"validation_fraction": 0.0}, "validation_fraction 0.0 .* above 0"),

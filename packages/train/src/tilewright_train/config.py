@@ -97,7 +97,7 @@ class TrainingOptions:
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it."""
     seed: int = 0
-    """Seeds weights, order of the data and the sample."""
+    """Seeds weights, order of the data and the sample; less than 2**63."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -105,8 +105,9 @@ class TrainingOptions:
         _check_range(self, "seq_len", at_least=2)
         _check_range(self, "lr", above=0.0)
         _check_range(self, "min_lr_ratio", at_least=0.0, at_most=1.0)
-        for name in ("warmup_steps", "weight_decay", "seed"):
+        for name in ("warmup_steps", "weight_decay"):
             _check_range(self, name, at_least=0)
+        _check_range(self, "seed", at_least=0, at_most=2**63 - 1)
         for name in ("beta1", "beta2"):
             _check_range(self, name, at_least=0.0, below=1.0)
         _check_range(self, "max_grad_norm", above=0.0)
@@ -239,17 +240,16 @@ def _check_range(
     at_most: float = math.inf,
     below: float = math.inf,
 ) -> None:
-    """A number that is set lies between its bounds."""
+    """A number that is set is finite and lies between its bounds."""
     value = getattr(options, name)
     if value is None or (at_least <= value <= at_most and above < value < below):
         return
+    finite = ["finite"] if isinstance(value, float) and not math.isfinite(value) else []
     bounds = [
-        f"{word} {bound:g}"
+        f"{word} {bound if isinstance(bound, int) else f'{bound:g}'}"
         for word, bound in (
             ("at least", at_least), ("above", above), ("at most", at_most), ("below", below)
         )
         if math.isfinite(bound)
     ]  # fmt: skip
-    raise InputError(
-        f"{name} {value} is out of range: it must be {' and '.join(bounds) or 'finite'}"
-    )
+    raise InputError(f"{name} {value} is out of range: it must be {' and '.join(finite + bounds)}")
