@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tilewright_model import PRESETS
+from tilewright_model import PRESETS, count_parameters
 from tilewright_train.automatic import RECIPES, choose, model_config
 from tilewright_train.config import PretrainConfig, with_options
 from tilewright_train.errors import InputError
@@ -48,6 +48,13 @@ def test_what_the_user_gave_stays() -> None:
     assert chosen.reasons["lr"] == "the recipe of tiny"
 
 
+def test_the_size_of_a_checkpoint_is_that_of_the_model_that_is_trained() -> None:
+    chosen = choose(with_options(CPU, vocab_size=50_000))
+    size = 12 * count_parameters(model_config(chosen)).total
+    assert chosen.reasons["save_every"] == f"10 checkpoints a run, {size / 1e6:.0f} MB each"
+    assert chosen.reasons["save_every"] != choose(CPU).reasons["save_every"]
+
+
 def test_on_a_gpu_the_model_is_larger_and_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -68,6 +75,8 @@ def test_the_environments_backend_is_recorded(monkeypatch: pytest.MonkeyPatch) -
     assert chosen.config.machine.backend == "auto,rms_norm=torch"
     assert chosen.reasons["backend"] == "TILEWRIGHT_BACKEND says so"
     assert choose(with_options(CPU, backend="torch")).config.machine.backend == "torch"
+    monkeypatch.setenv("TILEWRIGHT_BACKEND", " ")
+    assert choose(CPU).config.machine.backend == "auto"
 
 
 def test_the_model_has_the_tokenizers_vocabulary_and_room_for_the_sequence() -> None:

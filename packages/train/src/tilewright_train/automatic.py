@@ -125,7 +125,8 @@ def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
         "trains in minutes on a GPU" if on_gpu else "trains in one to two minutes on two CPU cores",
     )
     model = preset(name, **config.model.overrides)
-    fill("vocab_size", "data", model.vocab_size, f"preset {name}")
+    vocab_size = fill("vocab_size", "data", model.vocab_size, f"preset {name}")
+    model = dataclasses.replace(model, vocab_size=vocab_size)
 
     recipe, of = RECIPES[name], f"the recipe of {name}"
     steps = fill("steps", "training", recipe.steps, of)
@@ -178,6 +179,6 @@ def _precision(device: str) -> tuple[str, str]:
 
 
 def _backend(on_gpu: bool) -> tuple[str, str]:
-    if given := os.environ.get("TILEWRIGHT_BACKEND"):
+    if given := os.environ.get("TILEWRIGHT_BACKEND", "").strip():
         return given, "TILEWRIGHT_BACKEND says so"
     return "auto", "Triton kernels" if on_gpu else "plain torch, as nothing is on a GPU"
