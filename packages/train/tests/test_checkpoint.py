@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, every kind of damage named, older ones only when told."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,27 @@ def test_a_failed_save_leaves_the_others_and_no_rest(
         raise OSError(28, "No space left on device", "training.json")
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
+    remedy = (
+        rf"{three} cannot be written \(.*no space left.*\): make room, .* --resume {three.parent}"
+    )
+    with pytest.raises(OSError, match=remedy):
         save(three, 11, a_trainee(0), keep=1)
     monkeypatch.undo()
     assert [checkpoint.step_of(f) for f in checkpoint.all_checkpoints(three)] == [8, 9, 10]
+    assert not list(three.glob(".*"))
+    assert checkpoint.find(three, from_older=False).step == 10
+
+
+@pytest.mark.parametrize("limit", [100, 4000])
+def test_a_disk_that_is_full_for_tensors_is_named_with_a_remedy(three: Path, limit: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainee = a_trainee(0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot be written \(.*ile too large.*\): make room"):
+            save(three, 11, trainee, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(three.glob(".*"))
     assert checkpoint.find(three, from_older=False).step == 10
 

@@ -1,6 +1,7 @@
 """metrics.jsonl: whole lines, no step twice, a fair figure for the throughput."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,9 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "no") == []
 
 
-@pytest.mark.parametrize("line", [b"{", b"[]", b'{"step": 2, "los": 1}', b"{}", b"\xff\x00"])
+@pytest.mark.parametrize(
+    "line", [b"{", b"[]", b'{"step": 2, "los": 1}', b"{}", b'{"step": "2"}', b"\xff\x00"]
+)
 def test_a_damaged_line_is_named_and_nothing_is_dropped(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, range(5))
@@ -56,6 +59,23 @@ def test_a_damaged_line_is_named_and_nothing_is_dropped(tmp_path: Path, line: by
     with pytest.raises(InputError, match=r"metrics\.jsonl:3 is not a record of a step: mend"):
         truncate_metrics(path, 1)
     assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_named_with_a_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = write(path, range(5))
+    file = MetricsFile(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
+    full = rf"{tmp_path} cannot be written \(file too large\): make room, .* --resume {tmp_path}"
+    try:
+        with pytest.raises(OSError, match=full):
+            file.write(Record(step=5))
+        with pytest.raises(OSError, match=full):
+            file.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_metrics(path) == records
 
 
 def test_truncation_keeps_what_the_checkpoint_knows(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The cache of encoded corpora: found again, keyed by what it depends on, never half there."""
 
 import dataclasses
+import resource
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,21 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     path.write_text('{"text": "good"}\nbad\n')
     with pytest.raises(InputError, match=r"bad\.jsonl:2 is not JSON"):
         prepare(open_corpus(str(path)), OPTIONS, 300, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("limit", [100, 20_000])
+def test_a_full_disk_is_named_with_a_remedy(corpus: Corpus, tmp_path: Path, limit: int) -> None:
+    """The tokenizer does not fit, or only the tokens do not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"/cache cannot be written \(.*ile too large\): make room"
+        ):
+            prepare(corpus, OPTIONS, 300, tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "cache").iterdir())
 
 

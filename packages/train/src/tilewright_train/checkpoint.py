@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from tilewright_model import CausalLM
 from tilewright_train import optimizer_state
-from tilewright_train.errors import InputError
+from tilewright_train.errors import InputError, writing
 
 MANIFEST = "MANIFEST.json"
 _OPTIMIZER = "optimizer.safetensors"
@@ -172,24 +172,26 @@ def save(
     """
     folder = root / f"step-{step:06d}"
     beside = root / f".{folder.name}.partial"
-    root.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
-    beside.mkdir()
+    remedy = f"make room, then go on with --resume {root.parent}"
     try:
-        model.save_pretrained(beside)
-        (beside / _TOKENIZER).write_text(tokenizer, encoding="utf-8")
-        tensors, record = optimizer_state.flatten(optimizer, model)
-        _save_tensors(tensors, beside / _OPTIMIZER)
-        _save_tensors(dict(random_states), beside / _RANDOM)
-        training = {
-            "step": step,
-            "facts": facts,
-            "optimizer": record,
-            "scheduler": scheduler.state_dict(),
-        }
-        (beside / _TRAINING).write_text(json.dumps(training, indent=1))
-        _seal(beside)
-        _replace(folder, beside)
+        with writing(root, remedy):
+            root.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
+            beside.mkdir()
+            model.save_pretrained(beside)
+            (beside / _TOKENIZER).write_text(tokenizer, encoding="utf-8")
+            tensors, record = optimizer_state.flatten(optimizer, model)
+            _save_tensors(tensors, beside / _OPTIMIZER)
+            _save_tensors(dict(random_states), beside / _RANDOM)
+            training = {
+                "step": step,
+                "facts": facts,
+                "optimizer": record,
+                "scheduler": scheduler.state_dict(),
+            }
+            (beside / _TRAINING).write_text(json.dumps(training, indent=1))
+            _seal(beside)
+            _replace(folder, beside)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     for old in all_checkpoints(root)[:-keep]:

@@ -5,8 +5,10 @@ deeper down) whose text names the value and the remedy; the command line prints 
 line. Errors of our own making keep their traceback.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -23,6 +25,25 @@ class TrainingStopped(RuntimeError):
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
         self.exit_status = exit_status
+
+
+@contextlib.contextmanager
+def writing(folder: Path, remedy: str) -> Iterator[None]:
+    """Give an OSError of what is written inside a place and a remedy.
+
+    Some have neither: array.tofile says «file too large» and no more.
+
+    Args:
+        folder: What is written into.
+        remedy: What a user does about it.
+
+    Raises:
+        OSError: The same with a message for the user.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written ({one_line(error)}): {remedy}") from error
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

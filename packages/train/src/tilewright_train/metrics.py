@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from tilewright_train.errors import InputError
+from tilewright_train.errors import InputError, writing
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -48,21 +48,28 @@ class MetricsFile:
     """Appends records; a reader finds each line whole."""
 
     def __init__(self, path: Path) -> None:
-        self._stream: IO[str] = path.open("a", encoding="utf-8")
+        self._place = path.parent
+        self._remedy = f"make room, then go on with --resume {path.parent}"
+        with writing(self._place, self._remedy):
+            self._stream: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Append one line and hand it to the operating system, so that a killed run keeps it."""
-        self._stream.write(json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n")
-        self._stream.flush()
+        line = json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n"
+        with writing(self._place, self._remedy):
+            self._stream.write(line)
+            self._stream.flush()
 
     def flush(self) -> None:
         """Have the disk hold all lines: a checkpoint must not be ahead of them."""
-        os.fsync(self._stream.fileno())
+        with writing(self._place, self._remedy):
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Flush and let go of the file."""
         self.flush()
-        self._stream.close()
+        with writing(self._place, self._remedy):  # a line that did not fit is tried once more
+            self._stream.close()
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -78,7 +85,10 @@ def read_metrics(path: Path) -> list[Record]:
         if not line.endswith(b"\n"):
             continue
         try:
-            records.append(Record(**json.loads(line)))
+            record = Record(**json.loads(line))
+            if not isinstance(record.step, int):
+                raise TypeError
+            records.append(record)
         except (ValueError, TypeError, RecursionError):
             raise InputError(
                 f"{path}:{number} is not a record of a step: mend the line, or start a new run"

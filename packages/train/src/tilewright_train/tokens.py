@@ -14,9 +14,10 @@ import shutil
 import sys
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from tokenizers import Tokenizer
@@ -25,7 +26,7 @@ from tokenizers import __version__ as tokenizers_version
 from tilewright_train.config import DataOptions
 from tilewright_train.corpus import Corpus, split
 from tilewright_train.documents import SkippedLines
-from tilewright_train.errors import InputError
+from tilewright_train.errors import InputError, writing
 from tilewright_train.tokenizer import (
     TOKENIZER_FILE,
     encode,
@@ -35,6 +36,7 @@ from tilewright_train.tokenizer import (
     train_tokenizer,
 )
 
+_REMEDY = "make room, or give another --cache-dir"
 _FORMAT = 1  # of an entry; part of its key, so an older entry is never read as a newer one
 _FACTS = "facts.json"
 _FILES = {"train": "train.int32", "validation": "validation.int32"}
@@ -121,8 +123,9 @@ def prepare(
     folder = cache / f"{_FORMAT}-{key}"
     if _is_whole(folder):
         return folder, True
-    cache.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+    with writing(cache, _REMEDY):
+        cache.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
     try:
         _build(corpus, options, vocab_size, beside)
         # An entry that is not whole was damaged from outside. Another process may be as far as
@@ -170,16 +173,9 @@ def _build(corpus: Corpus, options: DataOptions, vocab_size: int, folder: Path) 
     training = (text for is_validation, text in marked(SkippedLines()) if not is_validation)
     texts = sample(training, corpus.size, sample_budget(vocab_size))
     tokenizer = train_tokenizer(texts, vocab_size)
-    (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8")
-    counts = {"train": 0, "validation": 0}
-    with contextlib.ExitStack() as stack:
-        streams = {
-            name: stack.enter_context((folder / file).open("wb")) for name, file in _FILES.items()
-        }
-        for is_validation, tokens in encode(tokenizer, marked(skipped)):
-            name = "validation" if is_validation else "train"
-            array("i", tokens).tofile(streams[name])
-            counts[name] += len(tokens)
+    with writing(folder.parent, _REMEDY):
+        (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8")
+    counts = _write_splits(encode(tokenizer, marked(skipped)), folder)
     facts = TokenFacts(
         vocab_size=tokenizer.get_vocab_size(),
         train_tokens=counts["train"],
@@ -188,7 +184,34 @@ def _build(corpus: Corpus, options: DataOptions, vocab_size: int, folder: Path) 
         skipped_lines=skipped.count,
         skipped_examples=tuple(skipped.examples),
     )
-    (folder / _FACTS).write_text(json.dumps(dataclasses.asdict(facts), indent=2))
+    with writing(folder.parent, _REMEDY):
+        (folder / _FACTS).write_text(json.dumps(dataclasses.asdict(facts), indent=2))
+
+
+def _write_splits(encoded: Iterable[tuple[bool, list[int]]], folder: Path) -> dict[str, int]:
+    """Write the token files into `folder`; returns how many tokens each holds.
+
+    An OSError of `encoded`, which reads the corpus, passes as it is: only writes are the cache's.
+    """
+    counts = dict.fromkeys(_FILES, 0)
+    streams: dict[str, BinaryIO] = {}
+    try:
+        for name, file in _FILES.items():
+            with writing(folder.parent, _REMEDY):
+                streams[name] = (folder / file).open("wb")
+        for is_validation, tokens in encoded:
+            name = "validation" if is_validation else "train"
+            with writing(folder.parent, _REMEDY):
+                array("i", tokens).tofile(streams[name])
+            counts[name] += len(tokens)
+        with writing(folder.parent, _REMEDY):
+            for stream in streams.values():
+                stream.close()
+    finally:
+        for stream in streams.values():
+            with contextlib.suppress(OSError):  # the write that failed above fails here again
+                stream.close()
+    return counts
 
 
 def _is_whole(folder: Path) -> bool:
