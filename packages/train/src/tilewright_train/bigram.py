@@ -5,8 +5,8 @@ P(b | a) = (c(a, b) + u(a) · P(b)) / (c(a) + u(a)),   P(b) = (c(b) + 1) / (N + 
 with counts c in the training tokens and u(a) the number of different tokens seen after a
 (Witten & Bell 1991): the more kinds of successors a token has shown, the more weight goes to those
 that it has not. There is no constant to tune, so none can be tuned on the validation tokens, and
-no probability is zero. It is fitted on all training tokens, also those that a short run never
-reaches.
+no probability is zero. At the end of a run it is fitted on the first 2²⁴ = 16,777,216 training
+tokens, or on all where there are fewer, also on those that a short run never reaches.
 """
 
 import torch

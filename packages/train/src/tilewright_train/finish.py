@@ -39,6 +39,8 @@ def finish(
     val_losses = [record.val_loss for record in records if record.val_loss is not None]
     fitted_on = prepared.tokens.train[:_BIGRAM_TOKENS]
     bigram = BigramModel(fitted_on, shape.vocab_size).loss(prepared.validation)
+    of_all = prepared.tokens.train.numel()
+    capped = f" (fitted on the first {_BIGRAM_TOKENS:,} tokens)" if of_all > _BIGRAM_TOKENS else ""
     text = draw_sample(
         prepared.trainee.model,
         prepared.tokens.tokenizer,
@@ -63,7 +65,7 @@ def finish(
     lines = (
         "",
         f"validation   loss {last:.4f}, perplexity {math.exp(last):.1f}; before training"
-        f" {first:.4f}; bigram model on the same tokens {bigram:.4f}",
+        f" {first:.4f}; bigram model on the same tokens {bigram:.4f}{capped}",
         f"speed        {summary['tokens_per_second'] or 0:,.0f} tokens/s, the median of later"
         f" steps; {format_seconds(records[-1].time)} in all",
         f"backends     {_backends_in_words(report)}",
