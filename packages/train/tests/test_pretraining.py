@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from tilewright_model import CausalLM, CausalLMOutput
+from tilewright_train import checkpoint, tokens
 from tilewright_train.batches import BatchSampler
 from tilewright_train.cli import main
 from tilewright_train.layers import parse
@@ -43,10 +45,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / "step-000012" / "model.safetensors")
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    assert losses(one) == losses(other)
+def assert_same_run(one: Path, other: Path, why: str = "") -> None:
+    assert losses(one) == losses(other), why
     for name, tensor in weights(one).items():
-        assert torch.equal(tensor, weights(other)[name]), name
+        assert torch.equal(tensor, weights(other)[name]), f"{name} {why}"
 
 
 @pytest.mark.smoke
@@ -63,8 +65,9 @@ def test_a_run_learns_and_leaves_everything_behind(tiny_flags: list[str]) -> Non
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["val_loss"] == measured[12]
     assert summary["bigram_val_loss"] < measured[0]
-    assert summary["backend"]["fell_back"] == []
-    assert summary["backend"]["operators"]["rms_norm"]["torch"] > 0
+    norm = summary["backend"]["operators"]["rms_norm"]
+    assert norm["torch"] > 0
+    assert (norm["triton"], norm["launches"]) == (0, 0)
     facts = json.loads((folder / "run.json").read_text())
     assert facts["corpus"]["files"] == 1
     assert facts["versions"]["torch"] == torch.__version__
@@ -94,12 +97,14 @@ def test_the_kernels_train_as_their_references_do(tiny_flags: list[str]) -> None
     runs = {backend: train(flags, "--backend", backend)[0] for backend in ("torch", "triton")}
     operators = {}
     for backend, folder in runs.items():
-        report = json.loads((folder / "summary.json").read_text())["backend"]
-        operators[backend] = report["operators"]
-        assert report["fell_back"] == []
+        summary = json.loads((folder / "summary.json").read_text())
+        operators[backend] = summary["backend"]["operators"]
     model = {"apply_rotary_emb", "cross_entropy", "rms_norm", "swiglu"}
     for name in model:
+        assert operators["torch"][name]["torch"] > 0, name
+        assert operators["torch"][name]["triton"] == 0, name
         assert operators["torch"][name]["launches"] == 0, name
+        assert operators["triton"][name]["triton"] > 0, name
         assert operators["triton"][name]["torch"] == 0, name
         assert operators["triton"][name]["launches"] > operators["triton"][name]["triton"], name
     for one, other in zip(losses(runs["torch"]), losses(runs["triton"]), strict=True):
@@ -109,13 +114,20 @@ def test_the_kernels_train_as_their_references_do(tiny_flags: list[str]) -> None
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_command_takes_triton_and_bf16(tiny_flags: list[str]) -> None:
-    flags = [*tiny_flags, "--device", "cuda"]
+    flags = [*tiny_flags, "--device", "cuda", "--steps", "20"]
     runs = [train(flags, "--backend", backend)[0] for backend in ("torch", "auto", "auto")]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in runs]
     assert {summary["precision"] for summary in summaries} == {"bf16"}
+    assert [summary["backend"]["fell_back"] for summary in summaries] == [[], [], []]
     for row in summaries[1]["backend"]["operators"].values():
         assert (row["torch"], row["fell_back"]) == (0, 0), row
-    assert summaries[1]["val_loss"] == pytest.approx(summaries[0]["val_loss"], rel=0.02)
+    by_torch, by_triton = (
+        [r.loss for r in read_metrics(folder / "metrics.jsonl") if r.step > 10]
+        for folder in runs[:2]
+    )
+    assert len(by_torch) == 10
+    assert by_triton == pytest.approx(by_torch, rel=0.01)
+    assert summaries[1]["val_loss"] == pytest.approx(summaries[0]["val_loss"], rel=0.01)
     assert_same_run(runs[1], runs[2])
 
 
@@ -200,19 +212,20 @@ def test_killed_at_any_step_and_resumed_the_losses_are_equal_bit_for_bit(
     draw = int.from_bytes(os.urandom(2), "big")
     for flags, low, high in (([*tiny_flags, "--name", "killed"], 1, 3), (resume, 5, 11)):
         last = low + draw % (high - low + 1)
+        which = f"draw {draw}: killed after step {last}"
         process = subprocess.Popen([sys.executable, "-c", slow, *flags], stdout=subprocess.DEVNULL)
         try:
             deadline = time.monotonic() + 120
             while not metrics.exists() or metrics.read_text().count("\n") <= last:
-                assert time.monotonic() < deadline, "the run does not get on"
-                assert process.poll() is None, f"ended with {process.returncode}"
+                assert time.monotonic() < deadline, f"{which}: the run does not get on"
+                assert process.poll() is None, f"{which}: ended with {process.returncode}"
                 time.sleep(0.01)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        assert not (killed / "summary.json").exists()
+        assert not (killed / "summary.json").exists(), which
     train(resume)
-    assert_same_run(whole, killed)
+    assert_same_run(whole, killed, f"draw {draw}")
 
 
 def test_a_damaged_checkpoint_stops_the_resume_until_told_otherwise(
@@ -235,6 +248,90 @@ def test_a_damaged_checkpoint_stops_the_resume_until_told_otherwise(
     assert losses(whole) == expected[0]
     for name, tensor in expected[1].items():
         assert torch.equal(tensor, weights(whole)[name]), name
+
+
+@pytest.mark.parametrize("gone", ["the folder", "what is in it"])
+def test_a_run_whose_checkpoints_are_gone_keeps_its_metrics(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str], gone: str
+) -> None:
+    folder, _ = train(tiny_flags)
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    if gone == "what is in it":
+        (folder / "checkpoints").mkdir()
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert main(["--resume", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {folder / 'checkpoints'} holds no checkpoint, but ")
+    assert "reaches step 12: put the checkpoints back, or start a new run" in error
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_whole_starts_again(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    assert main(tiny_flags) == 130
+    monkeypatch.undo()
+    (folder,) = Path(tiny_flags[tiny_flags.index("--out") + 1]).glob("corpus-nano-*")
+    assert read_metrics(folder / "metrics.jsonl")[-1].step == 4  # the step of the checkpoint
+    train(["--resume", str(folder)])
+    assert [r.step for r in read_metrics(folder / "metrics.jsonl")] == list(range(13))
+
+
+@pytest.mark.parametrize("where", ["the model is built", "a step is made"])
+@pytest.mark.parametrize("how", ["cpu", "gpu", "python"])
+def test_out_of_memory_has_a_remedy(
+    tiny_flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    how: str,
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        if how == "cpu":
+            torch.empty(1 << 60, dtype=torch.uint8)  # more than any machine has
+        raise torch.OutOfMemoryError("CUDA out of memory") if how == "gpu" else MemoryError
+
+    if where == "the model is built":
+        monkeypatch.setattr(CausalLM, "to", fails)
+    else:
+        monkeypatch.setattr(CausalLM, "forward", fails)
+    assert main(tiny_flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: out of memory with batch_size 4 and seq_len 16")
+    assert error.endswith(": start again with a smaller one, or another --preset\n")
+    assert error.count("\n") == 1
+    assert ("DefaultCPUAllocator" in error) == (how == "cpu")
+
+
+def test_other_errors_of_torch_keep_their_traceback(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(CausalLM, "forward", fails)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        main(tiny_flags)
+
+
+def test_the_tokens_are_checked_once(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    load = tokens.load
+
+    def counted(folder: Path) -> tokens.Tokens:
+        loaded.append(folder)
+        return load(folder)
+
+    monkeypatch.setattr(tokens, "load", counted)
+    train(tiny_flags, "--steps", "1")
+    assert len(loaded) == 1
 
 
 def test_a_run_whose_data_changed_is_not_resumed(

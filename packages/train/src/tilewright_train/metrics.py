@@ -104,7 +104,8 @@ def truncate_metrics(path: Path, step: int) -> None:
     """
     kept = [record for record in read_metrics(path) if step > 0 and record.step <= step]
     beside = path.with_suffix(".partial")
-    with beside.open("w", encoding="utf-8") as stream:
+    remedy = "make room and try again"
+    with writing(path.parent, remedy), beside.open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(dataclasses.asdict(record)) + "\n" for record in kept)
         stream.flush()
         os.fsync(stream.fileno())

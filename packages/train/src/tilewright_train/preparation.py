@@ -20,7 +20,7 @@ from tilewright_train.batches import BatchSampler, validation_rows
 from tilewright_train.corpus import Corpus, open_corpus
 from tilewright_train.errors import InputError
 from tilewright_train.layers import write_toml
-from tilewright_train.metrics import truncate_metrics
+from tilewright_train.metrics import read_metrics, truncate_metrics
 from tilewright_train.processes import on_first
 from tilewright_train.progress import Reporter
 from tilewright_train.run_directory import RunDirectory, check_room, create
@@ -65,8 +65,15 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         OSError: A file cannot be read or written.
     """
     config, settled = chosen.config, chosen.settled
-    entry, run = on_first(environment, lambda: _prepare_files(chosen, environment, reporter))
-    encoded = tokens.load(entry)
+    loaded: list[tokens.Tokens] = []  # of the first process, which need not check them twice
+
+    def prepare_files() -> tuple[Path, RunDirectory]:
+        encoded, run = _prepare_files(chosen, environment, reporter)
+        loaded.append(encoded)
+        return encoded.folder, run
+
+    entry, run = on_first(environment, prepare_files)
+    encoded = loaded[0] if loaded else tokens.load(entry)
     sampler = BatchSampler(
         encoded.train,
         batch_size=settled.batch_size,
@@ -80,7 +87,9 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
     done, seconds = 0, 0.0
     if config.run.resume != "never":
         older = config.run.resume_from_older
-        found = on_first(environment, lambda: _find_checkpoint(run, older, reporter))
+        found = on_first(
+            environment, lambda: _find_checkpoint(run, older, settled.save_every, reporter)
+        )
         done, seconds = found.step, _load_checkpoint(found, trainee, environment, reporter)
     return Prepared(
         run=run,
@@ -125,7 +134,7 @@ def checkpoint_bytes(shape: ModelConfig) -> int:
 
 def _prepare_files(
     chosen: Chosen, environment: DistributedEnvironment, reporter: Reporter
-) -> tuple[Path, RunDirectory]:
+) -> tuple[tokens.Tokens, RunDirectory]:
     """The first process's part: room on the disk, tokens in the cache, the run's folder."""
     config, settled = chosen.config, chosen.settled
     resumed = Path(config.run.resume) if config.run.resume != "never" else None
@@ -141,7 +150,8 @@ def _prepare_files(
         config.data.cache_dir or tokens.default_cache(), config.run.out / ".cache"
     )
     entry, cached = tokens.prepare(corpus, config.data, shape.vocab_size, cache)
-    facts = tokens.load(entry).facts
+    encoded = tokens.load(entry)
+    facts = encoded.facts
     reporter.say(
         f"tokens       {facts.train_tokens:,} to train on, {facts.validation_tokens:,} to validate,"
         f" vocabulary {facts.vocab_size:,}, in {entry}{' since an earlier run' if cached else ''}"
@@ -158,7 +168,8 @@ def _prepare_files(
         record = _facts_of(chosen, corpus, facts, environment)
         run.facts.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         write_toml(config, run.config, chosen.reasons)
-    return entry, run
+        run.checkpoints.mkdir()  # so that its absence later says that it was removed
+    return encoded, run
 
 
 def _facts_of(
@@ -213,15 +224,37 @@ def _check_same_tokens(run: RunDirectory, facts: tokens.TokenFacts) -> None:
         )
 
 
-def _find_checkpoint(run: RunDirectory, older: bool, reporter: Reporter) -> checkpoint.Found:
-    """Where the run goes on; what lies behind that point is dropped or set aside."""
+def _find_checkpoint(
+    run: RunDirectory, older: bool, save_every: int, reporter: Reporter
+) -> checkpoint.Found:
+    """Where the run goes on; what lies behind that point is dropped or set aside.
+
+    Raises:
+        InputError: A checkpoint is damaged, or the run has saved some and all of them are gone.
+    """
     found = checkpoint.find(run.checkpoints, from_older=older)
+    if found.folder is None:
+        _check_nothing_was_saved(run, save_every)
     for folder in found.damaged:
         reporter.say(f"damaged      {folder} is now {checkpoint.set_aside(folder).name}")
     truncate_metrics(run.metrics, found.step)
     where = f"after step {found.step}" if found.folder else "at the start: no checkpoint yet"
     reporter.say(f"resume       {run.root} {where}")
     return found
+
+
+def _check_nothing_was_saved(run: RunDirectory, save_every: int) -> None:
+    """Refuse to start again, and to drop the metrics, where checkpoints were removed.
+
+    A step's record is written before its checkpoint: a run killed between the two has reached
+    `save_every` itself and has none. The folder of checkpoints is there from the start.
+    """
+    reached = max((record.step for record in read_metrics(run.metrics)), default=0)
+    if reached > save_every or (reached > 0 and not run.checkpoints.is_dir()):
+        raise InputError(
+            f"{run.checkpoints} holds no checkpoint, but {run.metrics} reaches step {reached}: put"
+            f" the checkpoints back, or start a new run with --config {run.config}"
+        )
 
 
 def _load_checkpoint(

@@ -76,15 +76,10 @@ def run(config: PretrainConfig, stream: TextIO | None = None) -> Path:
             return Path(config.run.resume)
         _import_optimizers_meanwhile()
         _say_choices(chosen, environment, reporter)
-        with _as_input_errors():
-            prepared = prepare(chosen, environment, reporter)
-        try:
+        with _out_of_memory_has_a_remedy(chosen):
+            with _as_input_errors():
+                prepared = prepare(chosen, environment, reporter)
             _Training(chosen, prepared, environment, reporter).run()
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"out of memory with batch_size {settled.batch_size} and seq_len {settled.seq_len}"
-                f" ({error}): start again with a smaller one, or another --preset"
-            ) from error
         return prepared.run.root
 
 
@@ -109,6 +104,29 @@ def _as_input_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _out_of_memory_has_a_remedy(chosen: Chosen) -> Iterator[None]:
+    """Say what to make smaller when the model, its state or a step does not fit.
+
+    A GPU's allocator raises torch.OutOfMemoryError and Python's MemoryError, but the CPU allocator
+    of torch a plain RuntimeError.
+    """
+    settled = chosen.settled
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not (
+            isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or "DefaultCPUAllocator" in str(error)
+        ):
+            raise
+        reason = f" ({error})" if str(error) else ""
+        raise InputError(
+            f"out of memory with batch_size {settled.batch_size} and seq_len {settled.seq_len}"
+            f"{reason}: start again with a smaller one, or another --preset"
+        ) from error
 
 
 def _is_finished(config: PretrainConfig, reporter: Reporter) -> bool:
