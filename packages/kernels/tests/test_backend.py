@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright_kernels import backend_report, rms_norm, use_backend
+from tilewright_kernels import backend_report, parse_backends, rms_norm, use_backend
 from tilewright_kernels._backend import decide
 
 
@@ -134,6 +134,32 @@ def test_importing_leaves_the_compiler_alone():
     assert run_python(code).stdout == "False\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "default", "single"),
+    [
+        ("", None, {}),
+        (" triton", "triton", {}),
+        ("torch, ", "torch", {}),
+        (" rms_norm = triton ,auto,adamw=torch", "auto", {"rms_norm": "triton", "adamw": "torch"}),
+    ],
+)
+def test_the_text_of_a_choice(text, default, single):
+    assert parse_backends(text) == (default, single)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("auto,cuda", "^'cuda' is not a backend; choose from auto, triton, torch"),
+        ("rms_norm = cuda", "^rms_norm='cuda' is not a backend"),
+        ("rms_norm=", "^rms_norm='' is not a backend"),
+    ],
+)
+def test_the_text_of_an_unknown_backend(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_backends(text)
+
+
 def test_environment_chooses():
     code = (
         "from tilewright_kernels import backend_report as report;"
@@ -150,6 +176,9 @@ def test_environment_with_a_mistake():
     code = "import torch, tilewright_kernels as k; k.rms_norm(torch.ones(1, 2), (2,))"
     done = run_python(code, TILEWRIGHT_BACKEND="auto,rms_nrom=torch")
     assert "TILEWRIGHT_BACKEND: 'rms_nrom' is not an operator (did you mean" in done.stderr
+    code = "import tilewright_kernels as k; k.check_environment()"
+    early = run_python(code, TILEWRIGHT_BACKEND="auto,rms_nrom=torch")
+    assert early.stderr.splitlines()[-1] == done.stderr.splitlines()[-1]
     assert done.returncode != 0
 
 

@@ -96,7 +96,9 @@ def test_an_unknown_backend_or_operator_is_an_error(backend: str, message: str) 
         backends(backend)
 
 
-@pytest.mark.parametrize("backend", ["triton", "auto,rms_norm=triton"])
+@pytest.mark.parametrize(
+    "backend", ["triton", " triton", "auto,rms_norm=triton", "rms_norm = triton"]
+)
 def test_triton_on_the_cpu_needs_the_interpreter(
     monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
@@ -105,6 +107,12 @@ def test_triton_on_the_cpu_needs_the_interpreter(
     with pytest.raises(InputError, match="needs a CUDA device"), settings:
         pass
     assert backend_report()["rms_norm"].setting == "auto"
+
+
+def test_spaces_and_a_last_comma_are_no_mistake() -> None:
+    with backends(" torch, rms_norm = auto,"):
+        settings = {name: row.setting for name, row in backend_report().items()}
+    assert (settings["rms_norm"], settings["swiglu"]) == ("auto", "torch")
 
 
 def test_memory_counts_bytes() -> None:

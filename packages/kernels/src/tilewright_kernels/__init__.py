@@ -4,7 +4,14 @@ Every function runs its Triton kernel on CUDA tensors and its reference elsewher
 and the environment variable TILEWRIGHT_BACKEND choose otherwise, `backend_report` says what ran.
 """
 
-from tilewright_kernels._backend import BackendReport, OperatorReport, backend_report, use_backend
+from tilewright_kernels._backend import (
+    BackendReport,
+    OperatorReport,
+    backend_report,
+    check_environment,
+    parse_backends,
+    use_backend,
+)
 from tilewright_kernels.apply_rotary_emb import apply_rotary_emb, apply_rotary_emb_reference
 from tilewright_kernels.cross_entropy import (
     CrossEntropyLoss,
@@ -25,8 +32,10 @@ __all__ = [
     "apply_rotary_emb",
     "apply_rotary_emb_reference",
     "backend_report",
+    "check_environment",
     "cross_entropy",
     "cross_entropy_reference",
+    "parse_backends",
     "rms_norm",
     "rms_norm_reference",
     "rotary_table",

@@ -112,7 +112,7 @@ def decide(operator: str, device: str, unsupported: str | None = None) -> Decisi
         ValueError: backend triton was asked for and cannot run here.
     """
     if _unchecked:
-        _check_environment()
+        check_environment()
     choice = _choices.get(operator, _choices[_DEFAULT])
     if choice == "torch":
         return Decision("torch", "asked for", False)
@@ -225,6 +225,30 @@ def backend_report(*, reset: bool = False) -> BackendReport:
     return BackendReport(tuple(rows))
 
 
+def parse_backends(text: str) -> tuple[str | None, dict[str, str]]:
+    """Take apart what TILEWRIGHT_BACKEND may hold: «triton», or «auto, cross_entropy=torch».
+
+    Spaces and empty items, as after a last comma, are skipped; of two defaults the later one holds.
+
+    Returns:
+        The default, None where there is none, and the backend of single operators by name. The
+        names are not checked here: `use_backend` does it.
+
+    Raises:
+        ValueError: unknown backend; the message lists the valid ones.
+    """
+    default: str | None = None
+    single: dict[str, str] = {}
+    for item in filter(str.strip, text.split(",")):
+        name, equals, value = (part.strip() for part in item.rpartition("="))
+        _check_backend(value, name + equals)
+        if equals:
+            single[name] = value
+        else:
+            default = value
+    return default, single
+
+
 def configure_from_environment(text: str | None) -> None:
     """Take TILEWRIGHT_BACKEND's value: a default backend, operator=backend pairs, or both.
 
@@ -234,17 +258,22 @@ def configure_from_environment(text: str | None) -> None:
     Raises:
         ValueError: unknown backend.
     """
-    for item in (text or "").split(","):
-        name, equals, value = (part.strip() for part in item.rpartition("="))
-        if not value and not equals:
-            continue
-        _check_backend(value, "TILEWRIGHT_BACKEND=")
-        _choices[name if equals else _DEFAULT] = value
-        if equals:
-            _unchecked[name] = value
+    try:
+        default, single = parse_backends(text or "")
+    except ValueError as error:
+        raise ValueError(f"TILEWRIGHT_BACKEND={error}") from None
+    if default is not None:
+        _choices[_DEFAULT] = default
+    _choices.update(single)
+    _unchecked.update(single)
 
 
-def _check_environment() -> None:
+def check_environment() -> None:
+    """See that TILEWRIGHT_BACKEND names operators that are there; the first call does it otherwise.
+
+    Raises:
+        ValueError: it names an operator that no package imported so far has brought.
+    """
     for name in list(_unchecked):
         _check_operator(name, "TILEWRIGHT_BACKEND: ")
         del _unchecked[name]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tilewright_kernels import use_backend
+from tilewright_kernels import backend_report, check_environment, parse_backends, use_backend
 from tilewright_train.errors import InputError
 
 # Dense bf16 products with float32 accumulation, FLOP/s without sparsity, from NVIDIA's data
@@ -88,7 +88,7 @@ def configured(*, threads: int, deterministic: bool, backend: str, device: str) 
     former_threads = torch.get_num_threads()
     former_deterministic = torch.are_deterministic_algorithms_enabled()
     with backends(backend):
-        _check_triton(backend, device)
+        _check_triton(device)
         try:
             torch.set_num_threads(threads)
             if deterministic:
@@ -121,26 +121,22 @@ def backends(text: str) -> use_backend:
     """Choose backends as TILEWRIGHT_BACKEND does: «triton», or «auto,rms_norm=torch».
 
     Raises:
-        ValueError: An unknown backend or operator.
+        ValueError: An unknown backend or operator, here or in TILEWRIGHT_BACKEND.
     """
-    default: Any = None
-    operators: dict[str, Any] = {}
-    for item in text.split(","):
-        name, equals, value = (part.strip() for part in item.rpartition("="))
-        if equals:
-            operators[name] = value
-        else:
-            default = value
-    if operators:
+    parsed: Any = parse_backends(text)  # use_backend's literals are str here
+    default, operators = parsed
+    if operators or "=" in os.environ.get("TILEWRIGHT_BACKEND", ""):
         # An operator has a name once its package is imported. Else this waits: see `pretraining`.
         importlib.import_module("tilewright_optim")
+        check_environment()
     return use_backend(default, **operators)
 
 
-def _check_triton(backend: str, device: str) -> None:
-    """Triton was not asked for where it cannot run."""
+def _check_triton(device: str) -> None:
+    """Triton was not asked for where it cannot run, by an option or the environment."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if "triton" in re.split("[,=]", backend) and device == "cpu" and not interpreted:
+    asked = any(row.setting == "triton" for row in backend_report().values())
+    if asked and device == "cpu" and not interpreted:
         raise InputError(
             "backend triton needs a CUDA device and this run is on the cpu: use --backend auto, or"
             " set TRITON_INTERPRET=1 to have the kernels interpreted, which is slow"
