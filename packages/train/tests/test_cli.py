@@ -117,16 +117,57 @@ def test_the_command_ends_with_the_status_and_without_a_traceback(tiny_flags: li
     assert "adamw" in bad.stderr
 
 
-def test_a_bad_environment_is_an_error_like_any_other(tiny_flags: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("environment", "words", "message"),
+    [
+        ("tritn", [], "TILEWRIGHT_BACKEND='tritn' is not a backend"),
+        ("foo=torch", ["--backend", "torch"], "TILEWRIGHT_BACKEND: 'foo' is not an operator"),
+        (" triton", [], "backend triton needs a CUDA device"),
+        ("rms_norm=triton", ["--backend", "swiglu=torch"], "backend triton needs a CUDA device"),
+    ],
+)
+def test_a_bad_environment_is_an_error_like_any_other(
+    tiny_flags: list[str], environment: str, words: list[str], message: str
+) -> None:
     bad = subprocess.run(
-        [sys.executable, "-m", "tilewright_train", *tiny_flags],
+        [sys.executable, "-m", "tilewright_train", *tiny_flags, *words],
         capture_output=True,
         text=True,
-        env=os.environ | {"TILEWRIGHT_BACKEND": "tritn"},
+        env=os.environ | {"TILEWRIGHT_BACKEND": environment, "TRITON_INTERPRET": "0"},
     )
     assert bad.returncode == 2
     assert bad.stderr.count("\n") == 1
-    assert "TILEWRIGHT_BACKEND='tritn' is not a backend" in bad.stderr
+    assert bad.stderr.startswith("error: ")
+    assert message in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("where", "begun"),
+    [("preparation.open_corpus", False), ("pretraining.make_reporter", False),
+     ("loop.TrainingLoop.run", True)],
+)  # fmt: skip
+def test_an_interrupted_run_is_named_once_it_has_begun(
+    tiny_flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    begun: bool,
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = Path(tiny_flags[tiny_flags.index("--out") + 1])
+    (out / "earlier").mkdir(parents=True)
+    (out / "earlier" / "config.toml").touch()
+    monkeypatch.setattr(f"tilewright_train.{where}", interrupt)
+    assert main(tiny_flags) == 130
+    run = out / "corpus-nano-001"
+    assert run.exists() == begun
+    go_on = f"; go on from what is saved with: train-pretrain --resume {run}" if begun else ""
+    assert capsys.readouterr().err == f"interrupted{go_on}\n"
+    if begun:
+        assert main(["--resume", str(run)]) == 130
+        assert capsys.readouterr().err == f"interrupted{go_on}\n"
 
 
 def test_a_reader_that_goes_away_is_no_error(

@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from tilewright_train.config import PretrainConfig
 from tilewright_train.errors import InputError, TrainingStopped, one_line
-from tilewright_train.layers import parse
+from tilewright_train.layers import CONFIG_FILE, parse
 
 
 def pretrain() -> None:
@@ -27,8 +28,8 @@ def main(arguments: Sequence[str]) -> int:
         return _complain(f"error: {one_line(error)}", 2)
     except TrainingStopped as stopped:
         return _complain(str(stopped), stopped.exit_status)
-    except KeyboardInterrupt:
-        return _complain("interrupted; train-pretrain --resume goes on from what is saved", 130)
+    except KeyboardInterrupt as interrupt:
+        return _complain(f"interrupted{interrupt}", 130)
     return 0
 
 
@@ -40,7 +41,20 @@ def _run(arguments: Sequence[str]) -> None:
         from tilewright_train.pretraining import run
     except ValueError as error:  # tilewright_kernels reads TILEWRIGHT_BACKEND when it is imported
         raise InputError(str(error)) from error
-    run(config)
+    earlier = _runs(config)
+    try:
+        run(config)
+    except KeyboardInterrupt:
+        begun = _runs(config) - earlier if config.run.resume == "never" else {config.run.resume}
+        if len(begun) != 1:  # none, or somebody else has begun one there as well
+            raise
+        going_on = f"; go on from what is saved with: train-pretrain --resume {begun.pop()}"
+        raise KeyboardInterrupt(going_on) from None
+
+
+def _runs(config: PretrainConfig) -> set[str]:
+    """The folders of the runs in --out."""
+    return {str(file.parent) for file in config.run.out.glob(f"*/{CONFIG_FILE}")}
 
 
 def _wait_politely() -> None:
