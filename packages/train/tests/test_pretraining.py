@@ -18,7 +18,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from tilewright_model import CausalLM, CausalLMOutput
-from tilewright_train import checkpoint, tokens
+from tilewright_train import checkpoint, finish, tokens
 from tilewright_train.batches import BatchSampler
 from tilewright_train.cli import main
 from tilewright_train.layers import parse
@@ -317,6 +317,16 @@ def test_other_errors_of_torch_keep_their_traceback(
     monkeypatch.setattr(CausalLM, "forward", fails)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         main(tiny_flags)
+
+
+def test_a_bigram_model_of_a_part_of_the_tokens_is_said(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(tiny_flags, "--steps", "1")[1]
+    monkeypatch.setattr(finish, "_BIGRAM_TOKENS", 1000)
+    part = train(tiny_flags, "--steps", "1")[1]
+    assert "fitted on the first" not in whole
+    assert "(fitted on the first 1,000 tokens)" in part
 
 
 def test_the_tokens_are_checked_once(
