@@ -94,9 +94,10 @@ def test_a_full_disk_in_the_middle_keeps_what_is_written(
     monkeypatch.setattr(checkpoint, "_seal", full)
     assert main(tiny_flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("MANIFEST.json: no space left on device")
     out = Path(tiny_flags[tiny_flags.index("--out") + 1])
     (run,) = out.glob("corpus-nano-*")
+    assert line.startswith(f"error: {run / 'checkpoints'} cannot be written")
+    assert line.endswith(f"make room, then go on with --resume {run}")
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000004"]
     assert (run / "metrics.jsonl").read_text().count("\n") == 9
     monkeypatch.undo()
