@@ -88,7 +88,10 @@ def find_run(which: str, out: Path) -> Path:
     if which != "auto":
         folder = Path(which)
         if not (folder / CONFIG_FILE).is_file():
-            raise InputError(f"{folder} is no run: it holds no {CONFIG_FILE}")
+            raise InputError(
+                f"{folder} is no run: it holds no {CONFIG_FILE}; give the folder that the run "
+                f"printed, or --resume alone for the latest"
+            )
         return folder
     runs = [file.parent for file in out.glob(f"*/{CONFIG_FILE}")]
     if not runs:
