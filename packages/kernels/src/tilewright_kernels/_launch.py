@@ -24,6 +24,7 @@ class RowTile(NamedTuple):
     num_warps: int
 
 
+@cache
 def row_tile(width: int, *, elements: int, elements_per_thread: int) -> RowTile:
     """Tile for rows of `width` elements, one row at least.
 

@@ -23,10 +23,13 @@ import torch
 from torch.nn import Parameter
 
 from tilewright_kernels import _backend
+from tilewright_kernels._launcher import launch
 from tilewright_kernels._triton import tl
 
 _NAMESPACE = "tilewright"
+_FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _PLAIN = (torch.Tensor, Parameter)
+"""Types that need no dispatcher; it must see what is fake, functional or else a subclass."""
 
 
 class Operator:
@@ -63,9 +66,9 @@ class Operator:
         device = args[0].device
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                kernel[grid](*args, **meta)
+                launch(kernel, grid, args, meta)
         else:
-            kernel[grid](*args, **meta)
+            launch(kernel, grid, args, meta)
 
     def function(
         self,
@@ -97,9 +100,15 @@ class Operator:
 
             @wraps(launcher)
             def call(*args: Any) -> Any:
-                if torch.compiler.is_compiling() or _any_subclass(args):
+                if torch.compiler.is_compiling():
                     return registered(*args)
-                if eager is not None and torch.is_grad_enabled() and _any_requires_grad(args):
+                requires_grad = False
+                for arg in args:
+                    if isinstance(arg, torch.Tensor):
+                        if type(arg) not in _PLAIN:
+                            return registered(*args)
+                        requires_grad = requires_grad or arg.requires_grad
+                if requires_grad and eager is not None and torch.is_grad_enabled():
                     return eager.apply(*args)
                 return launcher(*args)
 
@@ -118,13 +127,15 @@ def as_rows(x: torch.Tensor, width: int) -> torch.Tensor:
 
     Kernels take the row stride, so slices, transposed batches and expanded rows cost no copy.
     """
+    if x.dim() == 2 and x.stride(1) == 1 and x.shape[1] == width:
+        return x
     rows = x.reshape(-1, width) if x.numel() else x.new_empty(x.numel() // max(width, 1), width)
     return rows if rows.stride(-1) == 1 or width == 1 else rows.contiguous()
 
 
 def check_floating(name: str, x: torch.Tensor) -> None:
     """Raise unless x has a dtype that the kernels compute with."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if x.dtype not in _FLOATING:
         raise TypeError(
             f"{name} is {x.dtype}; give float16, bfloat16, float32 or float64, "
             f"for example {name}.to(torch.bfloat16)"
@@ -134,18 +145,10 @@ def check_floating(name: str, x: torch.Tensor) -> None:
 def check_same_device(**tensors: torch.Tensor | None) -> None:
     """Raise unless all given tensors are on one device."""
     devices = {name: t.device for name, t in tensors.items() if t is not None}
-    if len(set(devices.values())) > 1:
+    first = next(iter(devices.values()))
+    if any(device != first for device in devices.values()):
         listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"the tensors are on different devices: {listing}; move them to one")
-
-
-def _any_subclass(args: tuple[Any, ...]) -> bool:
-    """Whether a tensor is fake, functional or else not plain: the dispatcher must see it then."""
-    return any(isinstance(a, torch.Tensor) and type(a) not in _PLAIN for a in args)
-
-
-def _any_requires_grad(args: tuple[Any, ...]) -> bool:
-    return any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
 
 
 def _autograd_function(
