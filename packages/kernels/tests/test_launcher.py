@@ -1,4 +1,4 @@
-"""The short way to launch: told apart what Triton tells apart, and the same results as the long way."""
+"""The short way to launch tells apart what Triton does, and computes what the long way does."""
 
 import pytest
 import torch

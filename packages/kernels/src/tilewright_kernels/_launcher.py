@@ -5,8 +5,8 @@ of all that, at every launch: 10 to 13 µs on a host of 2024. What decides is li
 addresses and integers are multiples of 16 or equal to 1, and the constants. Here that is a tuple,
 found in a dict; the first launch of each tuple goes through Triton, which compiles.
 
-It reaches below Triton's documented surface (`CompiledKernel.run`), so whatever is unusual takes the
-documented way: profiler hooks, autotuners, tensor descriptors, the interpreter, another Triton.
+It reaches below Triton's documented surface (`CompiledKernel.run`), so whatever is unusual takes
+the documented way: profiler hooks, autotuners, tensor descriptors, the interpreter.
 """
 
 from typing import Any
