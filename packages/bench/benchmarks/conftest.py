@@ -2,6 +2,7 @@
 
 from tilewright_bench.plugin import (
     pytest_benchmark_update_machine_info,
+    pytest_collection_finish,
     pytest_configure,
     pytest_report_header,
     pytest_runtest_makereport,
@@ -10,6 +11,7 @@ from tilewright_bench.plugin import (
 
 __all__ = [
     "pytest_benchmark_update_machine_info",
+    "pytest_collection_finish",
     "pytest_configure",
     "pytest_report_header",
     "pytest_runtest_makereport",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tilewright_bench.measure import directed
+from tilewright_bench.evaluate import directed
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")

@@ -3,9 +3,19 @@ import time
 import pytest
 import torch
 
-from tilewright_bench.timer import Samples, time_interleaved, timer_for
+from tilewright_bench.timer import (
+    MAX_GRAPH_CALLS,
+    SAMPLE_SECONDS,
+    Rotation,
+    Samples,
+    rotating,
+    side_stream,
+    time_interleaved,
+    timer_for,
+)
 
 CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 
 
 def elapsed_on_device(call, count):
@@ -24,7 +34,8 @@ def test_more_work_takes_more_time(device):
     # Far enough apart for a busy machine: four numbers and four million, on a GPU 400 million.
     small = torch.randn(4, device=device)
     large = torch.randn(400_000_000 if device.type == "cuda" else 4_000_000, device=device)
-    quick, slow = time_interleaved([small.sum, large.sum], device, seconds=0.02, min_rounds=10)
+    rotations = [Rotation([small.sum]), Rotation([large.sum])]
+    quick, slow = time_interleaved(rotations, device, seconds=0.02, min_rounds=10)
     assert slow.median > 5 * quick.median
 
 
@@ -39,9 +50,9 @@ def test_limits_of_rounds_hold():
         calls += 1
 
     napping, counting = time_interleaved(
-        [nap, count], CPU, seconds=0.004, min_rounds=10, max_rounds=40
+        [Rotation([nap]), Rotation([count])], CPU, seconds=0.004, min_rounds=10, max_rounds=40
     )
-    assert len(napping.seconds) == 10  # two would have filled the time
+    assert 10 <= len(napping.seconds) < 15  # two would have filled the time; blocks are whole
     assert len(counting.seconds) == 40  # thousands would have fitted
     assert calls > 40, "warm-up calls are not among the timed ones"
     assert min(napping.seconds) >= 0.002
@@ -50,7 +61,7 @@ def test_limits_of_rounds_hold():
 def test_functions_take_turns():
     order = []
     time_interleaved(
-        [lambda: order.append("a"), lambda: order.append("b")],
+        [Rotation([lambda: order.append("a")]), Rotation([lambda: order.append("b")])],
         CPU,
         seconds=0.001,
         min_rounds=20,
@@ -60,29 +71,55 @@ def test_functions_take_turns():
     assert "".join(order).endswith("a" * 11 + "b" * 11 + "a" * 11 + "b" * 11)
 
 
+def test_calls_of_a_rotation_run_in_turn():
+    seen = []
+    call = rotating([lambda i=i: seen.append(i) for i in range(3)])
+    for _ in range(7):
+        call()
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_reset_runs_before_each_sample_outside_its_time():
+    state = [0]
+    seen = []
+
+    def call():
+        seen.append(state[0])
+        state[0] += 1
+
+    def reset():
+        time.sleep(0.002)
+        state[0] = 0
+
+    (samples,) = time_interleaved(
+        [Rotation([call], reset)], CPU, seconds=0.001, min_rounds=5, max_rounds=5
+    )
+    assert seen[-5:] == [0] * 5
+    assert samples.median < 0.001
+
+
 def test_median_ignores_an_interruption():
-    samples = Samples(clock="x", seconds=(1.0, 1.1, 50.0), host_seconds=(2.0, 9.0, 2.5))
+    samples = Samples(clock="x", calls=1, seconds=(1.0, 1.1, 50.0), host_seconds=(2.0, 9.0, 2.5))
     assert samples.median == 1.1
     assert samples.host_median == 2.5
 
 
-def test_the_clock_is_named(device):
-    (samples,) = time_interleaved([lambda: None], device, seconds=0.001, min_rounds=1)
-    assert samples.clock == ("cuda events" if device.type == "cuda" else "perf_counter")
-
-
 def test_on_a_cpu_host_and_device_are_one():
-    (samples,) = time_interleaved([lambda: None], CPU, seconds=0.001, min_rounds=1)
+    (samples,) = time_interleaved([Rotation([int])], CPU, seconds=0.001, min_rounds=1)
     assert samples.seconds == samples.host_seconds
+    assert (samples.clock, samples.calls) == ("perf_counter", 1)
 
 
 @pytest.mark.gpu
-def test_events_agree_with_a_long_run_of_copies():
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "events"])
+def test_device_times_agree_with_a_long_run_of_copies(graph):
     source = torch.randn(256 << 20, device="cuda")  # 1 GiB: half a millisecond a copy
     target = torch.empty_like(source)
-    (samples,) = time_interleaved([lambda: target.copy_(source)], torch.device("cuda"), seconds=0.1)
+    copy = Rotation([lambda: target.copy_(source)])
+    (samples,) = time_interleaved([copy], CUDA, seconds=0.1, graph=graph)
     expected = elapsed_on_device(lambda: target.copy_(source), 100)
     assert samples.median == pytest.approx(expected, rel=0.05)
+    assert samples.clock == ("cuda graph" if graph else "cuda events")
 
 
 @pytest.mark.gpu
@@ -93,22 +130,70 @@ def test_the_hosts_delays_stay_out_of_device_time():
         time.sleep(3e-4)
         x.neg_()
 
-    (samples,) = time_interleaved([slow_to_launch], torch.device("cuda"), seconds=0.01)
-    assert samples.host_median > 3e-4
-    assert samples.median < 1e-4
+    for graph in (True, False):
+        (samples,) = time_interleaved([Rotation([slow_to_launch])], CUDA, seconds=0.01, graph=graph)
+        assert samples.host_median > 3e-4
+        assert samples.median < (5e-6 if graph else 1e-4)
+
+
+@pytest.mark.gpu
+def test_short_calls_fill_a_graph_with_whole_rotations():
+    tensors = [torch.randn(1024, device="cuda") for _ in range(7)]
+    (samples,) = time_interleaved([Rotation([x.neg_ for x in tensors])], CUDA, seconds=0.01)
+    assert samples.calls % 7 == 0
+    assert MAX_GRAPH_CALLS - 7 < samples.calls <= MAX_GRAPH_CALLS
+    assert samples.calls * samples.median <= 2 * SAMPLE_SECONDS
+
+
+@pytest.mark.gpu
+def test_a_backward_is_captured():
+    x = torch.randn(1 << 20, device="cuda", requires_grad=True)
+    with side_stream(CUDA):
+        y = x.sin()
+        (samples,) = time_interleaved(
+            [Rotation([lambda: torch.autograd.grad(y, x, y.detach(), retain_graph=True)])],
+            CUDA,
+            seconds=0.01,
+        )
+    assert samples.clock == "cuda graph"
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_is_timed_by_events_and_leaves_nothing_behind():
+    x = torch.randn(1 << 24, device="cuda")
+
+    def waits():
+        return (x * 2).sum().item()
+
+    def capturable():
+        return (x * 2).sum()
+
+    waiting, running = time_interleaved(
+        [Rotation([waits]), Rotation([capturable])], CUDA, seconds=0.01
+    )
+    assert (waiting.clock, running.clock) == ("cuda events", "cuda graph")
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < torch.cuda.memory_allocated() + (64 << 20)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"calls": []}, "calls is empty"),
-        ({"calls": [print], "min_rounds": 9, "max_rounds": 3}, "min_rounds 9 .* max_rounds 3"),
-        ({"calls": [print], "min_rounds": 0}, "min_rounds 0"),
+        ({"rotations": []}, "rotations is empty"),
+        ({"min_rounds": 9, "max_rounds": 3}, "min_rounds 9 .* max_rounds 3"),
+        ({"min_rounds": 0}, "min_rounds 0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
+    arguments = {"rotations": [Rotation([int])]} | arguments
     with pytest.raises(ValueError, match=message):
-        time_interleaved(arguments.pop("calls"), CPU, seconds=0.01, **arguments)
+        time_interleaved(device=CPU, seconds=0.01, **arguments)
+
+
+def test_a_rotation_without_calls_is_an_error():
+    with pytest.raises(ValueError, match="calls is empty"):
+        Rotation([])
 
 
 def test_a_device_without_a_timer_is_an_error():

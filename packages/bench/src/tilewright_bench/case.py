@@ -62,6 +62,8 @@ class Case:
         backward: least work of the backward alone, its output gradient read.
         forward_backward: of both together, where an implementation may save something by knowing
             that both come; None takes the sum.
+        check_inputs: inputs for the comparison with float64 alone, as make_inputs but smaller, for
+            cases whose reference would take minutes or more memory than there is.
     """
 
     operator: str
@@ -72,6 +74,7 @@ class Case:
     forward: Work
     backward: Work
     forward_backward: Work | None = None
+    check_inputs: Callable[[torch.device, torch.Generator], tuple[Any, ...]] | None = None
 
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1:
@@ -96,9 +99,16 @@ class Case:
             return self.backward
         return self.forward_backward or self.forward + self.backward
 
-    def inputs(self, device: torch.device, seed: int) -> tuple[Any, ...]:
-        """One set of inputs; the same seed gives the same values on the same device."""
-        return self.make_inputs(device, torch.Generator(device).manual_seed(seed))
+    def inputs(self, device: torch.device, seed: int, *, to_check: bool = False) -> tuple[Any, ...]:
+        """One set of inputs; the same seed gives the same values on the same device.
+
+        Args:
+            device: where to make them.
+            seed: of their values.
+            to_check: give those for the comparison with float64.
+        """
+        make = self.check_inputs if to_check and self.check_inputs else self.make_inputs
+        return make(device, torch.Generator(device).manual_seed(seed))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from tilewright_bench.case import Case, Variant
 from tilewright_bench.environment import CPU_NOTE, describe
+from tilewright_bench.measure import Group, selected
 from tilewright_bench.report import Row, table
 
 _ROWS = pytest.StashKey[list[Row]]()
@@ -36,6 +38,21 @@ def pytest_report_header() -> str:
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     """Add device, driver and versions to what pytest-benchmark saves of the machine."""
     machine_info.update(describe())
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Group the benchmarks that this session runs: variants of a case are measured together."""
+    groups: dict[tuple[int, str], list[tuple[str, Case, Variant]]] = {}
+    for item in session.items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        case, variant = params.get("case"), params.get("variant")
+        if isinstance(case, Case) and isinstance(variant, Variant):
+            key = (id(case), variant.direction)
+            groups.setdefault(key, []).append((item.nodeid, case, variant))
+    selected.clear()
+    for members in groups.values():
+        group = Group(members[0][1], [variant for _, _, variant in members])
+        selected.update((nodeid, group) for nodeid, _, _ in members)
 
 
 @pytest.hookimpl(wrapper=True)
