@@ -33,10 +33,14 @@ def apply_rotary_emb_reference(
     sin: Tensor,
     *,
     position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The definition in plain torch; arguments as `apply_rotary_emb`."""
     rows = slice(q.shape[-3]) if position_ids is None else position_ids
+    if cu_seqlens is not None:
+        tokens = torch.arange(q.shape[0], dtype=cu_seqlens.dtype, device=q.device)
+        rows = tokens - cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1]
     cos, sin = cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2)
     return _turn(q, cos, sin, interleaved), _turn(k, cos, sin, interleaved)
 
@@ -52,16 +56,30 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((y.to(x.dtype), rest), -1).contiguous()
 
 
+@triton.jit
+def _sequence_start(cu_seqlens_ptr, entries, steps, tokens):
+    """The largest entry that is not above the token: log2(entries) steps of bisection."""
+    low = tl.zeros_like(tokens)
+    high = low + entries
+    for _ in range(steps):
+        middle = (low + high) // 2
+        above = tl.load(cu_seqlens_ptr + middle) > tokens
+        low, high = tl.where(above, low, middle), tl.where(above, middle, high)
+    return tl.load(cu_seqlens_ptr + low)
+
+
 # These change from batch to batch, and nothing would be gained from knowing what divides them.
-@triton.jit(do_not_specialize=["tokens_per_sequence", "num_tokens", "table_rows"])
+@triton.jit(
+    do_not_specialize=["tokens_per_sequence", "num_tokens", "table_rows", "entries", "steps"]
+)
 def _apply_rotary_emb_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, q_out_ptr, k_out_ptr,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, cu_seqlens_ptr, q_out_ptr, k_out_ptr,
     q_batch_stride, q_token_stride, q_head_stride, q_dim_stride,
     k_batch_stride, k_token_stride, k_head_stride, k_dim_stride,
     cos_row_stride, sin_row_stride, position_batch_stride, position_token_stride,
-    tokens_per_sequence, num_tokens, table_rows, q_heads, k_heads,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr,
+    tokens_per_sequence, num_tokens, table_rows, entries, steps, q_heads, k_heads,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
+    CONJUGATE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr,
     ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
@@ -107,6 +125,8 @@ def _apply_rotary_emb_kernel(
     if HAS_POSITIONS:
         offsets = b * position_batch_stride + t * position_token_stride
         position = tl.load(position_ptr + offsets, mask=token_mask[:, None], other=0).to(tl.int64)
+    if HAS_CU_SEQLENS:
+        position = t - _sequence_start(cu_seqlens_ptr, entries, steps, t)
     # A position outside the tables cannot raise here: it gives NaN, not somebody else's memory.
     in_table = token_mask[:, None] & (position >= 0) & (position < table_rows)
     pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
@@ -158,50 +178,52 @@ def _tile(heads: int, head_dim: int, rotary_dim: int) -> _Tile:
 
 def _fake(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
-    interleaved: bool, conjugate: bool,
+    cu_seqlens: Tensor | None, interleaved: bool, conjugate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, cos, sin, position_ids, ctx.interleaved, ctx.conjugate = inputs
+    *tables_and_positions, ctx.interleaved, ctx.conjugate = inputs[2:]
     frozen = [y for y, need in zip(output, ctx.needs_input_grad, strict=False) if not need]
     ctx.mark_non_differentiable(*frozen)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(cos, sin, position_ids)
+    ctx.save_for_backward(*tables_and_positions)
 
 
 def _grads(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
     given = dk if dq is None else dq
     if given is None:
-        return (None,) * 7
+        return (None,) * 8
     # Where the loss knows one output only, the other counts no heads.
     heads = [given[:, :, :0] if dy is None else dy for dy in (dq, dk)]
     dq_in, dk_in = rotate_heads(*heads, *ctx.saved_tensors, ctx.interleaved, not ctx.conjugate)
     grads = (None if dq is None else dq_in, None if dk is None else dk_in)
-    return *grads, None, None, None, None, None
+    return *grads, *[None] * 6
 
 
 @_OP.function(fake=_fake, setup_context=_save, backward=_grads)
 def rotate_heads(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
-    interleaved: bool, conjugate: bool,
+    cu_seqlens: Tensor | None, interleaved: bool, conjugate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the rotation of q [B, T, H, D] and k [B, T, K, D], back instead where conjugate."""
-    q_out, k_out = _fake(q, k, cos, sin, position_ids, interleaved, conjugate)
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     B, T, H, D = q.shape
     K, R = k.shape[2], 2 * cos.shape[1]
     if B * T * (H + K) == 0:
         return q_out, k_out
     tile = _tile(H + K, D, R)
+    entries = 0 if cu_seqlens is None else len(cu_seqlens)
     _OP.launch(
         _apply_rotary_emb_kernel, (cdiv(B * T, tile.BLOCK_T) * cdiv(H + K, tile.BLOCK_H),),
-        q, k, cos, sin, position_ids, q_out, k_out,
+        q, k, cos, sin, position_ids, cu_seqlens, q_out, k_out,
         *q.stride(), *k.stride(), cos.stride(0), sin.stride(0),
         *((0, 0) if position_ids is None else position_ids.stride()),
-        T, B * T, cos.shape[0], H, K,
-        HEAD_DIM=D, ROTARY_DIM=R, HAS_POSITIONS=position_ids is not None,
-        INTERLEAVED=interleaved, CONJUGATE=conjugate, ACC=accumulator(q.dtype),
+        T, B * T, cos.shape[0], entries, (entries - 1).bit_length(), H, K,
+        HEAD_DIM=D, ROTARY_DIM=R, INTERLEAVED=interleaved, CONJUGATE=conjugate,
+        HAS_POSITIONS=position_ids is not None, HAS_CU_SEQLENS=cu_seqlens is not None,
+        ACC=accumulator(q.dtype),
         BLOCK_PAIRS=next_power_of_2(R // 2), BLOCK_REST=next_power_of_2(max(1, D - R)),
         **tile._asdict(),
     )  # fmt: skip
@@ -215,6 +237,7 @@ def apply_rotary_emb(
     sin: Tensor,
     *,
     position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Rotary position embedding of queries and keys, in one launch.
@@ -232,6 +255,9 @@ def apply_rotary_emb(
             takes row t for token t of each sequence, and a packed batch for one sequence. Ids must
             lie in [0, P). Checking that would wait for the device, so it is not done: the kernel
             gives NaN for tokens outside, the reference indexes as torch does.
+        cu_seqlens: [S + 1] int32 or int64, instead of position_ids where N packed tokens are S
+            sequences: sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1], and its positions
+            count from 0. Ascending from 0; tokens from the last entry on count anew.
         interleaved: whether a pair is dimensions (2i, 2i + 1) instead of (i, i + R/2).
 
     Returns:
@@ -245,19 +271,26 @@ def apply_rotary_emb(
     """
     _check_heads(q, k)
     _check_tables(q, cos, sin)
-    _check_positions(q, cos, position_ids)
-    check_same_device(q=q, k=k, cos=cos, sin=sin, position_ids=position_ids)
+    _check_positions(q, cos, position_ids, cu_seqlens)
+    check_same_device(q=q, k=k, cos=cos, sin=sin, position_ids=position_ids, cu_seqlens=cu_seqlens)
     tokens = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
     if not _OP.uses_triton(q, f"there are {tokens} tokens" if tokens >= 2**31 else None):
         return apply_rotary_emb_reference(
-            q, k, cos, sin, position_ids=position_ids, interleaved=interleaved
+            q,
+            k,
+            cos,
+            sin,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            interleaved=interleaved,
         )
     cos, sin = (table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))
     if q.dim() == 4:
-        return rotate_heads(q, k, cos, sin, position_ids, interleaved, False)
+        return rotate_heads(q, k, cos, sin, position_ids, None, interleaved, False)
     position_ids = None if position_ids is None else position_ids[None]
-    q_out, k_out = rotate_heads(q[None], k[None], cos, sin, position_ids, interleaved, False)
-    return q_out[0], k_out[0]
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    outs = rotate_heads(q[None], k[None], cos, sin, position_ids, cu_seqlens, interleaved, False)
+    return outs[0][0], outs[1][0]
 
 
 def _check_heads(q: Tensor, k: Tensor) -> None:
@@ -301,20 +334,28 @@ def _check_tables(q: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
-def _check_positions(q: Tensor, cos: Tensor, position_ids: Tensor | None) -> None:
-    if position_ids is None:
-        if q.shape[-3] > cos.shape[0]:
-            raise ValueError(
-                f"q has {q.shape[-3]} tokens a sequence and the tables have {cos.shape[0]} rows; "
-                f"make longer tables, or give position_ids"
-            )
-        return
-    if position_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            f"position_ids is {position_ids.dtype}; give int64 or int32, as in position_ids.long()"
+def _check_positions(
+    q: Tensor, cos: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    for name, given in (("position_ids", position_ids), ("cu_seqlens", cu_seqlens)):
+        if given is not None and given.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name} is {given.dtype}; give int64 or int32, as in {name}.long()")
+    if position_ids is None and cu_seqlens is None and q.shape[-3] > cos.shape[0]:
+        raise ValueError(
+            f"q has {q.shape[-3]} tokens a sequence and the tables have {cos.shape[0]} rows; "
+            f"make longer tables, or give position_ids"
         )
-    if position_ids.shape != q.shape[:-2]:
+    if position_ids is not None and position_ids.shape != q.shape[:-2]:
         raise ValueError(
             f"position_ids has shape {tuple(position_ids.shape)}; for q of shape {tuple(q.shape)} "
             f"it must be {tuple(q.shape[:-2])}, for example by position_ids.expand"
+        )
+    if cu_seqlens is None:
+        return
+    if position_ids is not None:
+        raise ValueError("both position_ids and cu_seqlens say where tokens are; give one of them")
+    if q.dim() != 3 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and q {tuple(q.shape)}; it must be "
+            f"[S + 1], for S sequences packed in q [N, heads, D]"
         )

@@ -80,12 +80,17 @@ class RotaryEmbedding(torch.nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(
-        self, q: Tensor, k: Tensor, position_ids: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Turn q [B, T, H, D] and k [B, T, K, D], or packed [N, ., D], as `apply_rotary_emb`."""
         return apply_rotary_emb(
-            q, k, self.cos, self.sin, position_ids=position_ids, interleaved=self.interleaved
-        )
+            q, k, self.cos, self.sin, position_ids=position_ids, cu_seqlens=cu_seqlens,
+            interleaved=self.interleaved,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """The arguments, for `print(model)`."""
