@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tilewright_kernels._launcher import _describe, launch
+from tilewright_kernels._launcher import _describe
+from tilewright_kernels._operator import Operator
 from tilewright_kernels._triton import tl, triton
 
 
@@ -16,15 +17,14 @@ def _affine_kernel(x_ptr, bias_ptr, y_ptr, n, offset, SCALE: tl.constexpr, BLOCK
     tl.store(y_ptr + cols, y, mask=cols < n)
 
 
+_AFFINE = Operator("affine")
+
+
 def affine(x, bias, offset, scale):
     y = torch.full_like(x, torch.nan)
     grid = (triton.cdiv(len(x), 128),)
-    launch(
-        _affine_kernel,
-        grid,
-        (x, bias, y, len(x), offset),
-        {"SCALE": scale, "BLOCK": 128, "num_warps": 1},
-    )
+    arguments = (x, bias, y, len(x), offset)
+    _AFFINE.launch(_affine_kernel, grid, *arguments, SCALE=scale, BLOCK=128, num_warps=1)
     return y
 
 

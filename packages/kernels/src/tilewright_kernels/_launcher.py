@@ -13,46 +13,60 @@ from typing import Any
 
 import torch
 
-from tilewright_kernels._triton import INTERPRETED, triton
+from tilewright_kernels._triton import triton
 
 _INT32_MAX = 2**31 - 1
 
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-"""Compiled kernel and constants (in the order of its parameters) by what they depend on."""
+_prepared: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
+"""By all that a compiled kernel depends on: what to call, and what goes before and after values."""
 
 
-def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-    """Launch on the current stream of the current device, which is the tensors'.
+def launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any], device: int
+) -> None:
+    """Launch on the current stream of the current device.
 
     Args:
         kernel: from `triton.jit`.
         grid: programs along one to three axes, none of them 0.
         args: the kernel's first parameters: tensors, numbers, None.
         meta: the rest of its parameters, and Triton's options (num_warps and so on).
+        device: index of the current device, which is the tensors'.
     """
-    described = None if INTERPRETED else _describe(args)
+    described = _describe(args)
     if described is None or _profiled():
         kernel[grid](*args, **meta)
         return
     values, specialization = described
-    device = torch.cuda.current_device()
     # Dicts keep their order, and one place in the code always writes the same one.
     key = (id(kernel), device, *meta, *meta.values(), *specialization)
-    found = _compiled.get(key)
+    found = _prepared.get(key)
     if found is None:
         compiled = kernel[grid](*args, **meta)
-        if isinstance(kernel, triton.runtime.JITFunction) and hasattr(compiled, "run"):
+        if isinstance(kernel, triton.runtime.JITFunction):
             constants = tuple(meta.get(name) for name in kernel.arg_names[len(args) :])
-            _compiled[key] = compiled, constants
+            _prepared[key] = _prepare(compiled, constants)
         return
-    compiled, constants = found
-    x, y, z = (*grid, 1, 1)[:3]
+    call, head, constants = found
     stream = torch._C._cuda_getCurrentRawStream(device)
+    call(*grid, *_ONES[len(grid)], stream, *head, *values, *constants)
+
+
+_ONES = ((1, 1, 1), (1, 1), (1,), ())
+
+
+def _prepare(
+    compiled: Any, constants: tuple[Any, ...]
+) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    """What `launch` keeps of a compiled kernel."""
     # The three None: no metadata for hooks, no hook before, none after.
-    compiled.run(
-        x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None,
-        *values, *constants,
-    )  # fmt: skip
+    head = compiled.function, compiled.packed_metadata, None, None, None
+    launcher = compiled.run
+    if launcher.global_scratch_size == 0 and launcher.profile_scratch_size == 0:
+        # What the launcher does first is to make those two: 2 µs of Python.
+        options = launcher.launch_cooperative_grid, launcher.launch_pdl, None, None
+        return launcher.launch, (head[0], *options, *head[1:]), constants
+    return launcher, head, constants
 
 
 def _profiled() -> bool:

@@ -63,12 +63,14 @@ class Operator:
         if 0 in grid:
             return
         self._done.launches += 1
-        device = args[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                launch(kernel, grid, args, meta)
+        device = args[0].get_device()
+        if device < 0:  # the CPU: the interpreter
+            kernel[grid](*args, **meta)
+        elif device == torch.cuda.current_device():
+            launch(kernel, grid, args, meta, device)
         else:
-            launch(kernel, grid, args, meta)
+            with torch.cuda.device(device):
+                launch(kernel, grid, args, meta, device)
 
     def function(
         self,
