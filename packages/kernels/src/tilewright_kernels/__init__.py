@@ -12,22 +12,61 @@ from tilewright_kernels._backend import (
     parse_backends,
     use_backend,
 )
+from tilewright_kernels.activations import (
+    GELU,
+    ReLU,
+    ReLUSquared,
+    SiLU,
+    gelu,
+    gelu_reference,
+    relu,
+    relu_reference,
+    relu_squared,
+    relu_squared_reference,
+    silu,
+    silu_reference,
+)
 from tilewright_kernels.apply_rotary_emb import apply_rotary_emb, apply_rotary_emb_reference
 from tilewright_kernels.cross_entropy import (
     CrossEntropyLoss,
     cross_entropy,
     cross_entropy_reference,
 )
+from tilewright_kernels.dropout import (
+    Dropout,
+    dropout,
+    dropout_add,
+    dropout_add_reference,
+    dropout_reference,
+)
+from tilewright_kernels.gated_activations import (
+    GeGLU,
+    ReGLU,
+    SwiGLU,
+    geglu,
+    geglu_reference,
+    reglu,
+    reglu_reference,
+    swiglu,
+    swiglu_reference,
+)
+from tilewright_kernels.memory_patterns import vector_add, vector_add_reference
 from tilewright_kernels.rms_norm import RMSNorm, rms_norm, rms_norm_reference
 from tilewright_kernels.rotary_embedding import RotaryEmbedding, rotary_table
-from tilewright_kernels.swiglu import SwiGLU, swiglu, swiglu_reference
 
 __all__ = [
+    "GELU",
     "BackendReport",
     "CrossEntropyLoss",
+    "Dropout",
+    "GeGLU",
     "OperatorReport",
     "RMSNorm",
+    "ReGLU",
+    "ReLU",
+    "ReLUSquared",
     "RotaryEmbedding",
+    "SiLU",
     "SwiGLU",
     "apply_rotary_emb",
     "apply_rotary_emb_reference",
@@ -35,11 +74,29 @@ __all__ = [
     "check_environment",
     "cross_entropy",
     "cross_entropy_reference",
+    "dropout",
+    "dropout_add",
+    "dropout_add_reference",
+    "dropout_reference",
+    "geglu",
+    "geglu_reference",
+    "gelu",
+    "gelu_reference",
     "parse_backends",
+    "reglu",
+    "reglu_reference",
+    "relu",
+    "relu_reference",
+    "relu_squared",
+    "relu_squared_reference",
     "rms_norm",
     "rms_norm_reference",
     "rotary_table",
+    "silu",
+    "silu_reference",
     "swiglu",
     "swiglu_reference",
     "use_backend",
+    "vector_add",
+    "vector_add_reference",
 ]

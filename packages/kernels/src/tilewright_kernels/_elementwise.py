@@ -1,0 +1,64 @@
+"""The walk that all element-wise kernels share: tiles over one long row, or over rows in place.
+
+Contiguous tensors, whatever their shape, are one row of all their elements: no tile is cut short
+but the last. Where a tensor has gaps between its rows (slices, halves of a packed tensor), the
+tiles follow the rows and nothing is copied.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from tilewright_kernels._launch import cdiv, row_tile
+from tilewright_kernels._operator import as_rows
+from tilewright_kernels._triton import tl, triton
+
+MAX_BLOCK_N = 2048
+"""Widest tile. Nothing is reduced along a row, so wide rows are cut into several programs."""
+
+
+def as_walked(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors of one shape as [1, numel] where all are contiguous, else as [rows, N]."""
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(1, -1) for t in tensors]
+    return [as_rows(t, t.shape[-1]) for t in tensors]
+
+
+class Tile(NamedTuple):
+    """A tile of ROWS x BLOCK_N elements; FLAT where there is but one row."""
+
+    FLAT: bool
+    ROWS: int
+    BLOCK_N: int
+    num_warps: int
+
+
+def tiles(walked: torch.Tensor) -> tuple[tuple[int], Tile]:
+    """Grid and tile over [rows, N]: 2048 elements a program, eight a thread.
+
+    Eight are 16 bytes of bfloat16, the widest load there is.
+    """
+    num_rows, width = walked.shape
+    tile = row_tile(min(width, MAX_BLOCK_N), elements=MAX_BLOCK_N, elements_per_thread=8)
+    if num_rows == 1:
+        return (cdiv(width, tile.BLOCK_N),), Tile(True, 1, tile.BLOCK_N, tile.num_warps)
+    return (cdiv(num_rows, tile.ROWS) * cdiv(width, tile.BLOCK_N),), Tile(False, *tile)
+
+
+@triton.jit
+def tile_of_program(
+    num_rows, n_cols, FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Rows [ROWS, 1] and columns [1, BLOCK_N] of this program's tile, int64, and its mask.
+
+    Neighbours in the launch are neighbours in a row: what runs at one time lies close in memory.
+    One long row needs no division, which takes as many instructions as some activations.
+    """
+    if FLAT:
+        row, col = tl.program_id(0) * 0, tl.program_id(0)
+    else:
+        col_tiles = tl.cdiv(n_cols, BLOCK_N)
+        row, col = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
+    rows = (row.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    cols = (col.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    return rows, cols, (rows < num_rows) & (cols < n_cols)
