@@ -1,4 +1,4 @@
-"""memory_patterns: each input is read once, each output written once; the best of a kind beside torch.
+"""memory_patterns: each input is read once, each output written once; the best beside torch.
 
 Shapes are a vector's length, for some copies with the shift, stride or stages behind it, or rows x
 columns. Forward only: the gradients are copies, or views that move nothing.
