@@ -179,7 +179,7 @@ def isolated(session: nox.Session, package: str) -> None:
 def bench(session: nox.Session) -> None:
     """Run the benchmarks and save the run; `-- compare BASELINE` sets two runs side by side."""
     env = sync(session, "bench", "bench")
-    if session.posargs and session.posargs[0] in ("compare", "save", "show"):
+    if session.posargs and session.posargs[0] in ("compare", "save", "show", "roofline", "docs"):
         session.run("python", "-m", "tilewright_bench", *session.posargs, env=env)
         return
     session.run(

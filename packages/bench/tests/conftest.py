@@ -9,6 +9,7 @@ import pytest
 
 H200 = {
     "node": "host-17",
+    "cpu": {"arch": "X86_64", "flags": ["sse", "avx"]},
     "gpu": "NVIDIA H200",
     "gpu_count": 1,
     "driver": "580.1",
@@ -25,18 +26,52 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
+def info() -> Callable[..., dict[str, Any]]:
+    """extra_info of one benchmark: (fields that differ from rms_norm's forward) -> fields."""
+
+    def make(**fields: Any) -> dict[str, Any]:
+        plain = {
+            "operator": "rms_norm",
+            "case": "16384x4096-bf16",
+            "direction": "fwd",
+            "provider": "tilewright",
+            "clock": "cuda graph",
+            "bytes": 2 * 16384 * 4096 * 2,
+            "flops": 4 * 16384 * 4096,
+            "gb_per_s": 3912.4,
+            "tflop_per_s": 3.9124,
+            "copy_gb_per_s": 4105.0,
+            "share_of_copy": 0.953,
+            "ceiling": "copy",
+            "share": 0.953,
+            "host_us": 21.04,
+            "peak_extra_bytes": 136_314_880,
+            "result_bytes": 134_217_728,
+            "error": 0.00163,
+        }
+        return plain | fields
+
+    return make
+
+
+@pytest.fixture
 def write_run() -> Callable[..., Path]:
-    """Write a saved run: (path, {name: median in seconds}, machine_info, commit_info) -> path."""
+    """Write a saved run.
+
+    (path, {name: median in seconds}, machine_info, commit_info, {name: extra_info}, spread) -> path
+    """
 
     def write(
         path: Path,
         medians: dict[str, float],
         machine: dict[str, Any] | None = None,
         commit: dict[str, Any] | None = None,
+        infos: dict[str, dict[str, Any]] | None = None,
+        spread: float = 0.0,
     ) -> Path:
         def benchmark(name: str, median: float) -> dict[str, Any]:
             stats = dict.fromkeys(("min", "max", "mean", "median"), median)
-            stats |= {"stddev": 0.0, "iqr": 0.0, "ops": 1 / median, "outliers": "0;0"}
+            stats |= {"stddev": 0.0, "iqr": spread * median, "ops": 1 / median, "outliers": "0;0"}
             stats |= {"rounds": 3, "iterations": 1}
             return {
                 "group": "op 8x8-fp32 fwd",
@@ -44,7 +79,7 @@ def write_run() -> Callable[..., Path]:
                 "fullname": f"bench_op.py::{name}",
                 "params": None,
                 "param": None,
-                "extra_info": {},
+                "extra_info": (infos or {}).get(name, {}),
                 "stats": stats,
             }
 

@@ -1,99 +1,98 @@
-import json
-import re
 import subprocess
 import sys
 
 import pytest
 
-from tilewright_bench.__main__ import main
-from tilewright_bench.compare import compare
-from tilewright_bench.saved import load
+from tilewright_bench.compare import changes, compare
+from tilewright_bench.saved import SavedRunError, load
 
 BEFORE = {"bench_op[fwd-tilewright]": 2e-3, "bench_op[fwd-torch]": 4e-3, "bench_op[old]": 1e-3}
 AFTER = {"bench_op[fwd-tilewright]": 1e-3, "bench_op[fwd-torch]": 5e-3, "bench_op[new]": 1e-3}
 
 
 @pytest.fixture
-def places(tmp_path, write_run, monkeypatch):
-    """A baseline and a newer run, and the options that say where they are."""
-    # pytest-benchmark imports the conftest.py of its working directory; the root's takes seconds.
-    monkeypatch.chdir(tmp_path)
-    # Alphabetically after "run": the reference must be the baseline, not the first by name.
-    write_run(tmp_path / "baselines" / "zeroth.json", BEFORE)
-    write_run(tmp_path / "storage" / "platform" / "0001_abc.json", AFTER)
-    return [f"--storage={tmp_path / 'storage'}", f"--baselines={tmp_path / 'baselines'}"]
+def runs(tmp_path, write_run):
+    """A baseline and a newer run, each with a spread of 2 %."""
+    before = write_run(tmp_path / "before.json", BEFORE, spread=0.02)
+    after = write_run(tmp_path / "after.json", AFTER, spread=0.01)
+    return load(before), load(after)
 
 
-def test_differences_refer_to_the_baseline(places, capfd):
-    assert main(["compare", "zeroth", *places]) == 0
-    out = capfd.readouterr().out
-    assert "2 benchmarks in both, 2 in one only" in out
-    assert re.search(r"fwd-tilewright\] +2\.0000 +1\.0000 +-50\.0%", out)
-    assert re.search(r"fwd-torch\] +4\.0000 +5\.0000 +\+25\.0%", out)
-    assert re.search(r"new\] +N/A", out)
+def test_ratios_refer_to_the_baseline_and_the_worst_comes_first(runs):
+    slower, faster = changes(*runs)
+    assert (slower.name, faster.name) == ("bench_op[fwd-torch]", "bench_op[fwd-tilewright]")
+    assert (slower.ratio, faster.ratio) == (pytest.approx(1.25), pytest.approx(0.5))
+    assert (slower.verdict, faster.verdict) == ("slower", "faster")
+    assert slower.spread == pytest.approx(0.02), "the larger of the two"
 
 
-def test_options_reach_pytest_benchmark(places, capfd):
-    assert main(["compare", "zeroth", *places, "-k", "tilewright"]) == 0
-    out = capfd.readouterr().out
-    assert "fwd-tilewright]" in out
-    assert "fwd-torch]" not in out
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [(1.03, "slower"), (1.019, ""), (0.981, ""), (0.97, "faster")]
+)
+def test_what_lies_within_the_spread_is_equal(tmp_path, write_run, ratio, verdict):
+    before = write_run(tmp_path / "a.json", {"bench_op[a]": 1e-3}, spread=0.02)
+    after = write_run(tmp_path / "b.json", {"bench_op[a]": ratio * 1e-3})
+    (change,) = changes(load(before), load(after))
+    assert change.verdict == verdict
 
 
-def test_pytest_benchmark_compares_the_files_by_itself(places, tmp_path):
+@pytest.mark.parametrize(("fail", "status"), [(None, 0), (0.22, 1), (0.24, 0)])
+def test_a_slowdown_beyond_spread_and_limit_fails(runs, capsys, fail, status):
+    assert compare(*runs, fail=fail) == status  # 25 % slower, spread 2 %
+    out = capsys.readouterr().out
+    assert ("FAILED: 1 slower by more than 22.0%" in out) == bool(status)
+
+
+def test_the_table_says_what_changed(tmp_path, write_run, info, capsys):
+    infos = [{"bench_op[fwd-torch]": info(share=share)} for share in (0.9, 0.72)]
+    before = write_run(tmp_path / "before.json", BEFORE, infos=infos[0])
+    after = write_run(tmp_path / "after.json", AFTER, infos=infos[1])
+    assert compare(load(before), load(after)) == 0
+    out = capsys.readouterr().out
+    assert "2 benchmarks compared, 2 are in one run only" in out
+    (torch,) = [line for line in out.splitlines() if "fwd-torch" in line]
+    assert torch.split() == [
+        *("bench_op[fwd-torch]", "4000.0", "5000.0", "1.250", "0.0%", "90%", "→", "72%", "slower"),
+    ]
+    assert "geometric mean 0.791; slower beyond their spread: 1, faster: 1" in out
+
+
+def test_words_choose(runs, capsys):
+    assert [c.name for c in changes(*runs, "fwd tile")] == ["bench_op[fwd-tilewright]"]
+    assert compare(*runs, fail=0.05, words="tilewright") == 0
+    assert "fwd-torch]" not in capsys.readouterr().out
+    with pytest.raises(SavedRunError, match="in common whose name holds 'bwd'"):
+        changes(*runs, "bwd")
+
+
+def test_pytest_benchmark_compares_the_files_by_itself(runs, tmp_path):
     files = [str(path) for path in sorted(tmp_path.rglob("*.json"))]
     done = subprocess.run(
         [sys.executable, "-m", "pytest_benchmark", "compare", *files, "--group-by=fullname"],
         capture_output=True,
         text=True,
+        # It imports the conftest.py of its working directory; the root's takes seconds.
         cwd=tmp_path,
         check=True,
     )
     assert done.stdout.count("fwd-torch] (") == 2
 
 
-def test_another_device_is_pointed_out(places, tmp_path, write_run, capfd):
-    cpu = write_run(tmp_path / "cpu.json", AFTER, machine={"gpu": None})
-    baseline = load(tmp_path / "baselines" / "zeroth.json")
-    assert compare(baseline, load(cpu)) == 0
-    out = capfd.readouterr().out
+def test_another_device_is_pointed_out(runs, tmp_path, write_run, capsys):
+    cpu = load(write_run(tmp_path / "cpu.json", AFTER, machine={"gpu": None}))
+    assert compare(runs[0], cpu) == 0
+    out = capsys.readouterr().out
     assert "(NVIDIA H200, driver 580.1)" in out
     assert "(cpu)" in out
     assert "The devices differ" in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["compare", "nope"], "'nope' is no baseline, .*: zeroth$"),
-        (["compare", "zeroth", "nope"], "'nope' is no baseline"),
-        (["compare", "1"], "would be compared with itself"),
-        (["save", "a/b"], "'a/b' cannot name a baseline"),
-    ],
-)
-def test_wrong_arguments_are_one_line_and_status_two(places, capsys, arguments, message):
-    assert main([*arguments, *places]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert re.search(message, error.rstrip())
+def test_runs_without_a_common_benchmark(runs, tmp_path, write_run):
+    other = load(write_run(tmp_path / "other.json", {"bench_else": 1.0}))
+    with pytest.raises(SavedRunError, match=r"have no benchmark in common$"):
+        changes(other, runs[1])
 
 
-def test_runs_without_a_common_benchmark(places, tmp_path, write_run, capsys):
-    write_run(tmp_path / "baselines" / "other.json", {"bench_else": 1.0})
-    assert main(["compare", "other", *places]) == 2
-    assert "have no benchmark in common" in capsys.readouterr().err
-
-
-def test_an_unknown_option_of_another_command_is_refused(places, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["save", "name", "--comit=abcdef0", *places])
-    assert exit_.value.code == 2
-    assert "unknown arguments: --comit" in capsys.readouterr().err
-
-
-def test_the_newest_run_is_saved_and_compared(places, tmp_path, capfd):
-    assert main(["save", "first", *places]) == 0
-    assert json.loads((tmp_path / "baselines" / "first.json").read_text())["benchmarks"]
-    assert main(["compare", "zeroth", "first", *places]) == 0
-    assert "2 benchmarks in both" in capfd.readouterr().out
+def test_a_run_is_not_compared_with_itself(runs):
+    with pytest.raises(SavedRunError, match="would be compared with itself"):
+        changes(runs[0], runs[0])

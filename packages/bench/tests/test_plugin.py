@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from tilewright_bench import Measurement
-from tilewright_bench.__main__ import main
+from tilewright_bench.commands import main
 
 ROOT = Path(__file__).parents[3]
 BENCHMARKS = ROOT / "packages" / "bench" / "benchmarks"
@@ -60,6 +60,15 @@ def test_each_benchmark_holds_a_measurement_that_fits_its_times(session):
         assert info["error"] < 0.01
         assert benchmark["options"]["timer"] == "device_clock"
         assert "UNSERIALIZABLE" not in json.dumps(benchmark)
+
+
+def test_providers_of_a_case_were_measured_together(session):
+    beside = {
+        b["extra_info"]["provider"]: b["extra_info"]["beside"]
+        for b in session.saved["benchmarks"]
+        if b["group"].startswith("rms_norm") and b["group"].endswith(" bwd")
+    }
+    assert beside == {"tilewright": ["torch"], "torch": ["tilewright"]}
 
 
 def test_the_machine_and_the_commit_are_named(session):

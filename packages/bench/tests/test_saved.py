@@ -3,7 +3,15 @@ import os
 
 import pytest
 
-from tilewright_bench.saved import SavedRunError, find, load, newest, runs, save_baseline
+from tilewright_bench.saved import (
+    SavedRunError,
+    baselines_of,
+    find,
+    load,
+    newest,
+    runs,
+    save_baseline,
+)
 
 NAME = "0007_0123456789abcdef_20270101_000000.json"
 
@@ -64,18 +72,38 @@ def test_a_file_of_another_kind_is_refused(tmp_path, text, message):
         load(path)
 
 
-def test_a_baseline_is_the_newest_run_without_its_host(storage, baselines):
-    target = save_baseline("h200-all.v2", storage, baselines)
+def test_the_baselines_of_a_device_begin_with_its_name(baselines, write_run):
+    for name in ("h200", "h2000", "h200x4-norms", "a100-norms", "h200-losses"):
+        write_run(baselines / f"{name}.json", {"bench_op[a]": 1.0})
+    found = [run.path.stem for run in baselines_of("h200", baselines)]
+    assert found == ["h200-losses", "h200-norms", "h200"]
+
+
+def test_a_baseline_is_a_run_without_what_identifies_its_host(storage, baselines):
+    run = newest(storage)
+    target = save_baseline("h200-all.v2", run, baselines)
     assert target == baselines / "h200-all.v2.json"
     kept, original = json.loads(target.read_text()), newest(storage).content
+    assert run.content == original, "the run itself is left as it was"
     assert original["machine_info"].pop("node") == "host-17"
+    assert original["machine_info"]["cpu"].pop("flags")
     assert kept == original
+
+
+def test_a_baseline_of_some_operators(tmp_path, write_run, info):
+    infos = {name: info(operator=name) for name in ("a", "b")}
+    run = load(write_run(tmp_path / "run.json", {"a": 1.0, "b": 2.0, "c": 3.0}, infos=infos))
+    target = save_baseline("h200-b", run, tmp_path, operators=["b"])
+    assert [b["name"] for b in load(target).content["benchmarks"]] == ["b"]
+    with pytest.raises(SavedRunError, match="measured no d, but a, b"):
+        save_baseline("h200-d", run, tmp_path, operators=["b", "d"])
+    assert not (tmp_path / "h200-d.json").exists()
 
 
 @pytest.mark.parametrize("name", ["", "7", "a/b", "../up", ".hidden", "with space"])
 def test_names_that_a_file_or_a_number_could_be_taken_for(storage, baselines, name):
     with pytest.raises(SavedRunError, match="cannot name a baseline"):
-        save_baseline(name, storage, baselines)
+        save_baseline(name, newest(storage), baselines)
     assert [path.name for path in baselines.iterdir()] == ["h200-norms.json"]
 
 
@@ -97,14 +125,14 @@ def test_a_run_that_hides_where_it_was_made_is_no_baseline(
     content["commit_info"] |= commit
     path.write_text(json.dumps(content))
     with pytest.raises(SavedRunError, match=message):
-        save_baseline("name", tmp_path, tmp_path)
+        save_baseline("name", load(path), tmp_path)
     assert not (tmp_path / "name.json").exists()
 
 
 def test_what_git_did_not_say_can_be_given(tmp_path, write_run):
     dirty = {"id": "unversioned", "dirty": True}
-    write_run(tmp_path / "platform" / NAME, {"bench_op[a]": 1.0}, commit=dirty)
+    run = load(write_run(tmp_path / "platform" / NAME, {"bench_op[a]": 1.0}, commit=dirty))
     with pytest.raises(SavedRunError, match="'HEAD' is not a commit"):
-        save_baseline("name", tmp_path, tmp_path, commit="HEAD", allow_dirty=True)
-    target = save_baseline("name", tmp_path, tmp_path, commit="abcdef0", allow_dirty=True)
+        save_baseline("name", run, tmp_path, commit="HEAD", allow_dirty=True)
+    target = save_baseline("name", run, tmp_path, commit="abcdef0", allow_dirty=True)
     assert load(target).content["commit_info"] == {"id": "abcdef0", "dirty": True}

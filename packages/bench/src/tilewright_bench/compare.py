@@ -1,49 +1,140 @@
-"""Two saved runs side by side, in the tables of `pytest-benchmark compare`."""
+"""Two saved runs side by side: what got slower, by how much, and is that more than noise?"""
 
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+import math
+from dataclasses import dataclass
 
+from tilewright_bench.rows import share_of
 from tilewright_bench.saved import SavedRun, SavedRunError
 
-OPTIONS = ("--between=median,min", "--group-by=group", "--name=normal")
-"""A table for each operator, case and direction; both runs and their difference in one row."""
+HEADER = ("benchmark", "before µs", "after µs", "after/before", "spread", "of ceiling", "")
 
 
-def compare(baseline: SavedRun, run: SavedRun, options: Sequence[str] = ()) -> int:
-    """Print the comparison; return the exit status of pytest-benchmark.
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One benchmark in both runs.
 
-    Args:
-        baseline: what differences refer to.
-        run: what is judged.
-        options: more options of `pytest-benchmark compare`, such as -k or --csv.
+    Attributes:
+        name: the benchmark's.
+        before: median in the baseline, in seconds.
+        after: median in the run.
+        spread: the larger interquartile range ÷ median of the two.
+        shares: of the ceiling, before and after; None where that was not measured.
+    """
+
+    name: str
+    before: float
+    after: float
+    spread: float
+    shares: tuple[float | None, float | None]
+
+    @property
+    def ratio(self) -> float:
+        """Above 1 where the run is slower."""
+        return self.after / self.before
+
+    @property
+    def verdict(self) -> str:
+        """Slower, faster or, within the spread, neither."""
+        if self.slower_by(0.0):
+            return "slower"
+        return "faster" if self.ratio < 1 - self.spread else ""
+
+    def slower_by(self, share: float) -> bool:
+        """Whether the run is slower by more than a share of the baseline, beyond the spread."""
+        return self.ratio > 1 + share + self.spread
+
+
+def changes(baseline: SavedRun, run: SavedRun, words: str = "") -> list[Change]:
+    """Benchmarks in both runs whose names hold all of the words, the worst change first.
 
     Raises:
-        SavedRunError: the two are the same file or have no benchmark in common.
+        SavedRunError: the two are the same file or have no such benchmark in common.
     """
     if baseline.path.resolve() == run.path.resolve():
         raise SavedRunError(f"{run.path} would be compared with itself; name an older run")
-    common = baseline.names & run.names
+    before, after = baseline.benchmarks, run.benchmarks
+    common = [name for name in after if name in before and all(w in name for w in words.split())]
     if not common:
+        chosen = f" whose name holds {words!r}" if words else ""
         raise SavedRunError(
             f"{baseline.path} ({baseline.device}) and {run.path} ({run.device}) have no benchmark "
-            f"in common"
+            f"in common{chosen}"
         )
+    found = []
+    for name in common:
+        old, new = before[name], after[name]
+        spreads = [b["stats"]["iqr"] / b["stats"]["median"] for b in (old, new)]
+        change = Change(
+            name=new["name"],
+            before=old["stats"]["median"],
+            after=new["stats"]["median"],
+            spread=max(spreads),
+            shares=(share_of(old["extra_info"]), share_of(new["extra_info"])),
+        )
+        found.append(change)
+    return sorted(found, key=lambda change: -change.ratio)
+
+
+def compare(
+    baseline: SavedRun, run: SavedRun, *, fail: float | None = None, words: str = ""
+) -> int:
+    """Print the comparison.
+
+    Args:
+        baseline: what ratios refer to.
+        run: what is judged.
+        fail: by how much of its baseline a benchmark may be slower, beyond its spread.
+        words: compare only benchmarks whose names hold all of these.
+
+    Returns:
+        1 if a benchmark is slower than `fail` allows, else 0.
+
+    Raises:
+        SavedRunError: as `changes`.
+    """
+    found = changes(baseline, run, words)
     print(f"baseline: {baseline.path}  ({baseline.device})")
     print(f"run:      {run.path}  ({run.device})")
     if baseline.device != run.device:
         print("The devices differ, and so do their times, whatever the code.")
-    alone = len(baseline.names ^ run.names)
-    print(f"{len(common)} benchmarks in both, {alone} in one only", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        # pytest-benchmark sorts files by name, takes the first as the reference and labels columns
-        # with the names; a storage of two files gets both right.
-        shutil.copyfile(baseline.path, Path(folder, "baseline.json"))
-        shutil.copyfile(run.path, Path(folder, "run.json"))
-        command = [sys.executable, "-m", "pytest_benchmark", f"--storage=file://{folder}"]
-        return subprocess.run(
-            [*command, "compare", "*", *OPTIONS, *options], check=False
-        ).returncode
+    alone = len(baseline.benchmarks.keys() ^ run.benchmarks.keys())
+    print(f"{len(found)} benchmarks compared, {alone} are in one run only\n")
+    print(_table(found))
+    mean = math.exp(math.fsum(math.log(change.ratio) for change in found) / len(found))
+    verdicts = [change.verdict for change in found]
+    print(
+        f"\ngeometric mean {mean:.3f}; slower beyond their spread: {verdicts.count('slower')}, "
+        f"faster: {verdicts.count('faster')}"
+    )
+    if fail is None:
+        return 0
+    slower = [change.name for change in found if change.slower_by(fail)]
+    if slower:
+        print(f"FAILED: {len(slower)} slower by more than {fail:.1%} beyond their spread:")
+        print("\n".join(f"  {name}" for name in slower))
+    return int(bool(slower))
+
+
+def _table(found: list[Change]) -> str:
+    cells = [HEADER, *(_cells(change) for change in found)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    )
+
+
+def _cells(change: Change) -> tuple[str, ...]:
+    shares = " → ".join("-" if share is None else f"{share:.0%}" for share in change.shares)
+    return (
+        change.name,
+        f"{change.before * 1e6:.1f}",
+        f"{change.after * 1e6:.1f}",
+        f"{change.ratio:.3f}",
+        f"{change.spread:.1%}",
+        shares,
+        change.verdict,
+    )

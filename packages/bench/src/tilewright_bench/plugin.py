@@ -13,7 +13,8 @@ import torch
 from tilewright_bench.case import Case, Variant
 from tilewright_bench.environment import CPU_NOTE, describe
 from tilewright_bench.measure import Group, selected
-from tilewright_bench.report import Row, table
+from tilewright_bench.report import table
+from tilewright_bench.rows import Row, row_of
 
 _ROWS = pytest.StashKey[list[Row]]()
 
@@ -63,9 +64,7 @@ def pytest_runtest_makereport(
     report = yield
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
     if call.when == "call" and report.passed and benchmark and benchmark.extra_info:
-        stats = benchmark.stats
-        row = Row(median=stats["median"], iqr=stats["iqr"], extra_info=benchmark.extra_info)
-        item.config.stash[_ROWS].append(row)
+        item.config.stash[_ROWS].append(row_of(benchmark.stats, benchmark.extra_info))
     return report
 
 

@@ -1,8 +1,8 @@
 """Measurements as a table of text: what pytest-benchmark's own tables have no columns for."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+
+from tilewright_bench.rows import Row
 
 HEADER = (
     "operator",
@@ -12,36 +12,14 @@ HEADER = (
     "median µs",
     "spread",
     "GB/s",
-    "of copy",
+    "TFLOP/s",
+    "share",
     "host µs",
     "extra MiB",
     "error",
+    "clock",
 )
 _TEXT_COLUMNS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One benchmark of a run.
-
-    Attributes:
-        median: of its times, in seconds.
-        iqr: their interquartile range, in seconds.
-        extra_info: the fields of its `Measurement`.
-    """
-
-    median: float
-    iqr: float
-    extra_info: Mapping[str, Any]
-
-
-def rows_of(benchmarks: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """The rows of a saved run's list `benchmarks`; those measured otherwise are left out."""
-    return [
-        Row(median=b["stats"]["median"], iqr=b["stats"]["iqr"], extra_info=b["extra_info"])
-        for b in benchmarks
-        if "share_of_copy" in b["extra_info"]
-    ]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -62,19 +40,24 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def quantity(value: float) -> str:
+    """Whole from 100 on, else three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _cells(row: Row) -> tuple[str, ...]:
-    info = row.extra_info
-    memory = info["peak_extra_bytes"]
     return (
-        info["operator"],
-        info["case"],
-        info["direction"],
-        info["provider"],
+        row.operator,
+        row.case,
+        row.direction,
+        row.provider,
         f"{row.median * 1e6:.1f}",
-        f"{row.iqr / row.median:.1%}",
-        f"{info['gb_per_s']:.0f}" if info["gb_per_s"] >= 10 else f"{info['gb_per_s']:.2g}",
-        f"{info['share_of_copy']:.0%}",
-        f"{info['host_us']:.1f}",
-        "-" if memory is None else f"{memory / 2**20:.1f}",
-        f"{info['error']:.1e}",
+        f"{row.spread:.1%}",
+        quantity(row.gb_per_s),
+        quantity(row.tflop_per_s),
+        f"{row.share:.0%}{'' if row.ceiling == 'copy' else ' of ' + row.ceiling}",
+        f"{row.host_us:.1f}",
+        "-" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:.1f}",
+        f"{row.error:.1e}",
+        row.clock.removeprefix("cuda "),
     )

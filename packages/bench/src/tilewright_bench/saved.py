@@ -5,9 +5,11 @@ A baseline is such a file under a name of its own in the repository, with all th
 judge its figures: device, driver, versions, commit. `pytest-benchmark compare` reads both.
 """
 
+import copy
 import difflib
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,9 @@ class SavedRun:
     content: dict[str, Any]
 
     @property
-    def names(self) -> set[str]:
-        """Full names of its benchmarks."""
-        return {benchmark["fullname"] for benchmark in self.content["benchmarks"]}
+    def benchmarks(self) -> dict[str, dict[str, Any]]:
+        """Its benchmarks by their full names."""
+        return {benchmark["fullname"]: benchmark for benchmark in self.content["benchmarks"]}
 
     @property
     def device(self) -> str:
@@ -98,22 +100,33 @@ def find(name: str, storage: Path = STORAGE, baselines: Path = BASELINES) -> Sav
     )
 
 
+def baselines_of(device: str, baselines: Path = BASELINES) -> list[SavedRun]:
+    """The baselines of a device, which their names begin with: h200.json, h200-norms.json, …."""
+    return [
+        load(p)
+        for p in sorted([*baselines.glob(f"{device}.json"), *baselines.glob(f"{device}-*.json")])
+    ]
+
+
 def save_baseline(
     name: str,
-    storage: Path = STORAGE,
+    run: SavedRun,
     baselines: Path = BASELINES,
     *,
+    operators: Collection[str] = (),
     commit: str | None = None,
     allow_dirty: bool = False,
 ) -> Path:
-    """Keep the newest run as a baseline.
+    """Keep a run as a baseline.
 
-    The host's name is left out of the copy: it identifies a machine, not a kind of machine.
+    The host's name and the long list of its processor's features are left out of the copy: they
+    identify a machine, not a kind of machine.
 
     Args:
-        name: letters, digits, dots, dashes and underscores.
-        storage: where runs are saved.
+        name: letters, digits, dots, dashes and underscores; its device first, as in h200-norms.
+        run: what to keep.
         baselines: where the copy goes; one of the same name is replaced.
+        operators: keep only the benchmarks of these; all if empty.
         commit: the commit that was measured, for a run made outside a git checkout.
         allow_dirty: keep a run of a tree with uncommitted changes; the file says so.
 
@@ -121,41 +134,54 @@ def save_baseline(
         The path of the copy.
 
     Raises:
-        SavedRunError: no run, an unsuitable name, or a run that does not say where it was made.
+        SavedRunError: an unsuitable name, an operator that was not measured, or a run that does not
+            say where it was made.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name.isdecimal():
         raise SavedRunError(
             f"{name!r} cannot name a baseline: letters, digits, dots, dashes and underscores, "
             f"and not digits alone"
         )
-    run = newest(storage)
-    content = run.content
+    content = copy.deepcopy(run.content)
     made_with = content.setdefault("commit_info", {})
     if commit is not None:
         if not re.fullmatch(r"[0-9a-f]{7,40}", commit):
             raise SavedRunError(f"{commit!r} is not a commit: give 7 to 40 hexadecimal digits")
         made_with["id"] = commit
         made_with.pop("error", None)  # git's word that there is no checkout
-    _check_provenance(run, allow_dirty)
+    _check_provenance(run.path, content, allow_dirty)
     content["machine_info"].pop("node", None)
+    content["machine_info"].get("cpu", {}).pop("flags", None)
+    if operators:
+        content["benchmarks"] = _only(operators, run)
     baselines.mkdir(parents=True, exist_ok=True)
     target = baselines / f"{name}.json"
     target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return target
 
 
-def _check_provenance(run: SavedRun, allow_dirty: bool) -> None:
-    machine, made_with = run.content["machine_info"], run.content["commit_info"]
+def _only(operators: Collection[str], run: SavedRun) -> list[dict[str, Any]]:
+    benchmarks = run.content["benchmarks"]
+    measured = {b["extra_info"].get("operator") for b in benchmarks}
+    missing = sorted(set(operators) - measured)
+    if missing:
+        there = ", ".join(sorted(filter(None, measured)))
+        raise SavedRunError(f"{run.path} measured no {', '.join(missing)}, but {there}")
+    return [b for b in benchmarks if b["extra_info"].get("operator") in operators]
+
+
+def _check_provenance(path: Path, content: dict[str, Any], allow_dirty: bool) -> None:
+    machine, made_with = content["machine_info"], content["commit_info"]
     missing = [key for key in _PLACE if not machine.get(key)]
     if missing:
         raise SavedRunError(
-            f"{run.path} does not say its {', '.join(missing)}; a baseline is a run on a GPU, with "
+            f"{path} does not say its {', '.join(missing)}; a baseline is a run on a GPU, with "
             f"the hooks of tilewright_bench.plugin"
         )
     if made_with.get("id") in (None, "unversioned", "unknown"):
-        raise SavedRunError(f"{run.path} does not name its commit; add --commit COMMIT")
+        raise SavedRunError(f"{path} does not name its commit; add --commit COMMIT")
     if made_with.get("dirty") and not allow_dirty:
         raise SavedRunError(
-            f"{run.path} measured uncommitted changes on {made_with['id'][:12]}; commit and run "
+            f"{path} measured uncommitted changes on {made_with['id'][:12]}; commit and run "
             f"again, or add --allow-dirty"
         )

@@ -17,6 +17,7 @@ import itertools
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,6 +193,9 @@ class CudaTimer:
         """
         graph = torch.cuda.CUDAGraph()
         try:
+            # A capture that fails leaves memory taken; most are known to fail beforehand.
+            with _synchronization_forbidden():
+                calls[0]()
             # The collector might free something on the device, which no capture survives.
             with (
                 _collector_off(),
@@ -202,7 +206,7 @@ class CudaTimer:
                 for call in itertools.islice(itertools.cycle(calls), count):
                     call()
         except Exception:
-            torch.cuda.synchronize(self._device)
+            self._pool = torch.cuda.graph_pool_handle()  # the other may be unusable now
             return None
         return graph.replay
 
@@ -396,6 +400,19 @@ def _cycles_per_second(device: torch.device) -> float:
             end.record()
             torch.cuda.synchronize()
     return cycles / (start.elapsed_time(end) / 1e3)
+
+
+@contextmanager
+def _synchronization_forbidden() -> Iterator[None]:
+    """Raise where the host would wait for the device."""
+    with warnings.catch_warnings():
+        # Once a process, torch says that the mode is a prototype.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager

@@ -1,0 +1,249 @@
+"""Plots of measurements as SVG: shares of the ceiling as bars, and the roofline.
+
+A plot is data first: a value that can be compared and hashed. The file that is drawn from it holds
+its digest, so that whether the file is up to date can be told without drawing it again, by any
+version of matplotlib and without one.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tilewright_bench.rows import OURS, Row, groups_of, lead
+from tilewright_bench.tables import DIRECTIONS, NAMES, case_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STYLE = Path(__file__).with_name("tilewright.mplstyle")
+
+_DIGEST = re.compile(r"data ([0-9a-f]{64})")
+_ORDER = (OURS, "torch", "compile", "liger")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """Shares of the ceiling: a panel a direction, a cluster of bars a shape, a bar a provider.
+
+    Attributes:
+        operator: whose.
+        ceiling: what shares refer to.
+        providers: in the order of their bars.
+        cases: in the order of the clusters.
+        shares: (direction, case, provider) and share, in per cent.
+        leads: (direction, case) and how many times faster ours is than the best peer.
+    """
+
+    operator: str
+    ceiling: str
+    providers: tuple[str, ...]
+    cases: tuple[str, ...]
+    shares: tuple[tuple[str, str, str, float], ...]
+    leads: tuple[tuple[str, str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """Where operators lie under the ceilings of a device.
+
+    Attributes:
+        device: its name.
+        bandwidths: ceilings of traffic: (name, GB/s).
+        rates: ceilings of arithmetic: (name, TFLOP/s).
+        points: (operator, direction, FLOP per byte, TFLOP/s) of ours, one a case.
+    """
+
+    device: str
+    bandwidths: tuple[tuple[str, float], ...]
+    rates: tuple[tuple[str, float], ...]
+    points: tuple[tuple[str, str, float, float], ...]
+
+
+Plot = Bars | Roofline
+
+
+def bars(rows: Sequence[Row]) -> Bars:
+    """The bars of one operator."""
+    groups = groups_of(rows)
+    there = {row.provider: None for row in rows}
+    providers = [name for name in _ORDER if name in there]
+    leads = [(group[0].direction, group[0].case, lead(group)) for group in groups]
+    return Bars(
+        operator=rows[0].operator,
+        ceiling="matrix product" if all(row.ceiling == "matmul" for row in rows) else "copy",
+        providers=(*providers, *(name for name in there if name not in _ORDER)),
+        cases=tuple({row.case: None for row in rows}),
+        shares=tuple((r.direction, r.case, r.provider, round(100 * r.share, 1)) for r in rows),
+        leads=tuple((d, c, round(ratio, 2)) for d, c, ratio in leads if ratio is not None),
+    )
+
+
+def digest(plot: Plot) -> str:
+    """Of a plot's data and the style it is drawn in."""
+    data = json.dumps([type(plot).__name__, asdict(plot)], sort_keys=True)
+    return hashlib.sha256((data + STYLE.read_text(encoding="utf-8")).encode()).hexdigest()
+
+
+def digest_in(path: Path) -> str | None:
+    """The digest that a drawn file holds; None if there is no such file or it holds none."""
+    try:
+        found = _DIGEST.search(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return found[1] if found else None
+
+
+def draw(plot: Plot, path: Path) -> None:
+    """Draw a plot as SVG; the same data give the same bytes.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context(STYLE):
+        figure = Figure()
+        if isinstance(plot, Bars):
+            _draw_bars(plot, figure)
+        else:
+            _draw_roofline(plot, figure)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {"Date": None, "Creator": "tilewright_bench", "Description": f"data {digest(plot)}"}
+        figure.savefig(path, format="svg", metadata=about)
+    # matplotlib ends some lines with a space.
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+
+
+def _draw_bars(plot: Bars, figure: "Figure") -> None:
+    from matplotlib.patches import Patch
+
+    directions = tuple({direction: None for direction, *_ in plot.shares})
+    height = 0.7 + 1.5 * len(directions)
+    figure.set_size_inches(7.2, height)
+    panels = figure.subplots(len(directions), sharex=True, sharey=True, squeeze=False)[:, 0]
+    for direction, axes in zip(directions, panels, strict=True):
+        _draw_panel(plot, direction, axes)
+    labels = [_wrapped(case_text(case)) for case in plot.cases]
+    panels[-1].set_xticks(range(len(labels)), labels)
+    panels[-1].set_xlim(-0.6, len(labels) - 0.4)
+    handles = [
+        Patch(color=_color(plot, name), label=NAMES.get(name, name)) for name in plot.providers
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+    if plot.leads:
+        handle = Patch(color="none", label="1.00×: speed beside the best peer")
+        text = figure.legend(handles=[handle], loc="upper right", handlelength=0).get_texts()[0]
+        text.set(color=_color(plot, OURS), weight="bold")
+
+
+def _draw_panel(plot: Bars, direction: str, axes: "Axes") -> None:
+    shares = {(case, name): share for d, case, name, share in plot.shares if d == direction}
+    leads = {case: ratio for d, case, ratio in plot.leads if d == direction}
+    top = max(100, *(share for *_, share in plot.shares))
+    width = 0.8 / len(plot.providers)
+    for i, name in enumerate(plot.providers):
+        offset = (i - (len(plot.providers) - 1) / 2) * width
+        there = [x for x, case in enumerate(plot.cases) if (case, name) in shares]
+        heights = [shares[plot.cases[x], name] for x in there]
+        axes.bar([x + offset for x in there], heights, 0.92 * width, color=_color(plot, name))
+    for x, case in enumerate(plot.cases):
+        if case in leads:
+            at = (x - 0.4 + width / 2, 1.06 * top)
+            style = {"ha": "center", "weight": "bold", "color": _color(plot, OURS)}
+            axes.annotate(f"{leads[case]:.2f}×", at, **style)
+    axes.axhline(100, color="0.5", linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_ylim(0, 1.22 * top)
+    axes.set_ylabel(f"% of {plot.ceiling}")
+    axes.set_title(DIRECTIONS[direction])
+    axes.grid(axis="y")
+    axes.tick_params(axis="x", length=0)
+
+
+def _color(plot: Bars, provider: str) -> str:
+    """The same for a provider in every plot, as far as the plots have the same others."""
+    others = [name for name in plot.providers if name not in _ORDER]
+    return f"C{[*_ORDER, *others].index(provider)}"
+
+
+def _draw_roofline(plot: Roofline, figure: "Figure") -> None:
+    figure.set_size_inches(7.2, 4.4)
+    axes = figure.subplots()
+    left, right = 0.1, 10_000.0
+    top = max(rate for _, rate in plot.rates)
+    for name, gb_per_s in plot.bandwidths:
+        slope = gb_per_s / 1e3  # TFLOP/s at one FLOP per byte
+        end = min(top / slope, right)
+        axes.plot([left, end], [left * slope, end * slope], color="0.5", linewidth=1)
+        _along(axes, f"{name} {gb_per_s:.0f} GB/s", left * 1.15, left * 1.15 * slope, 1)
+    slopes = [gb_per_s / 1e3 for _, gb_per_s in plot.bandwidths]
+    for _, rate in plot.rates:
+        axes.plot([rate / max(slopes), right], [rate, rate], color="0.5", linewidth=1)
+    for names, rate in _near_one_another(plot.rates):
+        at = (1.2 * rate / min(slopes), rate)
+        text = f"{', '.join(names)} {rate:.0f} TFLOP/s"
+        axes.annotate(text, at, xytext=(0, 2), textcoords="offset points", fontsize=7)
+    operators = tuple({operator: None for operator, *_ in plot.points})
+    markers = "osD^vP*X<>ph"
+    for i, operator in enumerate(operators):
+        points = [(x, y) for name, _, x, y in plot.points if name == operator]
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            linestyle="",
+            marker=markers[i % len(markers)],
+            markersize=6,
+            markeredgewidth=0,
+            color=f"C{i}",
+            label=operator,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(left, right)
+    axes.set_xlabel("least operations ÷ least traffic, FLOP per byte")
+    axes.set_ylabel("TFLOP/s")
+    axes.set_title(plot.device)
+    axes.grid(which="major")
+    figure.legend(loc="outside right center")
+
+
+def _along(axes: "Axes", text: str, x: float, y: float, slope: float) -> None:
+    """Text along a line of a slope in decades per decade."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(0, 3),
+        textcoords="offset points",
+        rotation=math.degrees(math.atan(slope)),
+        rotation_mode="anchor",
+        transform_rotates_text=True,
+        fontsize=7,
+    )
+
+
+def _near_one_another(rates: Sequence[tuple[str, float]]) -> list[tuple[list[str], float]]:
+    """Rates whose labels would overlap, as one: their names and the highest."""
+    clusters: list[tuple[list[str], float]] = []
+    for name, rate in sorted(rates, key=lambda item: -item[1]):
+        if clusters and rate > 0.85 * clusters[-1][1]:
+            clusters[-1][0].append(name)
+        else:
+            clusters.append(([name], rate))
+    return clusters
+
+
+def _wrapped(text: str, width: int = 14) -> str:
+    """Broken before a × or the dtype where lines grow longer than width."""
+    lines = [""]
+    for part in re.split(r"(?=[× ])", text):
+        if len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.strip() for line in lines)

@@ -1,0 +1,86 @@
+import dataclasses
+import re
+
+import pytest
+
+from tilewright_bench import plots
+from tilewright_bench.plots import Roofline, bars, digest, digest_in, draw
+from tilewright_bench.rows import row_of
+
+
+@pytest.fixture
+def rows(info):
+    def row(median, **fields):
+        return row_of({"median": median, "iqr": 0.0}, info(**fields))
+
+    return [
+        row(1.5, provider="liger", share=0.6),
+        row(1.0, share=0.9044),
+        row(2.0, provider="torch", share=0.45),
+        row(3.0, provider="other", share=0.3, direction="bwd", case="8x4096x16x8x128-bf16"),
+    ]
+
+
+ROOFLINE = Roofline(
+    device="NVIDIA H200",
+    bandwidths=(("L2", 8000.0), ("memory", 4200.0)),
+    rates=(("bf16", 700.0), ("fp16", 712.0), ("fp32", 50.0)),
+    points=(("rms_norm", "fwd", 1.0, 3.9), ("linear_cross_entropy", "fwd+bwd", 3000.0, 450.0)),
+)
+
+
+def test_bars_are_shares_with_ours_first_and_the_lead_over_the_best_peer(rows):
+    plot = bars(rows)
+    assert plot.providers == ("tilewright", "torch", "liger", "other")
+    assert plot.cases == ("16384x4096-bf16", "8x4096x16x8x128-bf16")
+    assert ("fwd", "16384x4096-bf16", "tilewright", 90.4) in plot.shares
+    assert plot.leads == (("fwd", "16384x4096-bf16", 1.5),)
+
+
+def test_a_drawing_shows_its_data_and_holds_their_digest(rows, tmp_path):
+    plot = bars(rows)
+    path = tmp_path / "images" / "rms_norm.svg"
+    assert digest_in(path) is None
+    draw(plot, path)
+    svg = path.read_text()
+    assert digest_in(path) == digest(plot)
+    for text in ("1.50×", "forward", "backward", "% of copy", "Liger-Kernel", "16384×4096"):
+        assert re.search(f">{re.escape(text)}<", svg), text
+
+
+@pytest.mark.parametrize("name", ["bars", "roofline"])
+def test_the_same_data_give_the_same_bytes(rows, tmp_path, name):
+    plot = bars(rows) if name == "bars" else ROOFLINE
+    first, second = tmp_path / "first.svg", tmp_path / "second.svg"
+    draw(plot, first)
+    draw(plot, second)
+    assert first.read_bytes() == second.read_bytes()
+    assert b"<dc:date>" not in first.read_bytes()
+
+
+def test_a_digest_depends_on_the_data_and_the_style(rows, tmp_path, monkeypatch):
+    plot = bars(rows)
+    assert digest(plot) == digest(bars(rows))
+    other = dataclasses.replace(plot, leads=(("fwd", "16384x4096-bf16", 1.51),))
+    assert digest(other) != digest(plot)
+    before = digest(plot)
+    style = tmp_path / "other.mplstyle"
+    style.write_text(plots.STYLE.read_text() + "\nfont.size: 7\n")
+    monkeypatch.setattr(plots, "STYLE", style)
+    assert digest(plot) != before
+
+
+def test_nothing_in_a_drawing_is_black_or_white(rows, tmp_path):
+    for name, plot in (("bars", bars(rows)), ("roofline", ROOFLINE)):
+        path = tmp_path / f"{name}.svg"
+        draw(plot, path)
+        svg = path.read_text()
+        assert not re.findall(r"(?:fill|stroke): ?(?:#000000|#ffffff|black|white)", svg)
+
+
+def test_a_roofline_names_its_ceilings(tmp_path):
+    path = tmp_path / "roofline.svg"
+    draw(ROOFLINE, path)
+    svg = path.read_text()
+    for text in ("fp16, bf16 712 TFLOP/s", "memory 4200 GB/s", "linear_cross_entropy"):
+        assert f">{text}<" in svg, text
