@@ -51,6 +51,10 @@ from tilewright_kernels.gated_activations import (
     swiglu_reference,
 )
 from tilewright_kernels.memory_patterns import vector_add, vector_add_reference
+from tilewright_kernels.packed_position_ids import (
+    packed_position_ids,
+    packed_position_ids_reference,
+)
 from tilewright_kernels.rms_norm import RMSNorm, rms_norm, rms_norm_reference
 from tilewright_kernels.rotary_embedding import RotaryEmbedding, rotary_table
 
@@ -82,6 +86,8 @@ __all__ = [
     "geglu_reference",
     "gelu",
     "gelu_reference",
+    "packed_position_ids",
+    "packed_position_ids_reference",
     "parse_backends",
     "reglu",
     "reglu_reference",

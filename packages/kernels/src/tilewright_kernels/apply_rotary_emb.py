@@ -22,6 +22,10 @@ from torch import Tensor
 from tilewright_kernels._launch import cdiv, next_power_of_2
 from tilewright_kernels._operator import Operator, accumulator, check_floating, check_same_device
 from tilewright_kernels._triton import tl, triton
+from tilewright_kernels.packed_position_ids import (
+    packed_position_ids,
+    packed_position_ids_reference,
+)
 
 _OP = Operator("apply_rotary_emb")
 
@@ -39,8 +43,7 @@ def apply_rotary_emb_reference(
     """The definition in plain torch; arguments as `apply_rotary_emb`."""
     rows = slice(q.shape[-3]) if position_ids is None else position_ids
     if cu_seqlens is not None:
-        tokens = torch.arange(q.shape[0], dtype=cu_seqlens.dtype, device=q.device)
-        rows = tokens - cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1]
+        rows = packed_position_ids_reference(cu_seqlens, q.shape[0])
     cos, sin = cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2)
     return _turn(q, cos, sin, interleaved), _turn(k, cos, sin, interleaved)
 
@@ -56,30 +59,16 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((y.to(x.dtype), rest), -1).contiguous()
 
 
-@triton.jit
-def _sequence_start(cu_seqlens_ptr, entries, steps, tokens):
-    """The largest entry that is not above the token: log2(entries) steps of bisection."""
-    low = tl.zeros_like(tokens)
-    high = low + entries
-    for _ in range(steps):
-        middle = (low + high) // 2
-        above = tl.load(cu_seqlens_ptr + middle) > tokens
-        low, high = tl.where(above, low, middle), tl.where(above, middle, high)
-    return tl.load(cu_seqlens_ptr + low)
-
-
 # These change from batch to batch, and nothing would be gained from knowing what divides them.
-@triton.jit(
-    do_not_specialize=["tokens_per_sequence", "num_tokens", "table_rows", "entries", "steps"]
-)
+@triton.jit(do_not_specialize=["tokens_per_sequence", "num_tokens", "table_rows"])
 def _apply_rotary_emb_kernel(
-    q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, cu_seqlens_ptr, q_out_ptr, k_out_ptr,
+    q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, q_out_ptr, k_out_ptr,
     q_batch_stride, q_token_stride, q_head_stride, q_dim_stride,
     k_batch_stride, k_token_stride, k_head_stride, k_dim_stride,
     cos_row_stride, sin_row_stride, position_batch_stride, position_token_stride,
-    tokens_per_sequence, num_tokens, table_rows, entries, steps, q_heads, k_heads,
+    tokens_per_sequence, num_tokens, table_rows, q_heads, k_heads,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
-    CONJUGATE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr,
+    CONJUGATE: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
@@ -125,8 +114,6 @@ def _apply_rotary_emb_kernel(
     if HAS_POSITIONS:
         offsets = b * position_batch_stride + t * position_token_stride
         position = tl.load(position_ptr + offsets, mask=token_mask[:, None], other=0).to(tl.int64)
-    if HAS_CU_SEQLENS:
-        position = t - _sequence_start(cu_seqlens_ptr, entries, steps, t)
     # A position outside the tables cannot raise here: it gives NaN, not somebody else's memory.
     in_table = token_mask[:, None] & (position >= 0) & (position < table_rows)
     pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
@@ -178,7 +165,7 @@ def _tile(heads: int, head_dim: int, rotary_dim: int) -> _Tile:
 
 def _fake(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
-    cu_seqlens: Tensor | None, interleaved: bool, conjugate: bool,
+    interleaved: bool, conjugate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
@@ -194,18 +181,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _grads(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
     given = dk if dq is None else dq
     if given is None:
-        return (None,) * 8
+        return (None,) * 7
     # Where the loss knows one output only, the other counts no heads.
     heads = [given[:, :, :0] if dy is None else dy for dy in (dq, dk)]
     dq_in, dk_in = rotate_heads(*heads, *ctx.saved_tensors, ctx.interleaved, not ctx.conjugate)
     grads = (None if dq is None else dq_in, None if dk is None else dk_in)
-    return *grads, *[None] * 6
+    return *grads, *[None] * 5
 
 
 @_OP.function(fake=_fake, setup_context=_save, backward=_grads)
 def rotate_heads(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
-    cu_seqlens: Tensor | None, interleaved: bool, conjugate: bool,
+    interleaved: bool, conjugate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the rotation of q [B, T, H, D] and k [B, T, K, D], back instead where conjugate."""
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
@@ -214,16 +201,14 @@ def rotate_heads(
     if B * T * (H + K) == 0:
         return q_out, k_out
     tile = _tile(H + K, D, R)
-    entries = 0 if cu_seqlens is None else len(cu_seqlens)
     _OP.launch(
         _apply_rotary_emb_kernel, (cdiv(B * T, tile.BLOCK_T) * cdiv(H + K, tile.BLOCK_H),),
-        q, k, cos, sin, position_ids, cu_seqlens, q_out, k_out,
+        q, k, cos, sin, position_ids, q_out, k_out,
         *q.stride(), *k.stride(), cos.stride(0), sin.stride(0),
         *((0, 0) if position_ids is None else position_ids.stride()),
-        T, B * T, cos.shape[0], entries, (entries - 1).bit_length(), H, K,
+        T, B * T, cos.shape[0], H, K,
         HEAD_DIM=D, ROTARY_DIM=R, INTERLEAVED=interleaved, CONJUGATE=conjugate,
-        HAS_POSITIONS=position_ids is not None, HAS_CU_SEQLENS=cu_seqlens is not None,
-        ACC=accumulator(q.dtype),
+        HAS_POSITIONS=position_ids is not None, ACC=accumulator(q.dtype),
         BLOCK_PAIRS=next_power_of_2(R // 2), BLOCK_REST=next_power_of_2(max(1, D - R)),
         **tile._asdict(),
     )  # fmt: skip
@@ -285,12 +270,13 @@ def apply_rotary_emb(
             interleaved=interleaved,
         )
     cos, sin = (table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))
+    if cu_seqlens is not None:
+        position_ids = packed_position_ids(cu_seqlens, tokens)
     if q.dim() == 4:
-        return rotate_heads(q, k, cos, sin, position_ids, None, interleaved, False)
+        return rotate_heads(q, k, cos, sin, position_ids, interleaved, False)
     position_ids = None if position_ids is None else position_ids[None]
-    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    outs = rotate_heads(q[None], k[None], cos, sin, position_ids, cu_seqlens, interleaved, False)
-    return outs[0][0], outs[1][0]
+    q_out, k_out = rotate_heads(q[None], k[None], cos, sin, position_ids, interleaved, False)
+    return q_out[0], k_out[0]
 
 
 def _check_heads(q: Tensor, k: Tensor) -> None:
