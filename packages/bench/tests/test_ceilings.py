@@ -27,11 +27,17 @@ def test_input_sets_exceed_the_cache(monkeypatch):
 
 
 def test_copies_move_the_bytes_they_are_asked_for(device):
-    first, second = copies(6000, 2, device)
+    first, second = copies(6400, 2, device)
     target, other = first(), second()
-    assert target.nbytes == 3000, "each byte is read and written"
+    assert target.nbytes == 3200, "each byte is read and written"
     assert target.data_ptr() != other.data_ptr()
     assert len(target.unique()) > 200, "random bytes, not zeros"
+
+
+@pytest.mark.parametrize(("traffic", "size"), [(1, 128), (256, 128), (257, 256), (6000, 3072)])
+def test_copies_are_of_whole_cache_lines(traffic, size):
+    (copy,) = copies(traffic, 1, CPU)
+    assert copy().nbytes == size
 
 
 def test_a_product_is_one_of_random_matrices(device):

@@ -26,11 +26,15 @@ after
     new = """\
 before
 <!-- bench-docs table: a b -->
+
 table at 2: a b
+
 <!-- /bench-docs -->
 between
 <!-- bench-docs roofline -->
+
 roofline at 7:
+
 <!-- /bench-docs -->
 after
 """

@@ -10,6 +10,8 @@ L2_MULTIPLE = 4
 MAX_INPUT_SETS = 256
 """Sets of inputs: as many as move L2_MULTIPLE times the L2's size, MAX_INPUT_SETS at most."""
 
+LINE = 128
+
 MATMUL_SIZE = 8192
 """Sides of the square product whose speed is the ceiling of FLOPs; large enough for any device."""
 
@@ -27,7 +29,8 @@ def input_sets(traffic: int, device: torch.device) -> int:
 def copies(traffic: int, sets: int, device: torch.device) -> list[Call]:
     """`sets` copies of random bytes, each of which moves `traffic` bytes, read and written."""
     generator = torch.Generator(device).manual_seed(0)
-    size = max(1, traffic // 2)
+    # Whole cache lines: the driver copies odd sizes in other, slower ways.
+    size = -(-traffic // 2 // LINE) * LINE
 
     def copy() -> Call:
         source = torch.empty(size, dtype=torch.uint8, device=device)

@@ -64,7 +64,8 @@ def filled(page: Path, text: str, content: Callable[[Marker], str]) -> str:
         elif not fenced and line.strip() == _CLOSING:
             if marker is None:
                 raise PageError(f"{page}:{number}: {_CLOSING} closes nothing")
-            lines += [content(marker), line]
+            # Blank lines: a table right after a comment is text to some readers of Markdown.
+            lines += ["", content(marker), "", line]
             marker = None
         elif marker is None:
             lines.append(line)
