@@ -13,8 +13,8 @@ from tilewright_kernels._launch import cdiv, row_tile
 from tilewright_kernels._operator import as_rows
 from tilewright_kernels._triton import tl, triton
 
-MAX_BLOCK_N = 2048
-"""Widest tile. Nothing is reduced along a row, so wide rows are cut into several programs."""
+BLOCK = 2048
+"""Elements of a tile. Nothing is reduced along a row, so wide rows are cut into several tiles."""
 
 
 def as_walked(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -34,12 +34,13 @@ class Tile(NamedTuple):
 
 
 def tiles(walked: torch.Tensor) -> tuple[tuple[int], Tile]:
-    """Grid and tile over [rows, N]: 2048 elements a program, eight a thread.
+    """Grid and tile over [rows, N]: 2048 elements a program, sixteen a thread.
 
-    Eight are 16 bytes of bfloat16, the widest load there is.
+    Share of the copy speed on an H200, bfloat16, sixteen / eight a thread: gelu 1.00 / 0.95, relu
+    1.00 / 1.00, silu 0.99 / 1.00; tiles of 8192 lose 4 %.
     """
     num_rows, width = walked.shape
-    tile = row_tile(min(width, MAX_BLOCK_N), elements=MAX_BLOCK_N, elements_per_thread=8)
+    tile = row_tile(min(width, BLOCK), elements=BLOCK, elements_per_thread=16)
     if num_rows == 1:
         return (cdiv(width, tile.BLOCK_N),), Tile(True, 1, tile.BLOCK_N, tile.num_warps)
     return (cdiv(num_rows, tile.ROWS) * cdiv(width, tile.BLOCK_N),), Tile(False, *tile)
@@ -49,7 +50,8 @@ def tiles(walked: torch.Tensor) -> tuple[tuple[int], Tile]:
 def tile_of_program(
     num_rows, n_cols, FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Rows [ROWS, 1] and columns [1, BLOCK_N] of this program's tile, int64, and its mask.
+    """Rows [ROWS, 1] and columns [1, BLOCK_N] of this program's tile, int64, its mask, and whether
+    the tile is full: without a mask, loads are wide whatever n_cols is.
 
     Neighbours in the launch are neighbours in a row: what runs at one time lies close in memory.
     One long row needs no division, which takes as many instructions as some activations.
@@ -59,6 +61,23 @@ def tile_of_program(
     else:
         col_tiles = tl.cdiv(n_cols, BLOCK_N)
         row, col = tl.program_id(0) // col_tiles, tl.program_id(0) % col_tiles
-    rows = (row.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    cols = (col.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    return rows, cols, (rows < num_rows) & (cols < n_cols)
+    row, col = row.to(tl.int64), col.to(tl.int64)
+    rows = (row * ROWS + tl.arange(0, ROWS))[:, None]
+    cols = (col * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    full = ((row + 1) * ROWS <= num_rows) & ((col + 1) * BLOCK_N <= n_cols)
+    return rows, cols, (rows < num_rows) & (cols < n_cols), full
+
+
+@triton.jit
+def load(pointers, mask, full):
+    """A tile, without looking at the mask where the tile is full."""
+    return tl.load(pointers) if full else tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store(pointers, tile, mask, full):
+    """Write a tile, without looking at the mask where the tile is full."""
+    if full:
+        tl.store(pointers, tile)
+    else:
+        tl.store(pointers, tile, mask=mask)

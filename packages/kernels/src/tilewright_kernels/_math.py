@@ -18,29 +18,42 @@ def exp(x):
 
 
 @triton.jit
+def logistic(x):
+    """The logistic distribution at x: Λ(x) = 1 / (1 + e⁻ˣ), the sigmoid, and its density λ(x).
+
+    With e = e^(-|x|) nothing overflows, and λ = Λ · (1 - Λ) = e / (1 + e)² does not cancel.
+    """
+    e = exp(-tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    return tl.where(x < 0.0, e * r, r), e * r * r
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + e⁻ˣ)."""
-    return 1.0 / (1.0 + exp(-x))
+    distribution, _ = logistic(x)
+    return distribution
 
 
 @triton.jit
 def sigmoid_grad(x):
-    """d sigmoid / dx = s · (1 - s)."""
-    s = sigmoid(x)
-    return s * (1.0 - s)
+    """d sigmoid / dx = λ(x)."""
+    _, density = logistic(x)
+    return density
 
 
 @triton.jit
 def silu(x):
-    """x · sigmoid(x)."""
-    return x * sigmoid(x)
+    """x · Λ(x)."""
+    distribution, _ = logistic(x)
+    return x * distribution
 
 
 @triton.jit
 def silu_grad(x):
-    """d silu / dx = s · (1 + x · (1 - s)), s = sigmoid(x)."""
-    s = sigmoid(x)
-    return s * (1.0 + x * (1.0 - s))
+    """d silu / dx = Λ(x) + x · λ(x)."""
+    distribution, density = logistic(x)
+    return distribution + x * density
 
 
 @triton.jit
@@ -72,19 +85,20 @@ def relu_squared_grad(x):
 def normal(x):
     """The standard normal distribution at x: Φ(x) = P(X <= x), and its density φ(x).
 
-    erf takes 35 instructions, more than a copy leaves room for. For float32, with a = |x|,
+    tl.erf takes 30 instructions, more than a copy leaves room for. For float32, with a = |x|,
 
         Φ(-a) = e^(-a²/2) · t · P₅(t),  t = 1 / (1 + 0.28·a)
 
-    which has the exponential in common with φ. The polynomial is a minimax fit of the absolute
-    error, 9e-9 (a float32 near 1 is good to 3e-8); the relative error stays below 1e-3 to Φ(-9),
-    where 1 + erf has lost every digit at -6.
+    shares its exponential with φ. The polynomial is a minimax fit of the absolute error, 9e-9 (a
+    float32 near 1 is good to 3e-8); the relative error stays below 1e-3 to Φ(-9), where 1 + erf
+    has lost every digit at -6. 1 / d as the reciprocal root of d² takes two instructions, division
+    eight: 1.00 of the speed of a copy against 0.91 on an H200.
     """
     if x.dtype == tl.float64:
         density = 0.3989422804014327 * exp(-0.5 * x * x)
         return 0.5 + 0.5 * tl.erf(0.7071067811865476 * x), density
-    a = tl.abs(x)
-    t = 1.0 / (1.0 + 0.28 * a)
+    d = 1.0 + 0.28 * tl.abs(x)
+    t = tl.rsqrt(d * d)
     p = 0.38987612 - 0.10580876 * t
     p = p * t - 0.23699687
     p = p * t + 0.26891288
@@ -111,15 +125,16 @@ def gelu_grad(x):
 
 @triton.jit
 def gelu_tanh(x):
-    """x · (1 + tanh u) / 2 = x · sigmoid(2u), u = √(2/π) · (x + 0.044715·x³)."""
-    return x * sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    """x · (1 + tanh u) / 2 = x · Λ(2u), u = √(2/π) · (x + 0.044715·x³)."""
+    distribution, _ = logistic(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    return x * distribution
 
 
 @triton.jit
 def gelu_tanh_grad(x):
-    """d gelu_tanh / dx = s + x · s · (1 - s) · d2u/dx, s = sigmoid(2u)."""
-    s = sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
-    return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    """d gelu_tanh / dx = Λ(2u) + x · λ(2u) · d2u/dx."""
+    distribution, density = logistic(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    return distribution + x * density * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright_kernels import _math
-from tilewright_kernels._elementwise import as_walked, tile_of_program, tiles
+from tilewright_kernels._elementwise import as_walked, load, store, tile_of_program, tiles
 from tilewright_kernels._operator import Operator, accumulator, check_floating
 from tilewright_kernels._triton import tl, triton
 
@@ -54,9 +54,9 @@ def _activation_fwd_kernel(
     FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y = f(x) for a tile of ROWS x BLOCK_N; one read, one write an element."""
-    rows, cols, mask = tile_of_program(num_rows, n_cols, FLAT, ROWS, BLOCK_N)
-    x = tl.load(x_ptr + rows * x_row_stride + cols, mask=mask, other=0.0)
-    tl.store(y_ptr + rows * n_cols + cols, FUNCTION(x.to(ACC)), mask=mask)
+    rows, cols, mask, full = tile_of_program(num_rows, n_cols, FLAT, ROWS, BLOCK_N)
+    x = load(x_ptr + rows * x_row_stride + cols, mask, full)
+    store(y_ptr + rows * n_cols + cols, FUNCTION(x.to(ACC)), mask, full)
 
 
 @triton.jit
@@ -67,11 +67,10 @@ def _activation_bwd_kernel(
     FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dx = dy · f' for a tile of ROWS x BLOCK_N; two reads, one write an element."""
-    rows, cols, mask = tile_of_program(num_rows, n_cols, FLAT, ROWS, BLOCK_N)
-    dy = tl.load(dy_ptr + rows * dy_row_stride + cols, mask=mask, other=0.0)
-    saved = tl.load(saved_ptr + rows * saved_row_stride + cols, mask=mask, other=0.0)
-    dx = dy.to(ACC) * SLOPE(saved.to(ACC))
-    tl.store(dx_ptr + rows * n_cols + cols, dx, mask=mask)
+    rows, cols, mask, full = tile_of_program(num_rows, n_cols, FLAT, ROWS, BLOCK_N)
+    dy = load(dy_ptr + rows * dy_row_stride + cols, mask, full)
+    saved = load(saved_ptr + rows * saved_row_stride + cols, mask, full)
+    store(dx_ptr + rows * n_cols + cols, dy.to(ACC) * SLOPE(saved.to(ACC)), mask, full)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewright_kernels._elementwise import as_walked
+from tilewright_kernels._elementwise import as_walked, load, store
 from tilewright_kernels._launch import cdiv
 from tilewright_kernels._operator import Operator, accumulator, check_floating, check_same_device
 from tilewright_kernels._triton import tl, triton
@@ -27,6 +27,9 @@ from tilewright_kernels.activations import check_not_inplace
 _DROPOUT, _DROPOUT_ADD = Operator("dropout"), Operator("dropout_add")
 
 _CPU = torch.device("cpu")
+
+BLOCK = 512
+"""Counters of a program."""
 
 _ROUNDS = 10
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -121,35 +124,35 @@ def _philox(seed, counter):
 def _dropout_kernel(
     x_ptr, residual_ptr, y_ptr, seed_ptr, seed: tl.uint64, kept,
     x_row_stride, residual_row_stride, n_cols, row_tiles,
-    ACC: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    ACC: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = m · x / (1 - p) [+ residual] for STEPS tiles of BLOCK counters, four elements each.
+    """y = m · x / (1 - p) [+ residual] for BLOCK counters, four elements each.
 
     Where n_cols is no multiple of four, a row starts within a counter: its tiles are aligned to the
     counters, and the first begins up to three columns before the row.
     """
     if seed_ptr is not None:
         seed = tl.load(seed_ptr).to(tl.uint64)
-    row = (tl.program_id(0) // row_tiles).to(tl.int64)
-    tile = (tl.program_id(0) % row_tiles).to(tl.int64)
+    if FLAT:
+        row, tile = tl.program_id(0) * 0, tl.program_id(0)
+    else:
+        row, tile = tl.program_id(0) // row_tiles, tl.program_id(0) % row_tiles
+    row, tile = row.to(tl.int64), tile.to(tl.int64)
     row_start = row * n_cols
-    first = row_start // 4
-    before = row_start - 4 * first
+    counter = row_start // 4
+    start = tile * (4 * BLOCK) - (row_start - 4 * counter)
+    cols = start + tl.arange(0, 4 * BLOCK)
+    mask, full = (cols >= 0) & (cols < n_cols), (start >= 0) & (start + 4 * BLOCK <= n_cols)
+    x = load(x_ptr + row * x_row_stride + cols, mask, full)
+    w0, w1, w2, w3 = _philox(seed, (counter + tile * BLOCK + tl.arange(0, BLOCK)).to(tl.uint64))
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(4 * BLOCK)
     kept = kept.to(tl.uint32)
     scale = 4294967296.0 / tl.maximum(kept, 1).to(ACC)
-    for step in tl.static_range(STEPS):
-        block = (tile * STEPS + step) * BLOCK
-        counters = first + block + tl.arange(0, BLOCK)
-        w0, w1, w2, w3 = _philox(seed, counters.to(tl.uint64))
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(4 * BLOCK)
-        cols = block * 4 + tl.arange(0, 4 * BLOCK) - before
-        mask = (cols >= 0) & (cols < n_cols)
-        x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=0.0)
-        y = x.to(ACC) * tl.where(words < kept, scale, 0.0)
-        if residual_ptr is not None:
-            residual = residual_ptr + row * residual_row_stride + cols
-            y += tl.load(residual, mask=mask, other=0.0).to(ACC)
-        tl.store(y_ptr + row_start + cols, y, mask=mask)
+    y = x.to(ACC) * tl.where(words < kept, scale, 0.0)
+    if residual_ptr is not None:
+        residual = load(residual_ptr + row * residual_row_stride + cols, mask, full)
+        y += residual.to(ACC)
+    store(y_ptr + row_start + cols, y, mask, full)
 
 
 def _launch(
@@ -164,14 +167,13 @@ def _launch(
     else:
         x, residual = as_walked(x, residual)
     num_rows, n_cols = x.shape
-    num_warps, steps = 4, 4
-    block = 32 * num_warps
-    row_tiles = cdiv(n_cols + (3 if num_rows > 1 and n_cols % 4 else 0), 4 * block * steps)
+    flat = num_rows == 1
+    row_tiles = cdiv(n_cols + (0 if flat or n_cols % 4 == 0 else 3), 4 * BLOCK)
     operator.launch(
         _dropout_kernel, (num_rows * row_tiles,), x, residual, y,
         seed if seed.is_cuda else None, 0 if seed.is_cuda else int(seed) % 2**64, kept,
         x.stride(0), 0 if residual is None else residual.stride(0), n_cols, row_tiles,
-        ACC=accumulator(x.dtype), BLOCK=block, STEPS=steps, num_warps=num_warps,
+        ACC=accumulator(x.dtype), FLAT=flat, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return y
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright_kernels import _math
-from tilewright_kernels._elementwise import as_walked, tile_of_program, tiles
+from tilewright_kernels._elementwise import as_walked, load, store, tile_of_program, tiles
 from tilewright_kernels._operator import Operator, accumulator, check_floating, check_same_device
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.activations import Approximation, check_approximate
@@ -61,10 +61,10 @@ def _gated_fwd_kernel(
     FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y = f(gate) · up for a tile of ROWS x BLOCK_N; two reads, one write an element."""
-    rows, cols, mask = tile_of_program(num_rows, n_cols, FLAT, ROWS, BLOCK_N)
-    gate = tl.load(gate_ptr + rows * gate_row_stride + cols, mask=mask, other=0.0)
-    up = tl.load(up_ptr + rows * up_row_stride + cols, mask=mask, other=0.0)
-    tl.store(y_ptr + rows * n_cols + cols, FUNCTION(gate.to(ACC)) * up.to(ACC), mask=mask)
+    rows, cols, mask, full = tile_of_program(num_rows, n_cols, FLAT, ROWS, BLOCK_N)
+    gate = load(gate_ptr + rows * gate_row_stride + cols, mask, full)
+    up = load(up_ptr + rows * up_row_stride + cols, mask, full)
+    store(y_ptr + rows * n_cols + cols, FUNCTION(gate.to(ACC)) * up.to(ACC), mask, full)
 
 
 @triton.jit
@@ -78,14 +78,14 @@ def _gated_bwd_kernel(
 
     What f and f' have in common, such as an exponential, the compiler computes once.
     """
-    rows, cols, mask = tile_of_program(num_rows, n_cols, FLAT, ROWS, BLOCK_N)
-    dy = tl.load(dy_ptr + rows * dy_row_stride + cols, mask=mask, other=0.0)
-    gate = tl.load(gate_ptr + rows * gate_row_stride + cols, mask=mask, other=0.0)
-    up = tl.load(up_ptr + rows * up_row_stride + cols, mask=mask, other=0.0)
+    rows, cols, mask, full = tile_of_program(num_rows, n_cols, FLAT, ROWS, BLOCK_N)
+    dy = load(dy_ptr + rows * dy_row_stride + cols, mask, full)
+    gate = load(gate_ptr + rows * gate_row_stride + cols, mask, full)
+    up = load(up_ptr + rows * up_row_stride + cols, mask, full)
     dy, gate = dy.to(ACC), gate.to(ACC)
     offsets = rows * grad_row_stride + cols
-    tl.store(dgate_ptr + offsets, dy * up.to(ACC) * SLOPE(gate), mask=mask)
-    tl.store(dup_ptr + offsets, dy * FUNCTION(gate), mask=mask)
+    store(dgate_ptr + offsets, dy * up.to(ACC) * SLOPE(gate), mask, full)
+    store(dup_ptr + offsets, dy * FUNCTION(gate), mask, full)
 
 
 def _halves(packed: Tensor) -> tuple[Tensor, Tensor]:
