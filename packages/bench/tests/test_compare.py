@@ -58,11 +58,11 @@ def test_the_table_says_what_changed(tmp_path, write_run, info, capsys):
 
 
 def test_words_choose(runs, capsys):
-    assert [c.name for c in changes(*runs, "fwd tile")] == ["bench_op[fwd-tilewright]"]
+    assert [c.name for c in changes(*runs, words="fwd tile")] == ["bench_op[fwd-tilewright]"]
     assert compare(*runs, fail=0.05, words="tilewright") == 0
     assert "fwd-torch]" not in capsys.readouterr().out
     with pytest.raises(SavedRunError, match="in common whose name holds 'bwd'"):
-        changes(*runs, "bwd")
+        changes(*runs, words="bwd")
 
 
 def test_pytest_benchmark_compares_the_files_by_itself(runs, tmp_path):

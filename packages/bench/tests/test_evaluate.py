@@ -132,7 +132,8 @@ class InPlace(torch.autograd.Function):
         return x * weight
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, *grad_outputs):
+        (dy,) = grad_outputs
         x, weight = ctx.saved_tensors
         dweight = (dy * x).sum(0)
         return x.data.copy_(dy * weight), dweight

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -31,7 +32,7 @@ SCALE = Case(
 )
 
 
-def variant(function, provider="torch", direction="fwd"):
+def variant(function, provider="torch", direction: Any = "fwd"):
     return Variant(provider=provider, direction=direction, build=lambda: function)
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -42,14 +43,14 @@ SCALE = Case(
 )
 
 
-def providers(direction="fwd", **functions):
+def providers(direction: Any = "fwd", **functions):
     return {
         name: Variant(provider=name, direction=direction, build=lambda f=f: f)
         for name, f in functions.items()
     }
 
 
-def measure(case, named, device=CPU, **options):
+def measure(case, named, device=CPU, **options) -> dict[str, Any]:
     outcomes = measure_together(case, list(named.values()), device, **options)
     assert outcomes.keys() == set(named.values())
     return {name: outcomes[variant] for name, variant in named.items()}
