@@ -97,19 +97,7 @@ def _apply_rotary_emb_kernel(
     dim_stride = tl.where(is_q, q_dim_stride, k_dim_stride).to(tl.int64)[:, :, None]
     mask = (token_mask[:, None] & (k_head < k_heads))[:, :, None]
 
-    # The loads of q and k come before those of the tables, which have to wait for the positions.
-    if INTERLEAVED:
-        # Whole rows in wide loads, parted in registers: loads of stride 2 would ask for all twice.
-        dims = tl.arange(0, 2 * BLOCK_PAIRS)[None, None, :]
-        x_mask = mask & (dims < ROTARY_DIM)
-        x = tl.load(rows + dims * dim_stride, mask=x_mask, other=0.0).to(ACC)
-        x1, x2 = tl.split(tl.reshape(x, [BLOCK_T, BLOCK_H, BLOCK_PAIRS, 2]))
-    else:
-        dims = tl.arange(0, BLOCK_PAIRS)[None, None, :]
-        x_mask = mask & (dims < HALF)
-        x1 = tl.load(rows + dims * dim_stride, mask=x_mask, other=0.0).to(ACC)
-        x2 = tl.load(rows + (dims + HALF) * dim_stride, mask=x_mask, other=0.0).to(ACC)
-
+    # The tables' rows are small and come from L2: asked for first, they do not queue behind q and k.
     position = t
     if HAS_POSITIONS:
         offsets = b * position_batch_stride + t * position_token_stride
@@ -124,6 +112,18 @@ def _apply_rotary_emb_kernel(
     cos, sin = cos.to(ACC)[:, None, :], sin.to(ACC)[:, None, :]
     if CONJUGATE:
         sin = -sin
+
+    if INTERLEAVED:
+        # Whole rows in wide loads, parted in registers: loads of stride 2 would ask for all twice.
+        dims = tl.arange(0, 2 * BLOCK_PAIRS)[None, None, :]
+        x_mask = mask & (dims < ROTARY_DIM)
+        x = tl.load(rows + dims * dim_stride, mask=x_mask, other=0.0).to(ACC)
+        x1, x2 = tl.split(tl.reshape(x, [BLOCK_T, BLOCK_H, BLOCK_PAIRS, 2]))
+    else:
+        dims = tl.arange(0, BLOCK_PAIRS)[None, None, :]
+        x_mask = mask & (dims < HALF)
+        x1 = tl.load(rows + dims * dim_stride, mask=x_mask, other=0.0).to(ACC)
+        x2 = tl.load(rows + (dims + HALF) * dim_stride, mask=x_mask, other=0.0).to(ACC)
 
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     if INTERLEAVED:

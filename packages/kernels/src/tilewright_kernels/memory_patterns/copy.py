@@ -26,8 +26,9 @@ from tilewright_kernels._triton import tl, triton
 BLOCK, NUM_WARPS = 1024, 4
 """As in vector_add.py."""
 
-TILE, STAGES, PROGRAMS_PER_SM = 4096, 4, 4
-"""Of `copy_tiled`."""
+TILE_BYTES, STAGES, PROGRAMS_PER_SM = 8192, 8, 1
+"""Of `copy_tiled`: few bytes a program, so that it shows what the stages do. On an H200 it reaches
+64 / 52 / 87 / 92 % of `copy_` with 1 / 2 / 4 / 8 stages."""
 
 _COALESCED = Operator("copy_coalesced")
 _MISALIGNED = Operator("copy_misaligned")
@@ -74,8 +75,8 @@ def _copy_strided_kernel(x_ptr, y_ptr, n, stride, blocks_per_column, BLOCK: tl.c
 def _copy_tiled_kernel(x_ptr, y_ptr, n, TILE: tl.constexpr, STAGES: tl.constexpr):
     """A few programs, each copies every num_programs-th tile through shared memory."""
     # num_stages makes the compiler rewrite the loop: loads become asynchronous copies from global
-    # into shared memory (cp.async), into a ring of buffers, and run that many tiles ahead of the
-    # store. While a tile waits in shared memory it takes no registers and stops no thread.
+    # to shared memory (cp.async) into a ring of STAGES - 1 buffers, and run as far ahead of the
+    # stores. A tile on its way takes no registers and stops no thread.
     first = tl.program_id(0).to(tl.int64)
     for tile in tl.range(first, tl.cdiv(n, TILE), tl.num_programs(0), num_stages=STAGES):
         offsets = tile * TILE + tl.arange(0, TILE)
@@ -136,9 +137,10 @@ def copy_strided_forward(x: Tensor, stride: int) -> Tensor:
 def copy_tiled_forward(x: Tensor, stages: int) -> Tensor:
     """Launch a few programs on each multiprocessor, however long x is."""
     x, y, n = x.contiguous(), _fake(x), x.numel()
-    programs = min(cdiv(n, TILE), num_programs(x.device, per_sm=PROGRAMS_PER_SM))
+    tile = TILE_BYTES // x.element_size()
+    programs = min(cdiv(n, tile), num_programs(x.device, per_sm=PROGRAMS_PER_SM))
     _TILED.launch(
-        _copy_tiled_kernel, (programs,), x, y, n, TILE=TILE, STAGES=stages, num_warps=NUM_WARPS
+        _copy_tiled_kernel, (programs,), x, y, n, TILE=tile, STAGES=stages, num_warps=NUM_WARPS
     )
     return y
 
@@ -174,7 +176,7 @@ def copy_strided(x: Tensor, stride: int) -> Tensor:
 
 
 def copy_tiled(x: Tensor, stages: int = STAGES) -> Tensor:
-    """A copy of x through shared memory, `stages` - 1 tiles ahead; 1 leaves shared memory out."""
+    """A copy of x through shared memory, `stages` - 1 tiles ahead; 1 goes through registers."""
     check_floating("x", x)
     if stages < 1:
         raise ValueError(f"stages is {stages}; give 1 (no shared memory) or more")

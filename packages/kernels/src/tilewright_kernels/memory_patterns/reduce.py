@@ -21,11 +21,11 @@ from tilewright_kernels._launch import cdiv, num_programs
 from tilewright_kernels._operator import Operator, accumulator, check_floating
 from tilewright_kernels._triton import tl, triton
 
-BLOCK, NUM_WARPS = 8192, 8
+BLOCK, NUM_WARPS = 4096, 4
 """Elements that a program adds at once, 32 a thread: several loads of 16 bytes in flight each."""
 
-PROGRAMS_PER_SM = 4
-"""Of `sum_persistent`."""
+PROGRAMS_PER_SM = 8
+"""Of `sum_persistent`: as many as there is room for, at 64 registers a thread."""
 
 _ONE_PROGRAM = Operator("sum_one_program")
 _ATOMIC = Operator("sum_atomic")
