@@ -112,13 +112,15 @@ def test_on_a_cpu_host_and_device_are_one():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "events"])
-def test_device_times_agree_with_a_long_run_of_copies(graph):
-    source = torch.randn(256 << 20, device="cuda")  # 1 GiB: half a millisecond a copy
+def test_device_times_agree_with_a_long_run(graph):
+    source = torch.randn(256 << 20, device="cuda")  # 1 GiB: half a millisecond a call
     target = torch.empty_like(source)
-    copy = Rotation([lambda: target.copy_(source)])
-    (samples,) = time_interleaved([copy], CUDA, seconds=0.1, graph=graph)
-    expected = elapsed_on_device(lambda: target.copy_(source), 100)
-    assert samples.median == pytest.approx(expected, rel=0.05)
+
+    def call():
+        torch.neg(source, out=target)
+
+    (samples,) = time_interleaved([Rotation([call])], CUDA, seconds=0.1, graph=graph)
+    assert samples.median == pytest.approx(elapsed_on_device(call, 100), rel=0.05)
     assert samples.clock == ("cuda graph" if graph else "cuda events")
 
 
@@ -141,8 +143,8 @@ def test_short_calls_fill_a_graph_with_whole_rotations():
     tensors = [torch.randn(1024, device="cuda") for _ in range(7)]
     (samples,) = time_interleaved([Rotation([x.neg_ for x in tensors])], CUDA, seconds=0.01)
     assert samples.calls % 7 == 0
-    assert MAX_GRAPH_CALLS - 7 < samples.calls <= MAX_GRAPH_CALLS
-    assert samples.calls * samples.median <= 2 * SAMPLE_SECONDS
+    assert samples.calls <= MAX_GRAPH_CALLS
+    assert SAMPLE_SECONDS / 5 < samples.calls * samples.median < 2 * SAMPLE_SECONDS
 
 
 @pytest.mark.gpu
@@ -159,22 +161,34 @@ def test_a_backward_is_captured():
 
 
 @pytest.mark.gpu
-def test_what_cannot_be_captured_is_timed_by_events_and_leaves_nothing_behind():
+@pytest.mark.parametrize("how", ["item", "synchronize", "raise"])
+def test_what_cannot_be_captured_is_timed_by_events_and_leaves_nothing_behind(how):
     x = torch.randn(1 << 24, device="cuda")
 
     def waits():
-        return (x * 2).sum().item()
+        result = (x * 2).sum()
+        if how == "item":
+            result.item()  # torch can tell beforehand
+        elif how == "synchronize":
+            torch.cuda.synchronize()  # only the capture itself fails
+        elif torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not in a graph")
+
+    def reserved_for_nothing():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
     def capturable():
-        return (x * 2).sum()
+        return torch.rand_like(x).sum()
 
+    before = reserved_for_nothing()
     waiting, running = time_interleaved(
         [Rotation([waits]), Rotation([capturable])], CUDA, seconds=0.01
     )
     assert (waiting.clock, running.clock) == ("cuda events", "cuda graph")
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() < torch.cuda.memory_allocated() + (64 << 20)
+    assert 0 < torch.rand((), device="cuda") < 1, "the random generator has survived"
+    assert reserved_for_nothing() <= before + (32 << 20)
 
 
 @pytest.mark.parametrize(

@@ -141,15 +141,28 @@ def test_a_nan_is_wrong():
 def test_an_error_holds_no_tensors():
     alive = []
 
-    def failing_with_a_tensor(x, weight):
-        big = x * 2
-        alive.append(weakref.ref(big))
-        raise RuntimeError
+    def remember(tensor):
+        alive.append(weakref.ref(tensor))
+        return tensor
 
-    outcomes = measure(SCALE, providers(broken=failing_with_a_tensor))
+    def inputs(device, generator):
+        return tuple(remember(t) for t in make_inputs(device, generator))
+
+    def failing_with_a_tensor(x, weight):
+        big = remember(x * 2)
+        try:
+            return big.view(-1, 7)
+        except RuntimeError as error:
+            raise ValueError("no such view") from error
+
+    case = dataclasses.replace(SCALE, make_inputs=inputs)
+    outcomes = measure(case, providers(broken=failing_with_a_tensor, right=scale))
     gc.collect()
-    assert isinstance(outcomes["broken"], RuntimeError)
-    assert alive[0]() is None
+    assert isinstance(outcomes["broken"], ValueError)
+    (note,) = outcomes["broken"].__notes__
+    assert "in failing_with_a_tensor\n    return big.view(-1, 7)" in note
+    assert "ValueError: no such view" in note
+    assert [ref() for ref in alive] == [None] * len(alive)
 
 
 def test_a_provider_that_overwrites_gets_inputs_of_its_own():

@@ -211,7 +211,8 @@ def _draw_roofline(plot: Roofline, figure: "Figure") -> None:
     axes.set_ylabel("TFLOP/s")
     axes.set_title(plot.device)
     axes.grid(which="major")
-    figure.legend(loc="outside right center")
+    if operators:
+        figure.legend(loc="outside right center")
 
 
 def _along(axes: "Axes", text: str, x: float, y: float, slope: float) -> None:

@@ -12,6 +12,7 @@ Blocks of several rotations alternate, so that a change of clocks or temperature
 and each is summed up by its median.
 """
 
+import contextlib
 import gc
 import itertools
 import math
@@ -155,6 +156,7 @@ class CudaTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._device_index = torch.cuda._utils._get_device_index(device, optional=True)
         self._pool = torch.cuda.graph_pool_handle()
 
     def block(
@@ -206,9 +208,22 @@ class CudaTimer:
                 for call in itertools.islice(itertools.cycle(calls), count):
                     call()
         except Exception:
-            self._pool = torch.cuda.graph_pool_handle()  # the other may be unusable now
+            self._abandon_capture()
             return None
         return graph.replay
+
+    def _abandon_capture(self) -> None:
+        """Undo what torch leaves of a capture that failed, its memory and random generators that
+        refuse to run; after one that was never begun, this does nothing.
+        """
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device_index, self._pool)
+            torch._C._cuda_releasePool(self._device_index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+        # The generators are put right by the end of a capture that succeeds.
+        stream = torch.cuda.current_stream(self._device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+            torch.cuda._sleep(1)
 
 
 class Stopwatch:
@@ -285,7 +300,13 @@ class Stopwatch:
             started = time.perf_counter()
             times += self._timer.block(self._eager, 1, reset=self._reset)
             spent += time.perf_counter() - started
-        return _medians(times[1:] or times)
+        device, host = _medians(times[1:] or times)
+        if device < SAMPLE_SECONDS:
+            # Alone, a short call seems as long as its launch: look again with the host ahead.
+            lead = self._lead(host, BLOCK_SAMPLES)
+            times = self._timer.block(self._eager, BLOCK_SAMPLES, lead=lead, reset=self._reset)
+            device, host = _medians(times)
+        return device, host
 
     def _lead(self, host: float, count: int) -> float:
         """Half again the time that queueing takes, the uncounted call included."""

@@ -90,9 +90,6 @@ def measure_together(
     group = _Group(case, direction, device)
     with use_backend(backend), fresh_compilers(device, direction), side_stream(device):
         outcomes = group.measure(variants) if timed else group.check(variants)
-    for error in group.errors.values():
-        # Its frames would hold tensors for as long as a report holds the error.
-        traceback.clear_frames(error.__traceback__)
     return {**outcomes, **group.errors}
 
 
@@ -124,6 +121,14 @@ def memory_of(call: Call, inputs: Inputs, device: torch.device) -> Memory:
     given = {t.untyped_storage().data_ptr() for t in inputs if isinstance(t, Tensor)}
     made = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in results}
     return Memory(peak_extra=peak, results=sum(made[at] for at in made.keys() - given))
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """The error with a note of where it was raised, instead of frames, which hold tensors."""
+    if isinstance(error, Exception):
+        error.add_note("".join(traceback.format_exception(error)))
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 @contextmanager
@@ -228,8 +233,7 @@ class _Group:
             try:
                 passed[variant] = stage(variant, former)
             except _FAILURES as error:
-                traceback.clear_frames(error.__traceback__)
-                self.errors[variant] = error
+                self.errors[variant] = without_frames(error)
         return passed
 
     def _call(self, function: Function, inputs: Inputs) -> Call:
