@@ -29,8 +29,8 @@ def cases_in(module: ModuleType) -> Iterator[Case]:
     """Cases that the functions of a benchmark file are parametrized with."""
     for function in vars(module).values():
         for mark in getattr(function, "pytestmark", []):
-            if mark.name == "parametrize" and mark.args[0] == "case":
+            if mark.name == "parametrize":
                 for value in mark.args[1]:
-                    # pytest.param wraps what carries marks or an id.
-                    (case,) = getattr(value, "values", (value,))
-                    yield case
+                    value = getattr(value, "values", value)  # pytest.param wraps what has marks
+                    found = value if isinstance(value, tuple) else (value,)
+                    yield from (part for part in found if isinstance(part, Case))

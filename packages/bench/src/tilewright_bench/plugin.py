@@ -43,12 +43,12 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Group the benchmarks that this session runs: variants of a case are measured together."""
-    groups: dict[tuple[int, str], list[tuple[str, Case, Variant]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[str, Case, Variant]]] = {}
     for item in session.items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         case, variant = params.get("case"), params.get("variant")
         if isinstance(case, Case) and isinstance(variant, Variant):
-            key = (id(case), variant.direction)
+            key = (item.nodeid.split("[")[0], case.operator, str(case), variant.direction)
             groups.setdefault(key, []).append((item.nodeid, case, variant))
     selected.clear()
     for members in groups.values():
