@@ -1,4 +1,10 @@
-"""swiglu: the kernels against float64, torch's own functions, and finite differences."""
+"""swiglu, geglu, reglu: the kernels against float64, torch's functions, and finite differences.
+
+One pair of kernels serves all: what depends on the activation is tested for each, what depends on
+shapes, strides and launches for swiglu.
+"""
+
+from functools import partial
 
 import pytest
 import torch
@@ -6,8 +12,21 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilewright_kernels import SwiGLU, swiglu, swiglu_reference, use_backend
-from tilewright_kernels.swiglu import _OP, MAX_BLOCK_N
+from tilewright_kernels import (
+    GeGLU,
+    ReGLU,
+    SwiGLU,
+    backend_report,
+    geglu,
+    geglu_reference,
+    reglu,
+    reglu_reference,
+    swiglu,
+    swiglu_reference,
+    use_backend,
+)
+from tilewright_kernels._elementwise import BLOCK
+from tilewright_kernels.gated_activations import _SWIGLU
 from tilewright_kernels.testing import (
     FLOATING,
     ROW_SHAPES,
@@ -20,6 +39,18 @@ from tilewright_kernels.testing import (
     poisoned_memory,
 )
 
+UNITS = {
+    "swiglu": (swiglu, swiglu_reference, F.silu),
+    "geglu": (geglu, geglu_reference, F.gelu),
+    "geglu_tanh": (
+        partial(geglu, approximate="tanh"),
+        partial(geglu_reference, approximate="tanh"),
+        partial(F.gelu, approximate="tanh"),
+    ),
+    "reglu": (reglu, reglu_reference, F.relu),
+}
+units = pytest.mark.parametrize("unit", UNITS)
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -27,7 +58,7 @@ def seed():
 
 
 def make(shape, dtype, device, count=2, seed=0):
-    """Tensors of one shape; gates of both signs, large enough that the sigmoid bends."""
+    """Tensors of one shape; gates of both signs, large enough that the activation bends."""
     generator = torch.Generator().manual_seed(seed)
     return [
         (3 * torch.randn(*shape, generator=generator)).to(device, dtype).requires_grad_()
@@ -39,14 +70,17 @@ def make_packed(shape, dtype, device, seed=0):
     return make((*shape[:-1], 2 * shape[-1]), dtype, device, count=1, seed=seed)
 
 
-def check(inputs):
-    check_against_float64(swiglu, swiglu_reference, inputs, operator="swiglu")
+def check(inputs, unit="swiglu"):
+    function, reference, _ = UNITS[unit]
+    operator = unit.removesuffix("_tanh")
+    check_against_float64(function, reference, inputs, operator=operator)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("shape", ROW_SHAPES, ids=str)
-def test_matches_float64(shape, dtype, device):
-    check(make(shape, dtype, device))
+@units
+def test_matches_float64(unit, shape, dtype, device):
+    check(make(shape, dtype, device), unit)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -55,18 +89,25 @@ def test_both_halves_in_one_tensor(shape, dtype, device):
     check(make_packed(shape, dtype, device))
 
 
+@units
+def test_both_halves_in_one_tensor_of_each_unit(unit, device):
+    check(make_packed((9, 33), torch.float32, device), unit)
+
+
 # One column past two whole tiles: three programs a row, the last with a single column.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_of_several_tiles(dtype, device):
-    check(make((3, 2 * MAX_BLOCK_N + 1), dtype, device))
-    check(make_packed((3, 2 * MAX_BLOCK_N + 1), dtype, device))
+    check(make((3, 2 * BLOCK + 1), dtype, device))
+    check(make_packed((3, 2 * BLOCK + 1), dtype, device))
 
 
 @pytest.mark.smoke
-def test_reference_is_torchs(device):
+@units
+def test_reference_is_torchs(unit, device):
+    function, _, activation = UNITS[unit]
     gate, up = make((6, 40), torch.float64, device)
-    torch.testing.assert_close(swiglu(gate, up), F.silu(gate) * up)
-    torch.testing.assert_close(swiglu(torch.cat((gate, up), -1)), F.silu(gate) * up)
+    torch.testing.assert_close(function(gate, up), activation(gate) * up)
+    torch.testing.assert_close(function(torch.cat((gate, up), -1)), activation(gate) * up)
 
 
 @pytest.mark.parametrize("shape", [(12,), (2, 0)], ids=str)
@@ -116,7 +157,9 @@ def test_layouts(device):
 def test_rows_are_read_and_written_in_place(device, monkeypatch):
     """No copy before a launch: the kernels get pointers into the caller's own memory."""
     launched = []
-    monkeypatch.setattr(_OP, "launch", lambda kernel, grid, *args, **meta: launched.append(args))
+    monkeypatch.setattr(
+        _SWIGLU, "launch", lambda kernel, grid, *args, **meta: launched.append(args)
+    )
 
     def storages():
         return [a.untyped_storage().data_ptr() for a in launched.pop() if torch.is_tensor(a)]
@@ -167,25 +210,28 @@ def test_any_shape_and_row_stride(rows, width, pads, packed, dtype):
     )
 
 
-def test_extreme_values(device):
-    # e⁻ᵍ overflows at -1e4 and vanishes at 1e4: both ends of silu, and what torch makes of ±∞.
+@units
+def test_extreme_values(unit, device):
+    # Where exponentials overflow and vanish, and what float64 makes of ±∞ and NaN.
+    function, _, activation = UNITS[unit]
     gate = torch.tensor([0.0, -0.0, 1e4, -1e4, 1e-30, torch.inf, -torch.inf, torch.nan])
     gate = gate.to(device).requires_grad_()
     up = torch.full_like(gate, 2.0).requires_grad_()
     with use_backend("triton"):
-        ours = swiglu(gate, up)
+        ours = function(gate, up)
         grads = torch.autograd.grad(ours.sum(), (gate, up))
-    expected = F.silu(gate) * up
+    expected = (activation(gate.double()) * up).float()
     torch.testing.assert_close(ours, expected, equal_nan=True)
     for a, b in zip(grads, torch.autograd.grad(expected.sum(), (gate, up)), strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
-def test_gradcheck():
-    cpu = torch.device("cpu")
+@units
+def test_gradcheck(unit):
+    function, operator, cpu = UNITS[unit][0], unit.removesuffix("_tanh"), torch.device("cpu")
     for shape in ((3, 5), (6, 1)):
-        check_gradients(swiglu, make(shape, torch.float64, cpu), operator="swiglu")
-        check_gradients(swiglu, make_packed(shape, torch.float64, cpu), operator="swiglu")
+        check_gradients(function, make(shape, torch.float64, cpu), operator=operator)
+        check_gradients(function, make_packed(shape, torch.float64, cpu), operator=operator)
 
 
 def test_second_derivative_is_refused(device):
@@ -194,9 +240,11 @@ def test_second_derivative_is_refused(device):
         torch.autograd.grad(swiglu(gate, up).sum(), gate, create_graph=True)
 
 
-def test_compiles(device):
-    check_compiles(swiglu, make((5, 16), torch.float32, device), operator="swiglu")
-    check_compiles(swiglu, make_packed((5, 16), torch.float32, device), operator="swiglu")
+@units
+def test_compiles(unit, device):
+    function, operator = UNITS[unit][0], unit.removesuffix("_tanh")
+    check_compiles(function, make((5, 16), torch.float32, device), operator=operator)
+    check_compiles(function, make_packed((5, 16), torch.float32, device), operator=operator)
 
 
 def test_compiled_code_follows_the_backend(device):
@@ -207,16 +255,32 @@ def test_compiled_code_follows_the_backend(device):
             torch.testing.assert_close(compiled(packed), swiglu_reference(packed))
 
 
-def test_opcheck(device):
+@units
+def test_opcheck(unit, device):
+    forward = getattr(torch.ops.tilewright, f"{unit}_forward").default
+    backward = getattr(torch.ops.tilewright, f"{unit}_backward").default
     gate, up = make((5, 16), torch.float32, device)
     dy = torch.rand(5, 16, device=device)
     for inputs in ((gate, up), (*make_packed((5, 16), torch.float32, device), None)):
-        torch.library.opcheck(torch.ops.tilewright.swiglu_forward.default, inputs)
+        torch.library.opcheck(forward, inputs)
         with torch.no_grad():
-            torch.library.opcheck(torch.ops.tilewright.swiglu_backward.default, (dy, *inputs))
+            torch.library.opcheck(backward, (dy, *inputs))
 
 
-@pytest.mark.parametrize("shape", [(37, 65), (3, MAX_BLOCK_N + 1)], ids=str)
+def test_backend_of_one_unit(device):
+    # One factory makes them all; each is an operator of its own.
+    inputs = make((5, 16), torch.float32, device)
+    with use_backend("triton", geglu="torch"):
+        backend_report(reset=True)
+        for function, _, _ in UNITS.values():
+            function(*inputs)
+        report = backend_report()
+    assert (report["geglu"].torch, report["geglu"].launches) == (2, 0)
+    assert (report["swiglu"].triton, report["swiglu"].launches) == (1, 1)
+    assert (report["reglu"].triton, report["reglu"].launches) == (1, 1)
+
+
+@pytest.mark.parametrize("shape", [(37, 65), (3, BLOCK + 1)], ids=str)
 def test_every_element_is_written_and_bits_repeat(shape, device):
     pair, packed = make(shape, torch.float32, device), make_packed(shape, torch.float32, device)
     dy = torch.rand(shape, device=device)
@@ -249,12 +313,15 @@ def test_output_is_contiguous(backend, device):
         assert swiglu(gate, gate).is_contiguous()
 
 
-def test_module(device):
+def test_modules(device):
     (packed,) = make_packed((5, 24), torch.float32, device)
     gate, up = packed.chunk(2, -1)
+    modules = SwiGLU(), GeGLU(), GeGLU("tanh"), ReGLU()
     with use_backend("triton"):
-        torch.testing.assert_close(SwiGLU()(packed), F.silu(gate) * up)
-        torch.testing.assert_close(SwiGLU()(gate, up), F.silu(gate) * up)
+        for module, (_, _, activation) in zip(modules, UNITS.values(), strict=True):
+            torch.testing.assert_close(module(packed), activation(gate) * up)
+            torch.testing.assert_close(module(gate, up), activation(gate) * up)
+    assert repr(GeGLU("tanh")) == "GeGLU(approximate='tanh')"
 
 
 @pytest.mark.gpu
@@ -300,3 +367,7 @@ def test_bad_input(device):
         swiglu(gate, up.half())
     with pytest.raises(ValueError, match=r"gate on .*, up on meta"):
         swiglu(gate, up.to("meta"))
+    with pytest.raises(ValueError, match=r"approximate is 'erf'; it must be 'none' or 'tanh'"):
+        geglu(gate, up, "erf")
+    with pytest.raises(ValueError, match="approximate is 'erf'"):
+        GeGLU("erf")

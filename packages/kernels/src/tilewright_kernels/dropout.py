@@ -28,7 +28,7 @@ _DROPOUT, _DROPOUT_ADD = Operator("dropout"), Operator("dropout_add")
 
 _CPU = torch.device("cpu")
 
-BLOCK = 512
+BLOCK = 256
 """Counters of a program."""
 
 _ROUNDS = 10
@@ -100,11 +100,12 @@ def _scale(kept: int) -> float:
 
 @triton.jit
 def _philox(seed, counter):
-    """Four words of 32 random bits for each uint64 counter, under a uint64 seed: Philox4x32-10.
+    """Four words of 32 random bits for each uint64 counter: Philox4x32-10 with the seed as key.
 
-    `tl.randint4x` gives the same words. Its two multiplications for the halves of one product are
-    one here: 18 instructions less a counter, of 100.
+    `tl.randint4x` gives the same words by 36 multiplications more for every two counters, since it
+    computes the halves of each product apart: 0.94 of the copy speed against 0.98 on an H200.
     """
+    seed = seed.to(tl.uint64)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c0, c1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     c2 = tl.zeros_like(c0)
@@ -132,7 +133,7 @@ def _dropout_kernel(
     counters, and the first begins up to three columns before the row.
     """
     if seed_ptr is not None:
-        seed = tl.load(seed_ptr).to(tl.uint64)
+        seed = tl.load(seed_ptr)
     if FLAT:
         row, tile = tl.program_id(0) * 0, tl.program_id(0)
     else:
@@ -173,7 +174,7 @@ def _launch(
         _dropout_kernel, (num_rows * row_tiles,), x, residual, y,
         seed if seed.is_cuda else None, 0 if seed.is_cuda else int(seed) % 2**64, kept,
         x.stride(0), 0 if residual is None else residual.stride(0), n_cols, row_tiles,
-        ACC=accumulator(x.dtype), FLAT=flat, BLOCK=BLOCK, num_warps=4,
+        ACC=accumulator(x.dtype), FLAT=flat, BLOCK=BLOCK, num_warps=2,
     )  # fmt: skip
     return y
 
