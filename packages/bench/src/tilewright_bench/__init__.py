@@ -9,7 +9,7 @@ from tilewright_bench.case import Case, Direction, Variant, Work, variants
 from tilewright_bench.environment import by_device, default_device
 from tilewright_bench.measure import run
 from tilewright_bench.measurement import Measurement
-from tilewright_bench.timer import Rotation, Samples, time_interleaved
+from tilewright_bench.stopwatch import Rotation, Samples, time_interleaved
 
 __all__ = [
     "Case",

@@ -4,7 +4,8 @@ from functools import lru_cache
 
 import torch
 
-from tilewright_bench.timer import Call, Rotation, time_interleaved
+from tilewright_bench.stopwatch import Rotation, time_interleaved
+from tilewright_bench.timer import Call
 
 L2_MULTIPLE = 4
 MAX_INPUT_SETS = 256

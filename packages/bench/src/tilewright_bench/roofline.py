@@ -18,7 +18,8 @@ from tilewright_bench.environment import describe
 from tilewright_bench.plots import Roofline
 from tilewright_bench.rows import OURS, Row
 from tilewright_bench.saved import BASELINES, SavedRunError
-from tilewright_bench.timer import Call, Rotation, time_interleaved
+from tilewright_bench.stopwatch import Rotation, time_interleaved
+from tilewright_bench.timer import Call
 
 FOLDER = BASELINES / "roofline"
 

@@ -34,16 +34,8 @@ from tilewright_bench.evaluate import (
     tensors,
 )
 from tilewright_bench.measurement import Measurement
-from tilewright_bench.timer import (
-    GRAPH_CLOCK,
-    Call,
-    Rotation,
-    Samples,
-    Stopwatch,
-    interleave,
-    side_stream,
-    timer_for,
-)
+from tilewright_bench.stopwatch import GRAPH_CLOCK, Rotation, Samples, Stopwatch, interleave
+from tilewright_bench.timer import Call, side_stream, timer_for
 from tilewright_kernels import use_backend
 
 S = TypeVar("S")

@@ -3,16 +3,15 @@ import time
 import pytest
 import torch
 
-from tilewright_bench.timer import (
+from tilewright_bench.stopwatch import (
     MAX_GRAPH_CALLS,
     SAMPLE_SECONDS,
     Rotation,
     Samples,
     rotating,
-    side_stream,
     time_interleaved,
-    timer_for,
 )
+from tilewright_bench.timer import side_stream, timer_for
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
