@@ -138,12 +138,8 @@ def test_positions(dtype, device):
                     q[:1, t, None], k[:1, t, None], cos[position:], sin[position:]
                 )
                 assert torch.equal(turned[0, t], one[0, 0])
-
-
-def test_one_row_of_positions_for_all_sequences(device):
-    q, k, cos, sin = make((3, 4, 2, 1, 8, 8), torch.float32, device)
-    position_ids = torch.tensor([2, 3, 4, 5], device=device).expand(3, 4)
-    check((q, k, cos, sin), position_ids=position_ids)
+    # One row of positions for all sequences: a stride of 0.
+    check((q, k, cos, sin), position_ids=position_ids[:1].expand(3, 4))
 
 
 def test_positions_outside_the_tables_give_nan(device):
@@ -158,18 +154,24 @@ def test_positions_outside_the_tables_give_nan(device):
 
 
 @FORMS
-@pytest.mark.parametrize("with_positions", [False, True])
-def test_packed_sequences(with_positions, interleaved, device):
-    q, k, cos, sin = make((1, 7, 3, 2, 12, 8), torch.float32, device)
-    ids = torch.tensor([0, 1, 2, 0, 1, 0, 1], device=device) if with_positions else None
-    batched_ids = None if ids is None else ids[None]
-    packed_q, packed_k = (x.detach()[0].requires_grad_() for x in (q, k))
-    inputs = (packed_q, packed_k, cos, sin)
-    check(inputs, position_ids=ids, interleaved=interleaved)
+@pytest.mark.parametrize("given", [None, "position_ids", "cu_seqlens"])
+def test_packed_sequences(given, interleaved, device):
+    q, k, *tables = make((1, 7, 3, 2, 12, 8), torch.float32, device)
+    # Sequences of 3, 0 and 2 tokens, and two of padding.
+    ids = torch.tensor([0, 1, 2, 0, 1, 0, 1], device=device)
+    cu_seqlens = torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=device)
+    packed = {
+        None: {},
+        "position_ids": {"position_ids": ids},
+        "cu_seqlens": {"cu_seqlens": cu_seqlens},
+    }
+    inputs = (*(x.detach()[0].requires_grad_() for x in (q, k)), *tables)
+    check(inputs, **packed[given], interleaved=interleaved)
     with use_backend("triton"):
-        ours = apply_rotary_emb(*inputs, position_ids=ids, interleaved=interleaved)
+        ours = apply_rotary_emb(*inputs, **packed[given], interleaved=interleaved)
+        batched_ids = ids[None] if given else None
         expected = apply_rotary_emb(
-            q, k, cos, sin, position_ids=batched_ids, interleaved=interleaved
+            q, k, *tables, position_ids=batched_ids, interleaved=interleaved
         )
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a, b[0])
@@ -200,6 +202,8 @@ def test_layouts(interleaved, device):
             check((q.requires_grad_(), k.requires_grad_(), *tables), interleaved=interleaved)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+        for function in functions(interleaved=interleaved):
+            assert all(x.is_contiguous() for x in function(q, k, *tables)), name
 
 
 def test_output_gradient_layouts(device):
@@ -228,16 +232,6 @@ def test_nothing_is_copied_first(device, monkeypatch):
             assert pointers == [x.data_ptr() for x in (q, k, *tables)], name
 
 
-@FORMS
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_outputs_are_contiguous(backend, interleaved, device):
-    tables = rotary_table(6, 5, device=device)
-    with use_backend(backend):
-        for name, q, k in strided(device):
-            for x in apply_rotary_emb(q, k, *tables, interleaved=interleaved):
-                assert x.is_contiguous(), name
-
-
 def test_table_layouts(device):
     q, k, cos, sin = make((2, 3, 2, 1, 8, 6), torch.float32, device)
     # Tables that hold each angle twice, cut by the caller; a window of a longer table; columns.
@@ -254,12 +248,11 @@ def test_table_layouts(device):
 def test_one_launch_each_way(device):
     q, k, *tables = make((2, 5, 3, 1, 11, 6), torch.float32, device)
     with use_backend("triton"):
-        with count_launches() as launches:
+        with count_launches() as forward:
             outs = apply_rotary_emb(q, k, *tables)
-        assert launches["apply_rotary_emb"] == 1
-        with count_launches() as launches:
+        with count_launches() as backward:
             torch.autograd.grad([x.sum() for x in outs], (q, k))
-        assert launches["apply_rotary_emb"] == 1
+    assert forward.total() == backward.total() == 1
 
 
 def test_tables_are_not_rounded(device):
@@ -350,12 +343,17 @@ def test_second_derivative_is_refused(device):
         torch.autograd.grad(apply_rotary_emb(q, k, *tables)[0].sum(), q, create_graph=True)
 
 
-@pytest.mark.parametrize("with_positions", [False, True])
-def test_compiles(with_positions, device):
-    inputs = make((2, 5, 3, 1, 11, 6), torch.float32, device)
-    position_ids = random_positions((2, 5), 5, device) if with_positions else None
-    function, _ = functions(position_ids=position_ids)
-    check_compiles(function, inputs, operator="apply_rotary_emb")
+def test_compiles(device):
+    q, k, *tables = make((2, 5, 3, 1, 11, 6), torch.float32, device)
+    position_ids = random_positions((2, 5), 5, device)
+    cu_seqlens = torch.tensor([0, 3, 5], device=device)
+
+    def function(q, k):
+        q, k = apply_rotary_emb(q, k, *tables)
+        q, k = apply_rotary_emb(q, k, *tables, position_ids=position_ids)
+        return apply_rotary_emb(q[0], k[0], *tables, cu_seqlens=cu_seqlens)
+
+    check_compiles(function, (q, k), operator="apply_rotary_emb")
 
 
 def test_compiled_code_follows_the_backend_and_the_length(device):
@@ -407,11 +405,11 @@ def test_inputs_are_left_alone(device):
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device():
     device = torch.device("cuda")
-    q, k, *tables = make((2, 5, 3, 1, 11, 6), torch.float32, device)
-    position_ids = random_positions((2, 5), 5, device)
-    dq, dk = torch.rand_like(q), torch.rand_like(k)
+    q, k, *tables = make((1, 5, 3, 1, 11, 6), torch.float32, device)
+    cu_seqlens = torch.tensor([0, 3, 5], device=device)
+    dq, dk = torch.rand_like(q[0]), torch.rand_like(k[0])
     with no_synchronization():
-        outs = apply_rotary_emb(q, k, *tables, position_ids=position_ids)
+        outs = apply_rotary_emb(q[0], k[0], *tables, cu_seqlens=cu_seqlens)
         torch.autograd.backward(outs, (dq, dk))
 
 
@@ -488,3 +486,10 @@ def test_bad_positions(device):
             apply_rotary_emb(q, k, *tables, position_ids=bad)
     with pytest.raises(ValueError, match=r"position_ids on meta"):
         apply_rotary_emb(q, k, *tables, position_ids=ids.to("meta"))
+    cu_seqlens = torch.tensor([0, 2, 5], device=device)
+    with pytest.raises(ValueError, match=r"cu_seqlens .* and q \(2, 5, 3, 8\).*packed"):
+        apply_rotary_emb(q, k, *tables, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match=r"give one of them"):
+        apply_rotary_emb(q[0], k[0], *tables, position_ids=ids[0], cu_seqlens=cu_seqlens)
+    with pytest.raises(TypeError, match=r"cu_seqlens is torch.float32.*long\(\)"):
+        apply_rotary_emb(q[0], k[0], *tables, cu_seqlens=cu_seqlens.float())

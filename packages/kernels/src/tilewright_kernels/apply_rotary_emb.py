@@ -97,22 +97,11 @@ def _apply_rotary_emb_kernel(
     dim_stride = tl.where(is_q, q_dim_stride, k_dim_stride).to(tl.int64)[:, :, None]
     mask = (token_mask[:, None] & (k_head < k_heads))[:, :, None]
 
-    # The tables' rows are small and come from L2: asked for first, they do not queue behind q and k.
+    # Asked for in this order: the positions, q and k, which wait for nothing, then the tables.
     position = t
     if HAS_POSITIONS:
         offsets = b * position_batch_stride + t * position_token_stride
         position = tl.load(position_ptr + offsets, mask=token_mask[:, None], other=0).to(tl.int64)
-    # A position outside the tables cannot raise here: it gives NaN, not somebody else's memory.
-    in_table = token_mask[:, None] & (position >= 0) & (position < table_rows)
-    pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
-    table_mask = in_table & (pairs < HALF)
-    nan = float("nan")
-    cos = tl.load(cos_ptr + position * cos_row_stride + pairs, mask=table_mask, other=nan)
-    sin = tl.load(sin_ptr + position * sin_row_stride + pairs, mask=table_mask, other=nan)
-    cos, sin = cos.to(ACC)[:, None, :], sin.to(ACC)[:, None, :]
-    if CONJUGATE:
-        sin = -sin
-
     if INTERLEAVED:
         # Whole rows in wide loads, parted in registers: loads of stride 2 would ask for all twice.
         dims = tl.arange(0, 2 * BLOCK_PAIRS)[None, None, :]
@@ -124,6 +113,17 @@ def _apply_rotary_emb_kernel(
         x_mask = mask & (dims < HALF)
         x1 = tl.load(rows + dims * dim_stride, mask=x_mask, other=0.0).to(ACC)
         x2 = tl.load(rows + (dims + HALF) * dim_stride, mask=x_mask, other=0.0).to(ACC)
+
+    # A position outside the tables cannot raise here: it gives NaN, not somebody else's memory.
+    in_table = token_mask[:, None] & (position >= 0) & (position < table_rows)
+    pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
+    table_mask = in_table & (pairs < HALF)
+    nan = float("nan")
+    cos = tl.load(cos_ptr + position * cos_row_stride + pairs, mask=table_mask, other=nan)
+    sin = tl.load(sin_ptr + position * sin_row_stride + pairs, mask=table_mask, other=nan)
+    cos, sin = cos.to(ACC)[:, None, :], sin.to(ACC)[:, None, :]
+    if CONJUGATE:
+        sin = -sin
 
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     if INTERLEAVED:
