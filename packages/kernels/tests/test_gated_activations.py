@@ -25,7 +25,7 @@ from tilewright_kernels import (
     swiglu_reference,
     use_backend,
 )
-from tilewright_kernels._elementwise import BLOCK
+from tilewright_kernels._elementwise import FLAT_BLOCK, ROW_BLOCK
 from tilewright_kernels.gated_activations import _SWIGLU
 from tilewright_kernels.testing import (
     FLOATING,
@@ -94,11 +94,11 @@ def test_both_halves_in_one_tensor_of_each_unit(unit, device):
     check(make_packed((9, 33), torch.float32, device), unit)
 
 
-# One column past two whole tiles: three programs a row, the last with a single column.
+# Two whole tiles and a little more, flat and in rows: tiles with a mask and tiles without.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_of_several_tiles(dtype, device):
-    check(make((3, 2 * BLOCK + 1), dtype, device))
-    check(make_packed((3, 2 * BLOCK + 1), dtype, device))
+def test_several_tiles(dtype, device):
+    check(make((2 * FLAT_BLOCK + 3,), dtype, device))
+    check(make_packed((3, 2 * ROW_BLOCK + 1), dtype, device))
 
 
 @pytest.mark.smoke
@@ -280,7 +280,7 @@ def test_backend_of_one_unit(device):
     assert (report["reglu"].triton, report["reglu"].launches) == (1, 1)
 
 
-@pytest.mark.parametrize("shape", [(37, 65), (3, BLOCK + 1)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 65), (3, ROW_BLOCK + 1)], ids=str)
 def test_every_element_is_written_and_bits_repeat(shape, device):
     pair, packed = make(shape, torch.float32, device), make_packed(shape, torch.float32, device)
     dy = torch.rand(shape, device=device)

@@ -102,7 +102,7 @@ def _register(
         dx = fake(saved)
         if saved.numel() > 0:
             dy, saved = as_walked(dy, saved)
-            grid, tile = tiles(saved)
+            grid, tile = tiles(*saved.shape)
             operator.launch(
                 _activation_bwd_kernel, grid, dy, saved, dx,
                 dy.stride(0), saved.stride(0), *saved.shape,
@@ -114,7 +114,7 @@ def _register(
         y = fake(x)
         if x.numel() > 0:
             (x,) = as_walked(x)
-            grid, tile = tiles(x)
+            grid, tile = tiles(*x.shape)
             operator.launch(
                 _activation_fwd_kernel, grid, x, y, x.stride(0), *x.shape,
                 FUNCTION=function, ACC=accumulator(x.dtype), **tile._asdict(),

@@ -122,7 +122,7 @@ def _register(
             if up is None:
                 (gate, up), (dgate, dup) = _halves(gate), _halves(dgate)
             dy, gate, up, dgate, dup = as_walked(dy, gate, up, dgate, dup)
-            grid, tile = tiles(gate)
+            grid, tile = tiles(*gate.shape)
             operator.launch(
                 _gated_bwd_kernel, grid, dy, gate, up, dgate, dup,
                 dy.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), *gate.shape,
@@ -135,7 +135,7 @@ def _register(
         y = fake(gate, up)
         if y.numel() > 0:
             gate, up = as_walked(*(_halves(gate) if up is None else (gate, up)))
-            grid, tile = tiles(gate)
+            grid, tile = tiles(*gate.shape)
             operator.launch(
                 _gated_fwd_kernel, grid, gate, up, y, gate.stride(0), up.stride(0), *gate.shape,
                 FUNCTION=function, ACC=accumulator(gate.dtype), **tile._asdict(),
