@@ -1,6 +1,5 @@
 """cross_entropy: the kernels against float64, torch's own function, and finite differences."""
 
-import importlib
 from itertools import product
 from typing import Any
 
@@ -16,6 +15,8 @@ from tilewright_kernels import (
     cross_entropy_reference,
     use_backend,
 )
+from tilewright_kernels.cross_entropy import launches
+from tilewright_kernels.cross_entropy.launches import BACKWARD_TILE, FORWARD_TILE
 from tilewright_kernels.testing import (
     FLOATING,
     ROW_SHAPES,
@@ -28,9 +29,6 @@ from tilewright_kernels.testing import (
     poisoned_memory,
 )
 
-# The package's attribute of this name is the function.
-MODULE: Any = importlib.import_module("tilewright_kernels.cross_entropy")
-ONE_TILE = MODULE.FORWARD_LANES * MODULE.FORWARD_UNROLL
 EVERYTHING: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 2.0}
 
 
@@ -56,9 +54,9 @@ def check(x, target, weight=None, **options):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 8 columns, so that a row of 20 takes every loop."""
-    monkeypatch.setattr(MODULE, "FORWARD_LANES", 4)
-    monkeypatch.setattr(MODULE, "FORWARD_UNROLL", 2)
-    monkeypatch.setattr(MODULE, "BACKWARD_TILE", 8)
+    tile = launches.ForwardTile(ROWS=1, UNROLL=2, LANES=2, VEC=2, num_warps=1)
+    monkeypatch.setattr(launches, "forward_tile", lambda *_: tile)
+    monkeypatch.setattr(launches, "BACKWARD_TILE", 8)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -109,7 +107,7 @@ def test_options(softcap, z_loss, label_smoothing, weighted, reduction, device, 
 
 
 # A single class; one past the tile of backward and of forward; many tiles and a ragged last one.
-@pytest.mark.parametrize("width", [1, MODULE.BACKWARD_TILE + 1, ONE_TILE, ONE_TILE + 1, 2**17 + 1])
+@pytest.mark.parametrize("width", [1, BACKWARD_TILE + 1, FORWARD_TILE, FORWARD_TILE + 1, 2**17 + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_widths(width, dtype, device):
     x, target, _ = make((2, width), dtype, device)
@@ -356,19 +354,19 @@ def test_compiled_code_follows_the_backend(device):
 
 def test_opcheck(device):
     x, target, weight = make((4, 8), device=device)
-    options = (-100, 0.1, 0.01, 2.0)
     ops = torch.ops.tilewright
-    torch.library.opcheck(ops.cross_entropy_forward.default, (x, target, weight, *options))
-    torch.library.opcheck(
-        ops.cross_entropy_forward.default, (x, target, None, -100, 0.0, 0.0, None)
-    )
-    with torch.no_grad():
-        losses, _, stats = ops.cross_entropy_forward(x, target, weight, *options)
-        args = (torch.ones_like(losses), x, target, weight, stats, *options)
-        torch.library.opcheck(ops.cross_entropy_backward.default, args)
+    for reduction, return_lse in (("mean", True), ("none", False)):
+        options = (reduction, -100, 0.1, 0.01, 2.0)
+        inputs = (x, target, weight, return_lse, *options)
+        torch.library.opcheck(ops.cross_entropy_forward.default, inputs)
+        with torch.no_grad():
+            loss, lse, stats, divisor = ops.cross_entropy_forward(*inputs)
+            dlse = torch.ones_like(lse) if return_lse else None
+            args = (torch.ones_like(loss), dlse, x, target, weight, stats, divisor, *options)
+            torch.library.opcheck(ops.cross_entropy_backward.default, args)
 
 
-@pytest.mark.parametrize("shape", [(37, 65), (3, 1), (3, ONE_TILE + 1)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 65), (3, 1), (3, FORWARD_TILE + 1)], ids=str)
 def test_every_element_is_written_and_bits_repeat(shape, device):
     x, target, weight = make(shape, device=device)
     dloss = torch.rand(shape[:-1], device=device)
