@@ -1,14 +1,26 @@
 """Device functions that kernels share: relative errors against float64 torch."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tilewright_kernels._launch import next_power_of_2
 from tilewright_kernels._math import (
     exp,
+    gelu,
+    gelu_grad,
+    gelu_tanh,
+    gelu_tanh_grad,
     log1p,
+    logistic,
+    normal,
+    relu,
+    relu_grad,
+    relu_squared,
+    relu_squared_grad,
     sigmoid,
     sigmoid_grad,
     silu,
@@ -66,18 +78,68 @@ def test_relative_error(function, expected, signs, largest, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("function", "derivative", "expected"),
-    [(sigmoid, sigmoid_grad, torch.sigmoid), (silu, silu_grad, torch.nn.functional.silu)],
-    ids=["sigmoid", "silu"],
+    [
+        (sigmoid, sigmoid_grad, torch.sigmoid),
+        (silu, silu_grad, F.silu),
+        (gelu, gelu_grad, F.gelu),
+        (gelu_tanh, gelu_tanh_grad, partial(F.gelu, approximate="tanh")),
+        (relu, relu_grad, F.relu),
+        (relu_squared, relu_squared_grad, lambda x: F.relu(x).square()),
+    ],
+    ids=["sigmoid", "silu", "gelu", "gelu_tanh", "relu", "relu_squared"],
 )
 def test_value_and_derivative(function, derivative, expected, dtype, device):
     # Both saturated ends, the middle and zero; derivatives by torch's autograd.
-    x = torch.cat([torch.linspace(-90, 90, 31), torch.linspace(-2, 2, 31)]).to(device, dtype)
+    x = torch.cat([torch.linspace(-90, 90, 31), torch.linspace(-6, 6, 301)]).to(device, dtype)
     wide = x.double().requires_grad_()
     value = expected(wide)
     (slope,) = torch.autograd.grad(value.sum(), wide)
-    rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (0.0, 1e-13)
+    rtol, atol = (1e-6, 1e-6) if dtype == torch.float32 else (0.0, 1e-13)
     torch.testing.assert_close(apply(function, x).double(), value.detach(), rtol=rtol, atol=atol)
     torch.testing.assert_close(apply(derivative, x).double(), slope, rtol=rtol, atol=atol)
+
+
+@triton.jit
+def _normal_distribution(x):
+    return normal(x)[0]
+
+
+@triton.jit
+def _normal_density(x):
+    return normal(x)[1]
+
+
+@triton.jit
+def _logistic_distribution(x):
+    return logistic(x)[0]
+
+
+@triton.jit
+def _logistic_density(x):
+    return logistic(x)[1]
+
+
+# Both tails: what is small keeps its digits, which 1 + erf, 1 - Λ and Λ · (1 - Λ) would not. The
+# fit to Φ in float32 gives up some of them, on purpose.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("function", "expected", "largest", "rtol"),
+    [
+        (_normal_distribution, lambda x: torch.special.erfc(-x / 2**0.5) / 2, 9.0, 1e-3),
+        (_normal_density, lambda x: torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5, 9.0, 1e-5),
+        (_logistic_distribution, torch.sigmoid, 80.0, 1e-5),
+        (_logistic_density, lambda x: torch.cosh(x / 2).square().reciprocal() / 4, 80.0, 1e-5),
+    ],
+    ids=["normal distribution", "normal density", "logistic distribution", "logistic density"],
+)
+def test_distributions(function, expected, largest, rtol, dtype, device):
+    if function is _normal_distribution and dtype == torch.float64:
+        largest = 3.0  # 1 + erf: all there is in float64
+    x = torch.linspace(-largest, largest, 1001).to(device, dtype)
+    ours, oracle = apply(function, x).double(), expected(x.double())
+    assert (ours - oracle).abs().max() < 2 * torch.finfo(dtype).eps
+    rtol = rtol if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(ours, oracle, rtol=rtol, atol=0.0)
 
 
 def test_ends(device):
@@ -86,3 +148,6 @@ def test_ends(device):
     torch.testing.assert_close(apply(tanh_grad, x), sech_squared(x), equal_nan=True)
     torch.testing.assert_close(apply(exp, x), torch.exp(x), equal_nan=True)
     torch.testing.assert_close(apply(log1p, x), torch.log1p(x), equal_nan=True)
+    torch.testing.assert_close(apply(relu, x), torch.relu(x), equal_nan=True)
+    for function, expected in ((silu, F.silu), (gelu, F.gelu)):
+        torch.testing.assert_close(apply(function, x), expected(x.double()).float(), equal_nan=True)
