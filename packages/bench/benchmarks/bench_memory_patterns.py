@@ -12,7 +12,7 @@ from tilewright_kernels import memory_patterns as patterns
 
 DTYPE = torch.float32
 LENGTH, SIDE = by_device(gpu=(2**27, 2**13), cpu=(2**10, 2**5))
-SHAPES = [
+PATTERNS: list[tuple[str, *tuple[int, ...]]] = [
     ("vector_add", LENGTH),
     ("scale", LENGTH),
     ("multiply_add", LENGTH),
@@ -87,9 +87,9 @@ def providers(operator: str):
 
 
 CASES = [
-    (case(*shape), variant)
-    for shape in SHAPES
-    for variant in variants(providers(shape[0]), ("fwd",))
+    (case(operator, *shape), variant)
+    for operator, *shape in PATTERNS
+    for variant in variants(providers(operator), ("fwd",))
 ]
 
 

@@ -2,7 +2,9 @@
 
 import runpy
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +44,7 @@ from tilewright_kernels.testing import (
 )
 
 # Public name: function, reference, number of tensors.
-PATTERNS = {
+PATTERNS: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
     "vector_add": (vector_add, vector_add_reference, 2),
     "multiply_add": (
         lambda x, y: multiply_add(x, 0.1, y),

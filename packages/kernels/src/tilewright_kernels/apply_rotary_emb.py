@@ -240,9 +240,8 @@ def apply_rotary_emb(
             takes row t for token t of each sequence, and a packed batch for one sequence. Ids must
             lie in [0, P). Checking that would wait for the device, so it is not done: the kernel
             gives NaN for tokens outside, the reference indexes as torch does.
-        cu_seqlens: [S + 1] int32 or int64, instead of position_ids where N packed tokens are S
-            sequences: sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1], and its positions
-            count from 0. Ascending from 0; tokens from the last entry on count anew.
+        cu_seqlens: [S + 1] int32 or int64, instead of position_ids where the N tokens are S packed
+            sequences, as for `packed_position_ids`: positions count from 0 in each.
         interleaved: whether a pair is dimensions (2i, 2i + 1) instead of (i, i + R/2).
 
     Returns:
@@ -256,22 +255,17 @@ def apply_rotary_emb(
     """
     _check_heads(q, k)
     _check_tables(q, cos, sin)
-    _check_positions(q, cos, position_ids, cu_seqlens)
     check_same_device(q=q, k=k, cos=cos, sin=sin, position_ids=position_ids, cu_seqlens=cu_seqlens)
+    if cu_seqlens is not None:
+        _check_packed(q, position_ids)
+        position_ids = packed_position_ids(cu_seqlens, len(q))
+    _check_positions(q, cos, position_ids)
     tokens = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
     if not _OP.uses_triton(q, f"there are {tokens} tokens" if tokens >= 2**31 else None):
         return apply_rotary_emb_reference(
-            q,
-            k,
-            cos,
-            sin,
-            position_ids=position_ids,
-            cu_seqlens=cu_seqlens,
-            interleaved=interleaved,
+            q, k, cos, sin, position_ids=position_ids, interleaved=interleaved
         )
     cos, sin = (table if table.stride(1) == 1 else table.contiguous() for table in (cos, sin))
-    if cu_seqlens is not None:
-        position_ids = packed_position_ids(cu_seqlens, tokens)
     if q.dim() == 4:
         return rotate_heads(q, k, cos, sin, position_ids, interleaved, False)
     position_ids = None if position_ids is None else position_ids[None]
@@ -320,28 +314,29 @@ def _check_tables(q: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
-def _check_positions(
-    q: Tensor, cos: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    for name, given in (("position_ids", position_ids), ("cu_seqlens", cu_seqlens)):
-        if given is not None and given.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name} is {given.dtype}; give int64 or int32, as in {name}.long()")
-    if position_ids is None and cu_seqlens is None and q.shape[-3] > cos.shape[0]:
+def _check_packed(q: Tensor, position_ids: Tensor | None) -> None:
+    if position_ids is not None:
+        raise ValueError("position_ids and cu_seqlens both say where a token is; give one of them")
+    if q.dim() != 3:
         raise ValueError(
-            f"q has {q.shape[-3]} tokens a sequence and the tables have {cos.shape[0]} rows; "
-            f"make longer tables, or give position_ids"
+            f"q has shape {tuple(q.shape)}; cu_seqlens goes with packed sequences, [N, heads, D]"
         )
-    if position_ids is not None and position_ids.shape != q.shape[:-2]:
+
+
+def _check_positions(q: Tensor, cos: Tensor, position_ids: Tensor | None) -> None:
+    if position_ids is None:
+        if q.shape[-3] > cos.shape[0]:
+            raise ValueError(
+                f"q has {q.shape[-3]} tokens a sequence and the tables have {cos.shape[0]} rows; "
+                f"make longer tables, or give position_ids"
+            )
+        return
+    if position_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(
+            f"position_ids is {position_ids.dtype}; give int64 or int32, as in position_ids.long()"
+        )
+    if position_ids.shape != q.shape[:-2]:
         raise ValueError(
             f"position_ids has shape {tuple(position_ids.shape)}; for q of shape {tuple(q.shape)} "
             f"it must be {tuple(q.shape[:-2])}, for example by position_ids.expand"
-        )
-    if cu_seqlens is None:
-        return
-    if position_ids is not None:
-        raise ValueError("both position_ids and cu_seqlens say where tokens are; give one of them")
-    if q.dim() != 3 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and q {tuple(q.shape)}; it must be "
-            f"[S + 1], for S sequences packed in q [N, heads, D]"
         )

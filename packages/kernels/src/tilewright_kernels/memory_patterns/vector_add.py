@@ -59,7 +59,11 @@ def _vector_add_kernel(x_ptr, y_ptr, out_ptr, n, ACC: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def _scale_kernel(x_ptr, out_ptr, n, alpha: tl.float64, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def _scale_kernel(
+    x_ptr, out_ptr, n,
+    alpha: tl.float64,  # pyrefly: ignore[not-a-type]
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out = alpha · x for one block."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
@@ -71,8 +75,10 @@ def _scale_kernel(x_ptr, out_ptr, n, alpha: tl.float64, ACC: tl.constexpr, BLOCK
 
 @triton.jit
 def _multiply_add_kernel(
-    x_ptr, y_ptr, out_ptr, n, alpha: tl.float64, ACC: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, y_ptr, out_ptr, n,
+    alpha: tl.float64,  # pyrefly: ignore[not-a-type]
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out = alpha · x + y for one block, in one fused multiply-add an element."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
