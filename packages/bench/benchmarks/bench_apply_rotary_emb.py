@@ -11,7 +11,9 @@ import torch
 from tilewright_bench import Case, Variant, Work, by_device, run, variants
 from tilewright_kernels import apply_rotary_emb, apply_rotary_emb_reference, rotary_table
 
-SHAPES = by_device(gpu=[(8, 4096, 16, 8, 128), (8, 2048, 12, 12, 128)], cpu=[(2, 16, 4, 2, 32)])
+SHAPES = by_device(
+    gpu=[(8, 4096, 16, 8, 128), (8, 2048, 12, 12, 128), (1, 256, 8, 8, 64)], cpu=[(2, 16, 4, 2, 32)]
+)
 
 
 def ours(q, k, cos, sin, cos_twice, sin_twice):
