@@ -5,6 +5,7 @@ shapes, strides and launches for swiglu.
 """
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -269,11 +270,11 @@ def test_opcheck(unit, device):
 
 def test_backend_of_one_unit(device):
     # One factory makes them all; each is an operator of its own.
-    inputs = make((5, 16), torch.float32, device)
+    gate, up = make((5, 16), torch.float32, device)
     with use_backend("triton", geglu="torch"):
         backend_report(reset=True)
         for function, _, _ in UNITS.values():
-            function(*inputs)
+            function(gate, up)
         report = backend_report()
     assert (report["geglu"].torch, report["geglu"].launches) == (2, 0)
     assert (report["swiglu"].triton, report["swiglu"].launches) == (1, 1)
@@ -352,6 +353,7 @@ def test_tensors_on_another_than_the_current_device():
 
 
 def test_bad_input(device):
+    unknown: Any = "erf"
     gate, up = make((5, 16), torch.float32, device)
     with pytest.raises(ValueError, match=r"\(5, 16\) and up \(5, 8\)"):
         swiglu(gate, up[:, :8])
@@ -368,6 +370,6 @@ def test_bad_input(device):
     with pytest.raises(ValueError, match=r"gate on .*, up on meta"):
         swiglu(gate, up.to("meta"))
     with pytest.raises(ValueError, match=r"approximate is 'erf'; it must be 'none' or 'tanh'"):
-        geglu(gate, up, "erf")
+        geglu(gate, up, unknown)
     with pytest.raises(ValueError, match="approximate is 'erf'"):
-        GeGLU("erf")
+        GeGLU(unknown)

@@ -251,7 +251,7 @@ class GELU(torch.nn.GELU):
 
     def forward(self, input: Tensor) -> Tensor:
         """Any shape to the same."""
-        return gelu(input, self.approximate)
+        return gelu(input, self.approximate)  # pyrefly: ignore[bad-argument-type]
 
 
 class SiLU(torch.nn.SiLU):

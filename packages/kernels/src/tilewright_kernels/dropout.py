@@ -113,14 +113,15 @@ def _philox(seed, counter):
         c0 = (b >> 32).to(tl.uint32) ^ c1 ^ k0
         c2 = (a >> 32).to(tl.uint32) ^ c3 ^ k1
         c1, c3 = b.to(tl.uint32), a.to(tl.uint32)
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+        k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
+        k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
     return c0, c1, c2, c3
 
 
 @triton.jit(do_not_specialize=["seed", "kept"])
 def _dropout_kernel(
-    x_ptr, residual_ptr, y_ptr, seed_ptr, seed: tl.uint64, kept,
+    x_ptr, residual_ptr, y_ptr,
+    seed_ptr, seed: tl.uint64, kept,  # pyrefly: ignore[not-a-type]
     x_row_stride, residual_row_stride, num_rows, n_cols,
     ACC: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
