@@ -44,15 +44,28 @@ def test_a_slowdown_beyond_spread_and_limit_fails(runs, capsys, fail, status):
 
 
 def test_the_table_says_what_changed(tmp_path, write_run, info, capsys):
-    infos = [{"bench_op[fwd-torch]": info(share=share)} for share in (0.9, 0.72)]
+    infos = [{"bench_op[fwd-torch]": info(provider="torch", share=share)} for share in (0.9, 0.72)]
     before = write_run(tmp_path / "before.json", BEFORE, infos=infos[0])
     after = write_run(tmp_path / "after.json", AFTER, infos=infos[1])
     assert compare(load(before), load(after)) == 0
     out = capsys.readouterr().out
     assert "2 benchmarks compared, 2 are in one run only" in out
-    (torch,) = [line for line in out.splitlines() if "fwd-torch" in line]
+    (torch,) = [line for line in out.splitlines() if "torch" in line]
     assert torch.split() == [
-        *("bench_op[fwd-torch]", "4000.0", "5000.0", "1.250", "0.0%", "90%", "→", "72%", "slower"),
+        *(
+            "rms_norm",
+            "16384x4096-bf16",
+            "fwd",
+            "torch",
+            "4000.0",
+            "5000.0",
+            "1.250",
+            "0.0%",
+            "90%",
+            "→",
+            "72%",
+            "slower",
+        ),
     ]
     assert "geometric mean 0.791; slower beyond their spread: 1, faster: 1" in out
 
@@ -63,6 +76,15 @@ def test_words_choose(runs, capsys):
     assert "fwd-torch]" not in capsys.readouterr().out
     with pytest.raises(SavedRunError, match="in common whose name holds 'bwd'"):
         changes(*runs, words="bwd")
+
+
+def test_words_are_looked_for_in_what_was_measured_too(tmp_path, write_run, info):
+    infos = {"bench_norms[0]": info(), "bench_norms[1]": info(operator="layer_norm")}
+    medians = dict.fromkeys(infos, 1e-3)
+    runs = [load(write_run(tmp_path / f"{i}.json", medians, infos=infos)) for i in range(2)]
+    assert [c.name for c in changes(*runs, words="layer_norm norms tilewright")] == [
+        "layer_norm 16384x4096-bf16 fwd tilewright"
+    ]
 
 
 def test_pytest_benchmark_compares_the_files_by_itself(runs, tmp_path):

@@ -1,7 +1,9 @@
 """Two saved runs side by side: what got slower, by how much, and is that more than noise?"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tilewright_bench.rows import share_of
 from tilewright_bench.saved import SavedRun, SavedRunError
@@ -14,7 +16,7 @@ class Change:
     """One benchmark in both runs.
 
     Attributes:
-        name: the benchmark's.
+        name: operator, case, direction and provider; else the benchmark's own.
         before: median in the baseline, in seconds.
         after: median in the run.
         spread: the larger interquartile range ÷ median of the two.
@@ -53,7 +55,11 @@ def changes(baseline: SavedRun, run: SavedRun, words: str = "") -> list[Change]:
     if baseline.path.resolve() == run.path.resolve():
         raise SavedRunError(f"{run.path} would be compared with itself; name an older run")
     before, after = baseline.benchmarks, run.benchmarks
-    common = [name for name in after if name in before and all(w in name for w in words.split())]
+    common = [
+        name
+        for name, benchmark in after.items()
+        if name in before and all(w in f"{name} {_label(benchmark)}" for w in words.split())
+    ]
     if not common:
         chosen = f" whose name holds {words!r}" if words else ""
         raise SavedRunError(
@@ -65,7 +71,7 @@ def changes(baseline: SavedRun, run: SavedRun, words: str = "") -> list[Change]:
         old, new = before[name], after[name]
         spreads = [b["stats"]["iqr"] / b["stats"]["median"] for b in (old, new)]
         change = Change(
-            name=new["name"],
+            name=_label(new),
             before=old["stats"]["median"],
             after=new["stats"]["median"],
             spread=max(spreads),
@@ -113,6 +119,13 @@ def compare(
         print(f"FAILED: {len(slower)} slower by more than {fail:.1%} beyond their spread:")
         print("\n".join(f"  {name}" for name in slower))
     return int(bool(slower))
+
+
+def _label(benchmark: Mapping[str, Any]) -> str:
+    info = benchmark["extra_info"]
+    if "operator" not in info:
+        return benchmark["name"]
+    return " ".join(info[key] for key in ("operator", "case", "direction", "provider"))
 
 
 def _table(found: list[Change]) -> str:
