@@ -153,6 +153,10 @@ def _tile(heads: int, head_dim: int, rotary_dim: int) -> _Tile:
     quarters of its lanes must have a head to work on. For 16 heads of q, 8 of k and D = 128 that is
     one token and 256 threads with 32 registers (sm_90, bfloat16): a multiprocessor holds eight
     programs with 48 KiB of loads in flight; about 20 KiB cover the latency of an H200's memory.
+
+    Share of the copy speed there, on an H200: 0.98 with one token and 32, 16 or 8 heads a program,
+    0.96 with two tokens, 0.77 to 0.96 for persistent programs that load up to two tiles ahead. 8
+    elements a thread take 0.73 to 0.94, 32 as much as 16.
     """
     per_head = next_power_of_2(head_dim)
     block_h = min(next_power_of_2(heads), max(1, 4096 // per_head))
