@@ -28,9 +28,9 @@ from tilewright_kernels._triton import tl, triton
 @triton.jit
 def _softcapped(x, SOFTCAP: tl.constexpr):
     """c · tanh(x / c), or x where there is no cap."""
-    if SOFTCAP is None:
-        return x
-    return SOFTCAP * tanh(x * (1.0 / SOFTCAP))
+    if SOFTCAP is not None:
+        x = SOFTCAP * tanh(x * (1.0 / SOFTCAP))
+    return x
 
 
 @triton.jit
@@ -41,13 +41,13 @@ def _walk(
 ):  # fmt: skip
     """Take one tile into each lane's maximum and sum, which leave the target out, and Σ w·s.
 
-    A tile is [ROWS, UNROLL, LANES, VEC]. A lane is one thread's: its VEC adjacent columns are one
+    A tile is [ROWS, LANES, UNROLL, VEC]. A lane is one thread's: its VEC adjacent columns are one
     load of 16 bytes, its UNROLL loads are under way together and share one rescaling.
     """
     LANES: tl.constexpr = peak.shape[1]
     cols = (
-        tl.arange(0, UNROLL)[:, None, None] * (LANES * VEC)
-        + tl.arange(0, LANES)[None, :, None] * VEC
+        tl.arange(0, LANES)[:, None, None] * VEC
+        + tl.arange(0, UNROLL)[None, :, None] * (LANES * VEC)
         + tl.arange(0, VEC)[None, None, :]
     )
     cols = start + cols[None, :, :, :]
@@ -64,15 +64,15 @@ def _walk(
             term *= w.to(peak.dtype)
         if MASKED:
             term = tl.where(mask, term, 0.0)
-        weighted += tl.sum(tl.sum(term, axis=3), axis=1)
+        weighted += tl.sum(tl.sum(term, axis=3), axis=2)
     if MASKED and SOFTCAP is not None:
         s = tl.where(mask, s, float("-inf"))
     here = (target >= start) & (target < start + UNROLL * LANES * VEC)
     if tl.max(here.to(tl.int32), axis=0) > 0:
         s = tl.where(cols == target[:, None, None, None], float("-inf"), s)
-    new_peak = tl.maximum(peak, tl.max(tl.max(s, axis=3), axis=1))
-    terms = exp(s - new_peak[:, None, :, None])
-    total = total * exp(peak - new_peak) + tl.sum(tl.sum(terms, axis=3), axis=1)
+    new_peak = tl.maximum(peak, tl.max(tl.max(s, axis=3), axis=2))
+    terms = exp(s - new_peak[:, :, None, None])
+    total = total * exp(peak - new_peak) + tl.sum(tl.sum(terms, axis=3), axis=2)
     return new_peak, total, weighted
 
 
@@ -83,7 +83,7 @@ def cross_entropy_fwd_kernel(
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_LSE: tl.constexpr, REDUCED: tl.constexpr,
     ACC: tl.constexpr, LOWEST: tl.constexpr,
-    ROWS: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of ROWS rows: the losses, or the sums of losses and of w_y; lse where it is asked for; and

@@ -35,11 +35,11 @@ OP = Operator("cross_entropy")
 
 
 class ForwardTile(NamedTuple):
-    """A tile of forward: ROWS x UNROLL x LANES x VEC elements, all powers of two."""
+    """A tile of forward: ROWS x LANES x UNROLL x VEC elements, all powers of two."""
 
     ROWS: int
-    UNROLL: int
     LANES: int
+    UNROLL: int
     VEC: int
     num_warps: int
 
@@ -52,7 +52,7 @@ def forward_tile(num_rows: int, width: int, vector: int) -> ForwardTile:
     unroll = min(32 // vector, block // vector)
     rows = FORWARD_TILE // block
     lanes = block // (unroll * vector)
-    return ForwardTile(rows, unroll, lanes, vector, max(1, min(4, rows * lanes // 32)))
+    return ForwardTile(rows, lanes, unroll, vector, max(1, min(4, rows * lanes // 32)))
 
 
 def _vector(x_rows: Tensor) -> int:
@@ -174,7 +174,7 @@ def cross_entropy_forward(
         x_rows.stride(0), targets.stride(0), len(x_rows), width, ignore_index,
         SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap, HAS_WEIGHT=weight is not None,
         HAS_LSE=return_lse, REDUCED=reduced, ACC=accumulator(x.dtype),
-        LOWEST=torch.finfo(stats.dtype).min, ROWS=tile.ROWS, UNROLL=tile.UNROLL, LANES=tile.LANES,
+        LOWEST=torch.finfo(stats.dtype).min, ROWS=tile.ROWS, LANES=tile.LANES, UNROLL=tile.UNROLL,
         VEC=tile.VEC, STAGES=FORWARD_STAGES, num_warps=tile.num_warps,
     )  # fmt: skip
     if reduced:
