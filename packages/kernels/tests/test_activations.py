@@ -29,7 +29,7 @@ from tilewright_kernels import (
     silu_reference,
     use_backend,
 )
-from tilewright_kernels._elementwise import FLAT_BLOCK, ROW_BLOCK
+from tilewright_kernels._elementwise import BLOCK, ROW_BLOCK
 from tilewright_kernels.activations import _GELU
 from tilewright_kernels.testing import (
     FLOATING,
@@ -79,7 +79,7 @@ def test_matches_float64(name, shape, dtype, device):
 # Two whole tiles and a little more, flat and in rows: tiles with a mask and tiles without.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_tiles(dtype, device):
-    check(make((2 * FLAT_BLOCK + 3,), dtype, device))
+    check(make((2 * BLOCK + 3,), dtype, device))
     rows = make((3, 2 * ROW_BLOCK + 3), dtype, device).detach()[:, 1:]
     check(rows.requires_grad_())
 
@@ -225,7 +225,7 @@ def test_memory_between_two_projections(name, kept, device):
     assert addresses.count(h.untyped_storage().data_ptr()) == kept
 
 
-@pytest.mark.parametrize("shape", [(37, 65), (3, FLAT_BLOCK + 1)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 65), (3, BLOCK + 1)], ids=str)
 def test_every_element_is_written_and_bits_repeat(shape, device):
     x = make(shape, torch.float32, device)
     dy = torch.rand_like(x)

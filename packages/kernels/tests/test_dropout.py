@@ -16,9 +16,9 @@ from tilewright_kernels import (
     dropout_reference,
     use_backend,
 )
-from tilewright_kernels._elementwise import FLAT_BLOCK, ROW_BLOCK
+from tilewright_kernels._elementwise import ROW_BLOCK
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.dropout import _DROPOUT, philox_reference
+from tilewright_kernels.dropout import _DROPOUT, BLOCK, philox_reference
 from tilewright_kernels.testing import (
     FLOATING,
     ROW_SHAPES,
@@ -92,7 +92,7 @@ def test_matches_float64(shape, dtype, device):
 # Flat, in rows, and in rows that start within a counter; two whole tiles and a little more.
 @pytest.mark.parametrize(
     "shape",
-    [(2 * FLAT_BLOCK + 3,), (3, 2 * ROW_BLOCK + 8), (3, 2 * ROW_BLOCK - 2), (70, 6)],
+    [(2 * BLOCK + 3,), (3, 2 * ROW_BLOCK + 8), (3, 2 * ROW_BLOCK - 2), (70, 6)],
     ids=str,
 )
 def test_mask_is_the_references(shape, device):
@@ -286,7 +286,7 @@ def test_opcheck(device):
             torch.library.opcheck(ops.dropout_add_backward.default, (x, seed, kept))
 
 
-@pytest.mark.parametrize("shape", [(37, 65), (3, FLAT_BLOCK + 1)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 65), (3, BLOCK + 1)], ids=str)
 def test_every_element_is_written_and_bits_repeat(shape, device):
     wide = make((shape[0], shape[1] + 3), torch.float32, device)
     dy = torch.rand(shape, device=device)

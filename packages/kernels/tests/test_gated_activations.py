@@ -26,7 +26,7 @@ from tilewright_kernels import (
     swiglu_reference,
     use_backend,
 )
-from tilewright_kernels._elementwise import FLAT_BLOCK, ROW_BLOCK
+from tilewright_kernels._elementwise import BLOCK, ROW_BLOCK
 from tilewright_kernels.gated_activations import _SWIGLU
 from tilewright_kernels.testing import (
     FLOATING,
@@ -98,7 +98,7 @@ def test_both_halves_in_one_tensor_of_each_unit(unit, device):
 # Two whole tiles and a little more, flat and in rows: tiles with a mask and tiles without.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_tiles(dtype, device):
-    check(make((2 * FLAT_BLOCK + 3,), dtype, device))
+    check(make((2 * BLOCK + 3,), dtype, device))
     check(make_packed((3, 2 * ROW_BLOCK + 1), dtype, device))
 
 

@@ -13,9 +13,15 @@ from tilewright_kernels._launch import cdiv, row_tile
 from tilewright_kernels._operator import as_rows
 from tilewright_kernels._triton import tl, triton
 
-FLAT_BLOCK, ROW_BLOCK = 1024, 512
-"""Elements of a tile along one long row, and along shorter ones. Nothing is reduced along a row, so
-wide rows are cut into several tiles; narrower ones fit any width with less left over."""
+BLOCK = 1024
+"""Elements of a program, unless it has more to compute."""
+
+ROW_BLOCK = 512
+"""Widest tile of rows. Nothing is reduced along a row, so wide rows are cut into several tiles;
+narrow ones fit any width with little left over."""
+
+LARGE = 2**22
+"""Elements from which on there are several programs for every place on the device."""
 
 
 def as_walked(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -34,21 +40,30 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tiles(num_rows: int, width: int, *, elements_per_thread: int = 8) -> tuple[tuple[int], Tile]:
-    """Grid and tile over [num_rows, width]: 1024 elements a program, few or twice as many a thread.
+def tiles(
+    num_rows: int, width: int, *, elements: int = BLOCK, elements_per_thread: int = 8
+) -> tuple[tuple[int], Tile]:
+    """Grid and tile over [num_rows, width].
 
-    With 512, starting programs takes longer than copying (relu: 0.80 of the copy speed on an H200,
-    bfloat16). Twice as many a thread save instructions where there is much to do: gelu runs at 1.00
-    of the copy speed with 16, at 0.95 with 8. Few are done sooner where all programs run at once,
-    and need a third of the registers where the width is no multiple of 16. Rows of 1408 run at 1.05
-    in blocks of 512, at 1.00 in blocks of 1024.
+    Where there is much to do, twice as many elements a thread share the instructions that are not
+    about elements: gelu runs at 1.01 of the copy speed with 16, at 0.95 with 8 (H200, bfloat16).
+    Where all programs run at once, few are done sooner; and where the width is no multiple of 16,
+    loads with a mask take registers. Warps that come alone, or 512 elements a program, start too
+    slowly: relu runs at 0.80, dropout at 0.81. Rows of 1408 in blocks of 512 run at 1.05, of 1024
+    at 1.01.
+
+    Args:
+        num_rows: rows; 1 is the flat walk.
+        width: columns.
+        elements: of a program.
+        elements_per_thread: at the least.
     """
     flat = num_rows == 1
-    if flat and width >= 2**22 and width % 16 == 0:
+    if num_rows * width >= LARGE and width % 16 == 0:
         elements_per_thread *= 2
     tile = row_tile(
-        min(width, FLAT_BLOCK if flat else ROW_BLOCK),
-        elements=1 if flat else FLAT_BLOCK,
+        min(width, elements if flat else ROW_BLOCK),
+        elements=1 if flat else elements,
         elements_per_thread=elements_per_thread,
     )
     return (cdiv(num_rows, tile.ROWS) * cdiv(width, tile.BLOCK_N),), Tile(flat, *tile)
