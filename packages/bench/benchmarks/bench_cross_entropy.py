@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tilewright_bench import Case, Variant, Work, by_device, run, variants
 from tilewright_kernels import cross_entropy
 
-SHAPES = by_device(gpu=[(16384, 32768), (8192, 131072)], cpu=[(16, 512)])
+SHAPES = by_device(gpu=[(16384, 32768), (8192, 131072), (256, 1024)], cpu=[(16, 512)])
 
 
 def eager(logits, target):
