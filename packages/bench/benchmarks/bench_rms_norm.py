@@ -11,7 +11,10 @@ from tilewright_bench import Case, Variant, Work, by_device, run, variants
 from tilewright_kernels import rms_norm
 
 EPS = 1e-6
-SHAPES = by_device(gpu=[(32768, 1024), (16384, 4096), (4096, 16384)], cpu=[(64, 256)])
+SHAPES = by_device(
+    gpu=[(32768, 1024), (16384, 4096), (4096, 16384), (256, 1024)],
+    cpu=[(64, 256)],
+)
 
 
 def ours(x, weight):

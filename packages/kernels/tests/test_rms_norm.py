@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tilewright_kernels import RMSNorm, rms_norm, rms_norm_reference, use_backend
-from tilewright_kernels.rms_norm import MAX_TILE_BACKWARD, MAX_TILE_FORWARD
+from tilewright_kernels import RMSNorm, _norm, rms_norm, rms_norm_reference, use_backend
 from tilewright_kernels.testing import (
     FLOATING,
     ROW_SHAPES,
@@ -20,6 +19,11 @@ from tilewright_kernels.testing import (
 )
 
 EPS = 1e-6
+# Every number of warps, widths that are no power of two, both sides of what fits in registers.
+REAL_SHAPES = (
+    *((500, 64), (500, 768), (500, 1024), (300, 4096)),
+    *((150, 8192), (150, 16384), (150, 16385), (150, 32768), (150, 32769), (3, 262144)),
+)
 
 
 def function(x, weight):
@@ -35,6 +39,14 @@ def make(shape, dtype, device, seed=0):
     x = torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
     weight = torch.randn(shape[-1], generator=generator).to(device, dtype).requires_grad_()
     return x, weight
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    # Rows past 16 elements take the kernels for wide rows, in blocks of 8.
+    monkeypatch.setattr(_norm, "MAX_TILE_FORWARD", 16)
+    monkeypatch.setattr(_norm, "MAX_TILE_BACKWARD", 16)
+    monkeypatch.setattr(_norm, "WIDE_BLOCK_N", 8)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -83,11 +95,20 @@ def test_several_normalized_dimensions(device):
     )
 
 
-# One past what either kernel keeps in registers: the wide kernels, with a ragged last block.
-@pytest.mark.parametrize("width", [MAX_TILE_BACKWARD + 1, MAX_TILE_FORWARD + 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_wide_rows(width, dtype, device):
-    check_against_float64(function, reference, make((3, width), dtype, device), operator="rms_norm")
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+def test_wide_rows(dtype, small_tiles, device):
+    # 45 is no multiple of the block; 40 rows are several tiles of the column-wise walk.
+    check_against_float64(function, reference, make((40, 45), dtype, device), operator="rms_norm")
+
+
+@pytest.mark.parametrize("width", [9, 45])
+def test_weight_offset(width, small_tiles, device):
+    check_against_float64(
+        lambda x, w: rms_norm(x, (width,), w, EPS, weight_offset=1.0),
+        lambda x, w: rms_norm_reference(x, (width,), w, EPS, weight_offset=1.0),
+        make((6, width), torch.float32, device),
+        operator="rms_norm",
+    )
 
 
 def test_layouts(device):
@@ -137,10 +158,10 @@ def test_extreme_values(device):
     torch.testing.assert_close(ours, rms_norm_reference(x, (4,), None, EPS), equal_nan=True)
 
 
-def test_gradcheck():
-    for rows, width in ((3, 5), (6, 1)):
-        inputs = make((rows, width), torch.float64, torch.device("cpu"))
-        check_gradients(function, inputs, operator="rms_norm")
+@pytest.mark.parametrize("shape", [(3, 5), (6, 1), (1, 19)], ids=str)
+def test_gradcheck(shape, small_tiles):
+    inputs = make(shape, torch.float64, torch.device("cpu"))
+    check_gradients(function, inputs, operator="rms_norm")
 
 
 def test_second_derivative_is_refused(device):
@@ -171,8 +192,8 @@ def test_opcheck(device):
         )
 
 
-@pytest.mark.parametrize("shape", [(37, 65), (3, MAX_TILE_BACKWARD + 1)], ids=str)
-def test_every_element_is_written_and_bits_repeat(shape, device):
+@pytest.mark.parametrize("shape", [(70, 15), (20, 45)], ids=str)
+def test_every_element_is_written_and_bits_repeat(shape, small_tiles, device):
     x, weight = make(shape, torch.float32, device)
     dy = torch.rand_like(x)
 
@@ -204,6 +225,23 @@ def test_module_is_torchs(device):
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).to(device)
     with use_backend("triton"):
         torch.testing.assert_close(ours(x), torchs(x))
+
+
+def test_module_with_an_offset_starts_as_the_identity_of_scale(device):
+    norm = RMSNorm((4, 6), eps=EPS, device=device, weight_offset=1.0)
+    assert torch.equal(norm.weight, torch.zeros(4, 6, device=device))
+    x = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0)).to(device)
+    with use_backend("triton"):
+        torch.testing.assert_close(norm(x), F.rms_norm(x, (4, 6), None, EPS))
+    assert "weight_offset=1.0" in repr(norm)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("shape", REAL_SHAPES, ids=str)
+def test_matches_float64_at_real_widths(shape, dtype):
+    inputs = make(shape, dtype, torch.device("cuda"))
+    check_against_float64(function, reference, inputs, operator="rms_norm")
 
 
 @pytest.mark.gpu

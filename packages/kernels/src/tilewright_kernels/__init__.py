@@ -26,6 +26,7 @@ from tilewright_kernels.activations import (
     silu,
     silu_reference,
 )
+from tilewright_kernels.add_rms_norm import AddRMSNorm, add_rms_norm, add_rms_norm_reference
 from tilewright_kernels.apply_rotary_emb import apply_rotary_emb, apply_rotary_emb_reference
 from tilewright_kernels.cross_entropy import (
     CrossEntropyLoss,
@@ -50,6 +51,7 @@ from tilewright_kernels.gated_activations import (
     swiglu,
     swiglu_reference,
 )
+from tilewright_kernels.layer_norm import LayerNorm, layer_norm, layer_norm_reference
 from tilewright_kernels.memory_patterns import vector_add, vector_add_reference
 from tilewright_kernels.packed_position_ids import (
     packed_position_ids,
@@ -60,10 +62,12 @@ from tilewright_kernels.rotary_embedding import RotaryEmbedding, rotary_table
 
 __all__ = [
     "GELU",
+    "AddRMSNorm",
     "BackendReport",
     "CrossEntropyLoss",
     "Dropout",
     "GeGLU",
+    "LayerNorm",
     "OperatorReport",
     "RMSNorm",
     "ReGLU",
@@ -72,6 +76,8 @@ __all__ = [
     "RotaryEmbedding",
     "SiLU",
     "SwiGLU",
+    "add_rms_norm",
+    "add_rms_norm_reference",
     "apply_rotary_emb",
     "apply_rotary_emb_reference",
     "backend_report",
@@ -86,6 +92,8 @@ __all__ = [
     "geglu_reference",
     "gelu",
     "gelu_reference",
+    "layer_norm",
+    "layer_norm_reference",
     "packed_position_ids",
     "packed_position_ids_reference",
     "parse_backends",

@@ -11,7 +11,8 @@ from tilewright_kernels._launch import cdiv
 from tilewright_kernels._operator import Operator, accumulator
 from tilewright_kernels._triton import tl, triton
 
-BLOCK_P, BLOCK_N = 64, 64
+BLOCK_P, BLOCK_N = 256, 16
+"""Narrow blocks: the partials lie in L2, and what counts is how many programs ask for them."""
 
 
 @triton.jit
@@ -30,19 +31,10 @@ def _column_sum_kernel(
     tl.store(out_ptr + cols, tl.sum(total, axis=0), mask=col_mask)
 
 
-def column_sum(operator: Operator, partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Sum partial [P, N] over P into a new [N] of this dtype; the launch counts for `operator`."""
+def column_sum(operator: Operator, partial: torch.Tensor, out: torch.Tensor) -> None:
+    """Sum partial [P, N] over P into out [N], of any dtype; the launch counts for `operator`."""
     num_partials, n_cols = partial.shape
-    out = torch.empty(n_cols, dtype=dtype, device=partial.device)
     operator.launch(
-        _column_sum_kernel,
-        (cdiv(n_cols, BLOCK_N),),
-        partial,
-        out,
-        num_partials,
-        n_cols,
-        ACC=accumulator(partial.dtype),
-        BLOCK_P=BLOCK_P,
-        BLOCK_N=BLOCK_N,
-    )
-    return out
+        _column_sum_kernel, (cdiv(n_cols, BLOCK_N),), partial, out, num_partials, n_cols,
+        ACC=accumulator(partial.dtype), BLOCK_P=BLOCK_P, BLOCK_N=BLOCK_N, num_warps=4,
+    )  # fmt: skip
