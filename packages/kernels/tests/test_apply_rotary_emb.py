@@ -440,6 +440,14 @@ def test_tensors_on_another_than_the_current_device():
     check(make((2, 5, 3, 1, 11, 6), torch.float32, torch.device("cuda:1")))
 
 
+def test_more_sequences_than_an_axis_of_a_launch_has(device):
+    q = torch.ones(65536, 1, 1, 2, device=device)
+    tables = rotary_table(2, 1, device=device)
+    with use_backend("triton"), pytest.raises(ValueError, match="65536 sequences of 1 tokens"):
+        apply_rotary_emb(q, q, *tables)
+    assert torch.equal(apply_rotary_emb(q, q, *tables)[0], q)
+
+
 def test_bad_heads(device):
     q, k, *tables = make((2, 5, 3, 1, 8, 8), torch.float32, device)
     with pytest.raises(TypeError, match=r"q is torch.int64.*to\(torch.bfloat16\)"):

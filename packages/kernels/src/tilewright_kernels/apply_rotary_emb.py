@@ -60,13 +60,13 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 # These change from batch to batch, and nothing would be gained from knowing what divides them.
-@triton.jit(do_not_specialize=["tokens_per_sequence", "num_tokens", "table_rows"])
+@triton.jit(do_not_specialize=["num_tokens", "table_rows"])
 def _apply_rotary_emb_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, position_ptr, q_out_ptr, k_out_ptr,
     q_batch_stride, q_token_stride, q_head_stride, q_dim_stride,
     k_batch_stride, k_token_stride, k_head_stride, k_dim_stride,
     cos_row_stride, sin_row_stride, position_batch_stride, position_token_stride,
-    tokens_per_sequence, num_tokens, table_rows, q_heads, k_heads,
+    num_tokens, table_rows, q_heads, k_heads,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
     CONJUGATE: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -74,34 +74,31 @@ def _apply_rotary_emb_kernel(
 ):  # fmt: skip
     """y₁ = x₁ · cos - x₂ · sin, y₂ = x₂ · cos + x₁ · sin for BLOCK_H heads of BLOCK_T tokens.
 
-    Heads are counted through q and then k, and a tile may hold some of both: pointers are chosen
-    head by head. Programs on the same tokens are neighbours in the launch.
+    Heads are counted through q and then k, and a tile may hold some of both: pointer and strides
+    are chosen head by head. A program is short, so what it computes before its first load counts:
+    batch, tokens and heads are axes of the launch, which takes no division.
     """
     HALF: tl.constexpr = ROTARY_DIM // 2
-    shares = tl.cdiv(q_heads + k_heads, BLOCK_H)
-    tokens = tl.program_id(0) // shares * BLOCK_T + tl.arange(0, BLOCK_T)
-    token_mask = tokens < num_tokens
-    # Divided in int32, which is several times faster, and int64 from here on.
-    b = (tokens // tokens_per_sequence).to(tl.int64)[:, None]
-    t = (tokens % tokens_per_sequence).to(tl.int64)[:, None]
-    tokens = tokens.to(tl.int64)[:, None]
-    head = (tl.program_id(0) % shares * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :]
-    k_head = head - q_heads
-    q_rows = q_ptr + b * q_batch_stride + t * q_token_stride + head * q_head_stride
-    k_rows = k_ptr + b * k_batch_stride + t * k_token_stride + k_head * k_head_stride
-    q_outs = q_out_ptr + (tokens * q_heads + head) * HEAD_DIM
-    k_outs = k_out_ptr + (tokens * k_heads + k_head) * HEAD_DIM
-    is_q = head < q_heads
-    rows = tl.where(is_q, q_rows, k_rows)[:, :, None]
-    outs = tl.where(is_q, q_outs, k_outs)[:, :, None]
-    dim_stride = tl.where(is_q, q_dim_stride, k_dim_stride).to(tl.int64)[:, :, None]
-    mask = (token_mask[:, None] & (k_head < k_heads))[:, :, None]
-
-    # Asked for in this order: the positions, q and k, which wait for nothing, then the tables.
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    b = tl.program_id(2).to(tl.int64)
+    token_mask = t < num_tokens
     position = t
     if HAS_POSITIONS:
         offsets = b * position_batch_stride + t * position_token_stride
-        position = tl.load(position_ptr + offsets, mask=token_mask[:, None], other=0).to(tl.int64)
+        position = tl.load(position_ptr + offsets, mask=token_mask, other=0).to(tl.int64)
+
+    is_q = head < q_heads
+    mask = (token_mask & (head < q_heads + k_heads))[:, :, None]
+    heads = tl.where(is_q, q_heads, k_heads)
+    head = tl.where(is_q, head, head - q_heads)
+    sequence = tl.where(is_q, q_ptr + b * q_batch_stride, k_ptr + b * k_batch_stride)
+    rows = sequence + t * tl.where(is_q, q_token_stride, k_token_stride)
+    rows = (rows + head.to(tl.int64) * tl.where(is_q, q_head_stride, k_head_stride))[:, :, None]
+    dim_stride = tl.where(is_q, q_dim_stride, k_dim_stride).to(tl.int64)[:, :, None]
+    outs = tl.where(is_q, q_out_ptr, k_out_ptr) + ((b * num_tokens + t) * heads + head) * HEAD_DIM
+    outs = outs[:, :, None]
+
     if INTERLEAVED:
         # Whole rows in wide loads, parted in registers: loads of stride 2 would ask for all twice.
         dims = tl.arange(0, 2 * BLOCK_PAIRS)[None, None, :]
@@ -114,10 +111,11 @@ def _apply_rotary_emb_kernel(
         x1 = tl.load(rows + dims * dim_stride, mask=x_mask, other=0.0).to(ACC)
         x2 = tl.load(rows + (dims + HALF) * dim_stride, mask=x_mask, other=0.0).to(ACC)
 
-    # A position outside the tables cannot raise here: it gives NaN, not somebody else's memory.
-    in_table = token_mask[:, None] & (position >= 0) & (position < table_rows)
     pairs = tl.arange(0, BLOCK_PAIRS)[None, :]
-    table_mask = in_table & (pairs < HALF)
+    table_mask = token_mask & (pairs < HALF)
+    if HAS_POSITIONS:
+        # One outside the tables cannot raise here: it gives NaN, not somebody else's memory.
+        table_mask &= (position >= 0) & (position < table_rows)
     nan = float("nan")
     cos = tl.load(cos_ptr + position * cos_row_stride + pairs, mask=table_mask, other=nan)
     sin = tl.load(sin_ptr + position * sin_row_stride + pairs, mask=table_mask, other=nan)
@@ -146,7 +144,7 @@ class _Tile(NamedTuple):
     num_warps: int
 
 
-def _tile(heads: int, head_dim: int, rotary_dim: int) -> _Tile:
+def _tile(tokens: int, heads: int, head_dim: int, rotary_dim: int) -> _Tile:
     """Tile of 2048 to 4096 elements, 16 of those that turn a thread: two loads of 8 in bfloat16.
 
     It takes as many heads as possible, since they share a row of the tables, but at least three
@@ -162,7 +160,7 @@ def _tile(heads: int, head_dim: int, rotary_dim: int) -> _Tile:
     block_h = min(next_power_of_2(heads), max(1, 4096 // per_head))
     while 4 * heads < 3 * cdiv(heads, block_h) * block_h:
         block_h //= 2
-    block_t = next_power_of_2(cdiv(2048, block_h * per_head))
+    block_t = next_power_of_2(min(tokens, cdiv(2048, block_h * per_head)))
     turning = block_t * block_h * next_power_of_2(rotary_dim)
     return _Tile(block_t, block_h, max(1, min(16, turning // (32 * 16))))
 
@@ -204,13 +202,13 @@ def rotate_heads(
     K, R = k.shape[2], 2 * cos.shape[1]
     if B * T * (H + K) == 0:
         return q_out, k_out
-    tile = _tile(H + K, D, R)
+    tile = _tile(T, H + K, D, R)
     _OP.launch(
-        _apply_rotary_emb_kernel, (cdiv(B * T, tile.BLOCK_T) * cdiv(H + K, tile.BLOCK_H),),
+        _apply_rotary_emb_kernel, (cdiv(T, tile.BLOCK_T), cdiv(H + K, tile.BLOCK_H), B),
         q, k, cos, sin, position_ids, q_out, k_out,
         *q.stride(), *k.stride(), cos.stride(0), sin.stride(0),
         *((0, 0) if position_ids is None else position_ids.stride()),
-        T, B * T, cos.shape[0], H, K,
+        T, cos.shape[0], H, K,
         HEAD_DIM=D, ROTARY_DIM=R, INTERLEAVED=interleaved, CONJUGATE=conjugate,
         HAS_POSITIONS=position_ids is not None, ACC=accumulator(q.dtype),
         BLOCK_PAIRS=next_power_of_2(R // 2), BLOCK_REST=next_power_of_2(max(1, D - R)),
@@ -264,8 +262,7 @@ def apply_rotary_emb(
         _check_packed(q, position_ids)
         position_ids = packed_position_ids(cu_seqlens, len(q))
     _check_positions(q, cos, position_ids)
-    tokens = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
-    if not _OP.uses_triton(q, f"there are {tokens} tokens" if tokens >= 2**31 else None):
+    if not _OP.uses_triton(q, _unsupported(q)):
         return apply_rotary_emb_reference(
             q, k, cos, sin, position_ids=position_ids, interleaved=interleaved
         )
@@ -275,6 +272,14 @@ def apply_rotary_emb(
     position_ids = None if position_ids is None else position_ids[None]
     q_out, k_out = rotate_heads(q[None], k[None], cos, sin, position_ids, interleaved, False)
     return q_out[0], k_out[0]
+
+
+def _unsupported(q: Tensor) -> str | None:
+    """Why the launch cannot have q's batch and tokens as axes, if it cannot."""
+    sequences = q.shape[0] if q.dim() == 4 else 1
+    if sequences > 65535 or q.shape[-3] >= 2**31:
+        return f"there are {sequences} sequences of {q.shape[-3]} tokens"
+    return None
 
 
 def _check_heads(q: Tensor, k: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""y = x five ways: what a memory system likes, and what it does not.
+"""y = x four ways: what a memory system likes, and what it does not.
 
 Device memory is moved in sectors of 32 bytes, four of which make a line of 128. A load is one
 instruction for 32 threads, a warp: whatever sectors these 32 addresses lie in are fetched whole.
