@@ -52,6 +52,12 @@ from tilewright_kernels.gated_activations import (
     swiglu_reference,
 )
 from tilewright_kernels.layer_norm import LayerNorm, layer_norm, layer_norm_reference
+from tilewright_kernels.linear_cross_entropy import (
+    LinearCrossEntropyLoss,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+)
+from tilewright_kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
 from tilewright_kernels.memory_patterns import vector_add, vector_add_reference
 from tilewright_kernels.packed_position_ids import (
     packed_position_ids,
@@ -68,6 +74,7 @@ __all__ = [
     "Dropout",
     "GeGLU",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "OperatorReport",
     "RMSNorm",
     "ReGLU",
@@ -94,6 +101,10 @@ __all__ = [
     "gelu_reference",
     "layer_norm",
     "layer_norm_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
+    "linear_log_prob",
+    "linear_log_prob_reference",
     "packed_position_ids",
     "packed_position_ids_reference",
     "parse_backends",
