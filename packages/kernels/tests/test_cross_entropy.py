@@ -15,7 +15,7 @@ from tilewright_kernels import (
     use_backend,
 )
 from tilewright_kernels.cross_entropy import launches
-from tilewright_kernels.cross_entropy.launches import BACKWARD_TILE, FORWARD_TILE
+from tilewright_kernels.cross_entropy.launches import BACKWARD_TILE
 from tilewright_kernels.testing import (
     FLOATING,
     ROW_SHAPES,
@@ -54,7 +54,7 @@ def check(x, target, weight=None, **options):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 4 columns, so that a row of 9 takes every loop."""
-    tile = launches.ForwardTile(ROWS=1, LANES=2, UNROLL=2, VEC=1, num_warps=1)
+    tile = launches.ForwardTile(ROWS=1, LANES=2, UNROLL=1, VEC=2, num_warps=1)
     monkeypatch.setattr(launches, "forward_tile", lambda *_: tile)
     monkeypatch.setattr(launches, "BACKWARD_TILE", 4)
 
@@ -135,7 +135,7 @@ def test_launches(device):
 
 
 # A single class; one past the tile of backward and of forward.
-@pytest.mark.parametrize("width", [1, BACKWARD_TILE + 1, FORWARD_TILE, FORWARD_TILE + 1])
+@pytest.mark.parametrize("width", [1, BACKWARD_TILE - 7, BACKWARD_TILE + 1, 4096, 4097])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_widths(width, dtype, device):
     x, target, _ = make((2, width), dtype, device)
@@ -297,7 +297,7 @@ def test_loss_gradient_layouts(device):
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    rows=st.integers(0, 40),
+    rows=st.integers(0, 20),
     width=st.integers(1, 300),
     pad=st.integers(0, 5),
     step=st.integers(1, 3),
@@ -422,7 +422,7 @@ def test_opcheck(device):
             torch.library.opcheck(ops.cross_entropy_backward.default, args)
 
 
-@pytest.mark.parametrize("shape", [(37, 65), (3, 1), (3, FORWARD_TILE + 1)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 65), (3, 1), (3, BACKWARD_TILE + 1)], ids=str)
 def test_every_element_is_written_and_bits_repeat(shape, device):
     x, target, weight = make(shape, device=device)
     dloss = torch.rand(shape[:-1], device=device)

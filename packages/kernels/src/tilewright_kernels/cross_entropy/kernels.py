@@ -21,6 +21,7 @@ twice, lose in float16 what the scaling is to save, and hold L more bytes from f
 whose target is ignored are not read at all, unless their lse is asked for.
 """
 
+from tilewright_kernels._elementwise import load, store
 from tilewright_kernels._math import exp, log1p, tanh, tanh_grad
 from tilewright_kernels._triton import tl, triton
 
@@ -34,46 +35,17 @@ def _softcapped(x, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _walk(
-    x_rows, start, read, target, weight_ptr, n_cols, peak, total, weighted,
-    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr, MASKED: tl.constexpr,
-    UNROLL: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """Take one tile into each lane's maximum and sum, which leave the target out, and Σ w·s.
+def _aligned(row_starts, n_cols, ROWS: tl.constexpr, VEC: tl.constexpr):
+    """Where the walk of each row starts, how many columns before the row that is, and their end.
 
-    A tile is [ROWS, LANES, UNROLL, VEC]. A lane is one thread's: its VEC adjacent columns are one
-    load of 16 bytes, its UNROLL loads are under way together and share one rescaling.
+    A load of VEC elements takes an address that is a multiple of VEC, and a row may start anywhere:
+    one row is walked from the multiple before it. Several rows at once are walked with VEC > 1 only
+    where rows and n_cols are multiples of VEC, and the arithmetic here shows it to the compiler.
     """
-    LANES: tl.constexpr = peak.shape[1]
-    cols = (
-        tl.arange(0, LANES)[:, None, None] * VEC
-        + tl.arange(0, UNROLL)[None, :, None] * (LANES * VEC)
-        + tl.arange(0, VEC)[None, None, :]
-    )
-    cols = start + cols[None, :, :, :]
-    mask = read[:, None, None, None] & (cols < n_cols)
-    if MASKED:
-        x = tl.load(x_rows[:, None, None, None] + cols, mask=mask, other=float("-inf"))
-    else:
-        x = tl.load(x_rows[:, None, None, None] + cols)
-    s = _softcapped(x.to(peak.dtype), SOFTCAP)
-    if SMOOTHING != 0:
-        term = s
-        if HAS_WEIGHT:
-            w = tl.load(weight_ptr + cols, mask=cols < n_cols, other=0.0)
-            term *= w.to(peak.dtype)
-        if MASKED:
-            term = tl.where(mask, term, 0.0)
-        weighted += tl.sum(tl.sum(term, axis=3), axis=2)
-    if MASKED and SOFTCAP is not None:
-        s = tl.where(mask, s, float("-inf"))
-    here = (target >= start) & (target < start + UNROLL * LANES * VEC)
-    if tl.max(here.to(tl.int32), axis=0) > 0:
-        s = tl.where(cols == target[:, None, None, None], float("-inf"), s)
-    new_peak = tl.maximum(peak, tl.max(tl.max(s, axis=3), axis=2))
-    terms = exp(s - new_peak[:, :, None, None])
-    total = total * exp(peak - new_peak) + tl.sum(tl.sum(terms, axis=3), axis=2)
-    return new_peak, total, weighted
+    aligned = row_starts // VEC * VEC
+    shift = (row_starts - aligned).to(tl.int32)
+    end = n_cols if ROWS == 1 else n_cols // VEC * VEC
+    return aligned, shift, end
 
 
 @triton.jit
@@ -84,10 +56,12 @@ def cross_entropy_fwd_kernel(
     HAS_WEIGHT: tl.constexpr, HAS_LSE: tl.constexpr, REDUCED: tl.constexpr,
     ACC: tl.constexpr, LOWEST: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of ROWS rows: the losses, or the sums of losses and of w_y; lse where it is asked for; and
     for backward max s, 1 / Σ exp(s - max s), 1 - p_y and the loss's slope by lse, b / g.
+
+    A tile is [ROWS, LANES, UNROLL, VEC]. A lane is one thread's: its VEC adjacent columns are one
+    load of 16 bytes, its UNROLL loads are under way together and share one rescaling.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
@@ -96,32 +70,55 @@ def cross_entropy_fwd_kernel(
     known = (given >= 0) & (given < n_cols) & (given != ignore_index)
     read = inside if HAS_LSE else known
     target = tl.where(known, given, -1).to(tl.int32)
-    x_rows = x_ptr + rows * x_row_stride
-    s_target = tl.load(x_rows + target, mask=known, other=0.0).to(ACC)
+    row_starts = rows * x_row_stride
+    s_target = tl.load(x_ptr + row_starts + target, mask=known, other=0.0).to(ACC)
     s_target = tl.where(known, _softcapped(s_target, SOFTCAP), float("-inf"))
     w_target = known.to(ACC)
     if HAS_WEIGHT:
         w_target = tl.load(weight_ptr + target, mask=known, other=0.0).to(ACC)
 
+    TILE: tl.constexpr = LANES * UNROLL * VEC
+    aligned, shift, end = _aligned(row_starts, n_cols, ROWS, VEC)
+    offsets = (
+        tl.arange(0, LANES)[:, None, None] * VEC
+        + tl.arange(0, UNROLL)[None, :, None] * (LANES * VEC)
+        + tl.arange(0, VEC)[None, None, :]
+    )[None, :, :, :]
     # Maxima start at the lowest finite number: -inf - LOWEST is -inf, but -inf - -inf is NaN.
     peak = tl.full([ROWS, LANES], LOWEST, dtype=ACC)
     total = tl.zeros([ROWS, LANES], dtype=ACC)
     weighted = tl.zeros([ROWS, LANES], dtype=ACC)
-    end = tl.max(tl.where(read, n_cols, 0), axis=0)
-    whole = 0
-    if ROWS == 1:  # several rows in a program have one tile each
-        TILE: tl.constexpr = UNROLL * LANES * VEC
-        whole = end // TILE * TILE
-        for start in tl.range(0, whole, TILE, num_stages=STAGES):
-            peak, total, weighted = _walk(
-                x_rows, start, read, target, weight_ptr, n_cols, peak, total, weighted,
-                SMOOTHING, SOFTCAP, HAS_WEIGHT, False, UNROLL, VEC,
-            )  # fmt: skip
-    if whole < end:
-        peak, total, weighted = _walk(
-            x_rows, whole, read, target, weight_ptr, n_cols, peak, total, weighted,
-            SMOOTHING, SOFTCAP, HAS_WEIGHT, True, UNROLL, VEC,
-        )  # fmt: skip
+    stop = end
+    if ROWS == 1:
+        stop = tl.max(tl.where(read, end + shift, 0), axis=0)
+    for start in range(0, stop, TILE):
+        cols = start + offsets - shift[:, None, None, None]
+        in_row = (cols >= 0) & (cols < end)
+        mask = read[:, None, None, None] & in_row
+        others = mask & (cols != target[:, None, None, None])
+        pointers = x_ptr + aligned[:, None, None, None] + (start + offsets)
+        if ROWS == 1:
+            first, y = start - tl.max(shift, axis=0), tl.max(target, axis=0)
+            plain = (first >= 0) & (first + TILE <= n_cols) & ((y < first) | (y >= first + TILE))
+        else:
+            plain = False
+        if plain:
+            x = tl.load(pointers).to(ACC)
+        else:
+            x = tl.load(pointers, mask=mask, other=float("-inf")).to(ACC)
+            x = tl.where(others, x, float("-inf"))
+        s = _softcapped(x, SOFTCAP)
+        if SOFTCAP is not None:
+            s = tl.where(others, s, float("-inf"))
+        if SMOOTHING != 0:
+            term = s
+            if HAS_WEIGHT:
+                term *= tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(ACC)
+            weighted += tl.sum(tl.sum(tl.where(others, term, 0.0), axis=3), axis=2)
+        new_peak = tl.maximum(peak, tl.max(tl.max(s, axis=3), axis=2))
+        terms = exp(s - new_peak[:, :, None, None])
+        total = total * exp(peak - new_peak) + tl.sum(tl.sum(terms, axis=3), axis=2)
+        peak = new_peak
 
     others_max = tl.max(peak, axis=1)
     s_max = tl.maximum(others_max, s_target)
@@ -137,7 +134,8 @@ def cross_entropy_fwd_kernel(
         slope += 2.0 * Z_LOSS * w_target * lse
     if SMOOTHING != 0:
         weight_sum = tl.load(weight_sum_ptr) if HAS_WEIGHT else n_cols
-        loss += SMOOTHING * (weight_sum * lse - tl.sum(weighted, axis=1)) / n_cols
+        spread = weight_sum * lse - (tl.sum(weighted, axis=1) + w_target * s_target)
+        loss += SMOOTHING * spread / n_cols
         slope += SMOOTHING * weight_sum / n_cols if HAS_WEIGHT else SMOOTHING
 
     # A target that is no class: its loss and gradient are NaN. An ignored one: both are 0.
@@ -188,13 +186,13 @@ def cross_entropy_bwd_kernel(
     num_rows, n_cols, ignore_index,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_DLSE: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """dx of one tile; dx may be x."""
-    column_tiles = tl.cdiv(n_cols, BLOCK_N)
+    """dx of one tile; dx may be x. With VEC > 1 the two lie alike."""
+    column_tiles = tl.cdiv(n_cols + VEC - 1, BLOCK_N)
     rows = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside, in_row = rows < num_rows, cols < n_cols
+    start = tl.program_id(0) % column_tiles * BLOCK_N
+    inside = rows < num_rows
     given = tl.load(target_ptr + rows * target_stride, mask=inside, other=-1)
     live = inside & (given != ignore_index)
     known = live & (given >= 0) & (given < n_cols)
@@ -213,10 +211,20 @@ def cross_entropy_bwd_kernel(
     complement = tl.load(stats_ptr + 4 * rows + 2, mask=read, other=0.0)
     a = g * w_target * (1.0 - SMOOTHING)
 
-    mask = read[:, None] & in_row[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(ACC)
+    aligned, shift, end = _aligned(rows * x_row_stride, n_cols, ROWS, VEC)
+    offsets = start + tl.arange(0, BLOCK_N)[None, :]
+    cols = offsets - shift[:, None]
+    in_row = (cols >= 0) & (cols < end)
+    if ROWS == 1:
+        first = start - tl.max(shift, axis=0)
+        full = (first >= 0) & (first + BLOCK_N <= n_cols)
+        needed = full & (tl.max(read.to(tl.int32), axis=0) > 0)
+    else:
+        full = False
+        needed = False
+    x = load(x_ptr + aligned[:, None] + offsets, read[:, None] & in_row, needed).to(ACC)
     p = exp(_softcapped(x, SOFTCAP) - s_max[:, None]) * inverse[:, None]
-    dx = tl.where(cols[None, :] == target[:, None], -complement[:, None], p) * a[:, None]
+    dx = tl.where(cols == target[:, None], -complement[:, None], p) * a[:, None]
     if HAS_SLOPE or HAS_DLSE:
         b = tl.zeros([ROWS], dtype=ACC)
         if HAS_SLOPE:
@@ -228,10 +236,10 @@ def cross_entropy_bwd_kernel(
         c = g * SMOOTHING / n_cols
         if HAS_WEIGHT:
             w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(ACC)
-            dx -= w[None, :] * c[:, None]
+            dx -= w * c[:, None]
         else:
             dx -= c[:, None]
     if SOFTCAP is not None:
         dx *= tanh_grad(x * (1.0 / SOFTCAP))
-    out = dx_ptr + rows[:, None] * dx_row_stride + cols[None, :]
-    tl.store(out, dx, mask=inside[:, None] & in_row[None, :])
+    aligned, _, _ = _aligned(rows * dx_row_stride, n_cols, ROWS, VEC)
+    store(dx_ptr + aligned[:, None] + offsets, dx, inside[:, None] & in_row, full)

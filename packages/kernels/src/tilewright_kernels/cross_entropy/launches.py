@@ -19,14 +19,14 @@ from tilewright_kernels.cross_entropy.kernels import (
     cross_entropy_reduce_kernel,
 )
 
-FORWARD_TILE, FORWARD_STAGES = 4096, 1
-"""Forward walks a row by TILE columns, 32 a thread, with STAGES tiles of loads in flight."""
+LANES, COLUMNS = 128, 256
+"""Forward gives a row to as many lanes as take 256 columns each, but to no more than 128."""
 
-BACKWARD_TILE = 4096
-"""Columns of a program of backward; programs are independent, as in an element-wise kernel.
+THREADS = 2**16
+"""Where that would leave the device idle, a row gets more lanes, of fewer columns."""
 
-16 elements a thread, 28 registers, 8 programs a multiprocessor. Measured on an H200: 97 % of copy_.
-"""
+BACKWARD_TILE = 2048
+"""Columns of a program of backward; programs are independent, as in an element-wise kernel."""
 
 REDUCE_BLOCK = 4096
 """Sums that the one program of the reduction takes at a time, 4 a thread."""
@@ -45,20 +45,36 @@ class ForwardTile(NamedTuple):
 
 
 @cache
-def forward_tile(num_rows: int, width: int, vector: int) -> ForwardTile:
-    """Tile over [num_rows, width] whose rows may be loaded by `vector` elements at once."""
-    block = min(FORWARD_TILE, next_power_of_2(width))
+def forward_tile(num_rows: int, width: int, vector: int, even: bool) -> ForwardTile:
+    """Tile over [num_rows, width], of 32 elements a thread.
+
+    Args:
+        num_rows: how many there are.
+        width: columns.
+        vector: elements of a load of 16 bytes, or 1 if the first row is not aligned to them.
+        even: whether every row is, and ends so; else only one row a program has loads so wide.
+    """
+    block = next_power_of_2(width)
     vector = min(vector, block)
-    unroll = min(32 // vector, block // vector)
-    rows = FORWARD_TILE // block
-    lanes = block // (unroll * vector)
-    return ForwardTile(rows, lanes, unroll, vector, max(1, min(4, rows * lanes // 32)))
+    lanes = max(1, min(LANES, block // COLUMNS))
+    while num_rows * lanes < THREADS and lanes < 1024:
+        lanes *= 2
+    lanes = min(lanes, block // vector)
+    if lanes < LANES and not even:
+        vector = 1
+    # Neighbours load at least 32 columns side by side.
+    lanes = max(lanes, min(32, block) // vector)
+    rows = max(1, LANES // lanes)
+    unroll = min(32, block // lanes) // vector
+    return ForwardTile(rows, lanes, unroll, vector, rows * lanes // 32)
 
 
-def _vector(x_rows: Tensor) -> int:
-    """Elements that one load takes: 16 bytes of them where Triton sees that rows are aligned."""
-    aligned = x_rows.data_ptr() % 16 == 0 and x_rows.stride(0) % 16 == 0
-    return 16 // x_rows.element_size() if aligned else 1
+def _alignment(rows: Tensor) -> tuple[int, bool]:
+    """What `forward_tile` asks for: elements of a load of 16 bytes, and whether rows are even."""
+    size = rows.element_size()
+    if rows.data_ptr() % 16 != 0:
+        return 1, False
+    return 16 // size, rows.stride(0) * size % 16 == 0 and rows.shape[1] * size % 16 == 0
 
 
 def _launch_backward(
@@ -74,15 +90,19 @@ def _launch_backward(
     dlosses = dloss.expand(target.shape).reshape(-1)
     dlses = None if dlse is None else dlse.reshape(-1)
     tile = row_tile(min(width, BACKWARD_TILE), elements=BACKWARD_TILE, elements_per_thread=16)
+    (vector, even), (dx_vector, dx_even) = _alignment(x_rows), _alignment(dx_rows)
+    alike = tile.ROWS == 1 and x_rows.stride(0) == dx_rows.stride(0)
+    vector = min(vector, dx_vector) if alike or (even and dx_even) else 1
+    column_tiles = cdiv(width + vector - 1, tile.BLOCK_N)
     OP.launch(
-        cross_entropy_bwd_kernel, (cdiv(len(x_rows), tile.ROWS) * cdiv(width, tile.BLOCK_N),),
+        cross_entropy_bwd_kernel, (cdiv(len(x_rows), tile.ROWS) * column_tiles,),
         dlosses, dlses, divisor, x_rows, targets, weight, stats, dx_rows,
         dlosses.stride(0), 0 if dlses is None else dlses.stride(0), x_rows.stride(0),
         dx_rows.stride(0), targets.stride(0), len(x_rows), width, ignore_index,
         SMOOTHING=label_smoothing, SOFTCAP=softcap, HAS_WEIGHT=weight is not None,
         HAS_SLOPE=label_smoothing != 0 or z_loss != 0, HAS_DLSE=dlses is not None,
         MEAN=reduction == "mean", ACC=accumulator(x.dtype), ROWS=tile.ROWS, BLOCK_N=tile.BLOCK_N,
-        num_warps=tile.num_warps,
+        VEC=vector, num_warps=tile.num_warps,
     )  # fmt: skip
 
 
@@ -162,7 +182,7 @@ def cross_entropy_forward(
     loss, lse, stats, divisor = _forward_fake(x, target, weight, return_lse, *options)
     width = x.shape[-1]
     x_rows, targets = as_rows(x, width), target.reshape(-1)
-    tile = forward_tile(len(x_rows), width, _vector(x_rows))
+    tile = forward_tile(len(x_rows), width, *_alignment(x_rows))
     programs = cdiv(len(x_rows), tile.ROWS)
     reduced = reduction != "none"
     losses = stats.new_empty(2, programs) if reduced else loss
@@ -175,7 +195,7 @@ def cross_entropy_forward(
         SMOOTHING=label_smoothing, Z_LOSS=z_loss, SOFTCAP=softcap, HAS_WEIGHT=weight is not None,
         HAS_LSE=return_lse, REDUCED=reduced, ACC=accumulator(x.dtype),
         LOWEST=torch.finfo(stats.dtype).min, ROWS=tile.ROWS, LANES=tile.LANES, UNROLL=tile.UNROLL,
-        VEC=tile.VEC, STAGES=FORWARD_STAGES, num_warps=tile.num_warps,
+        VEC=tile.VEC, num_warps=tile.num_warps,
     )  # fmt: skip
     if reduced:
         block = min(REDUCE_BLOCK, next_power_of_2(max(programs, 1)))
