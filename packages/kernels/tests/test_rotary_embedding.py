@@ -56,6 +56,12 @@ def test_module_is_the_function(interleaved, device):
             expected = apply_rotary_emb(q, k, *tables, position_ids=ids, interleaved=interleaved)
             for a, b in zip(module(q, k, ids), expected, strict=True):
                 assert torch.equal(a, b)
+        cu_seqlens = torch.tensor([0, 2, 5], device=device)
+        expected = apply_rotary_emb(
+            q[0], k[0], *tables, cu_seqlens=cu_seqlens, interleaved=interleaved
+        )
+        for a, b in zip(module(q[0], k[0], cu_seqlens=cu_seqlens), expected, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
