@@ -58,6 +58,7 @@ from tilewright_kernels.linear_cross_entropy import (
     linear_cross_entropy_reference,
 )
 from tilewright_kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
+from tilewright_kernels.log_softmax import LogSoftmax, log_softmax, log_softmax_reference
 from tilewright_kernels.memory_patterns import vector_add, vector_add_reference
 from tilewright_kernels.packed_position_ids import (
     packed_position_ids,
@@ -65,6 +66,7 @@ from tilewright_kernels.packed_position_ids import (
 )
 from tilewright_kernels.rms_norm import RMSNorm, rms_norm, rms_norm_reference
 from tilewright_kernels.rotary_embedding import RotaryEmbedding, rotary_table
+from tilewright_kernels.softmax import Softmax, softmax, softmax_reference
 
 __all__ = [
     "GELU",
@@ -75,6 +77,7 @@ __all__ = [
     "GeGLU",
     "LayerNorm",
     "LinearCrossEntropyLoss",
+    "LogSoftmax",
     "OperatorReport",
     "RMSNorm",
     "ReGLU",
@@ -82,6 +85,7 @@ __all__ = [
     "ReLUSquared",
     "RotaryEmbedding",
     "SiLU",
+    "Softmax",
     "SwiGLU",
     "add_rms_norm",
     "add_rms_norm_reference",
@@ -105,6 +109,8 @@ __all__ = [
     "linear_cross_entropy_reference",
     "linear_log_prob",
     "linear_log_prob_reference",
+    "log_softmax",
+    "log_softmax_reference",
     "packed_position_ids",
     "packed_position_ids_reference",
     "parse_backends",
@@ -119,6 +125,8 @@ __all__ = [
     "rotary_table",
     "silu",
     "silu_reference",
+    "softmax",
+    "softmax_reference",
     "swiglu",
     "swiglu_reference",
     "use_backend",

@@ -1,0 +1,347 @@
+"""Kernels of softmax and log_softmax, over any dimension, with or without a causal mask.
+
+    y = eᶻ / Σ eᶻ        log y = z - log Σ eᶻ        z = x - max(x)
+
+With the gradient dy it is, for y and for its logarithm,
+
+    dx = y · (dy - Σ y · dy)          dx = dy - eʸ · Σ dy
+
+Forward reads x and writes y; backward reads dy and y and writes dx. A tensor is seen as
+[outer, lanes, N] with three strides, N being the dimension that is summed over: along the last
+dimension lanes are rows, elsewhere they are columns that lie side by side, and either is read where
+it is. A tile of whole lanes waits in registers from its maximum to its result. Wider lanes are
+walked twice, the second time backwards, from what the first walk has just left in the caches.
+
+Maximum and sum are taken online (Milakov & Gimelshein 2018, arXiv:1805.02867): VEC neighbours, one
+load of one thread, have a maximum and a sum of their own, and a lane joins them at the end.
+"""
+
+import math
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewright_kernels._launch import cdiv, next_power_of_2, row_tile
+from tilewright_kernels._math import exp
+from tilewright_kernels._norm import _convert_again
+from tilewright_kernels._operator import Operator, accumulator, check_floating
+from tilewright_kernels._triton import tl, triton
+
+MAX_TILE = 32768
+"""Widest tile held in registers, in elements of 4 bytes."""
+
+
+@triton.jit
+def _softmax_fwd_kernel(
+    x_ptr, y_ptr,
+    x_outer_stride, x_lane_stride, x_col_stride, y_outer_stride, y_lane_stride, y_col_stride,
+    num_lanes, n_cols, num_queries,
+    LOG: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr, LOWEST: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """y for a tile of LANES whole lanes; x once in, y once out."""
+    outer, lanes = _lanes_of_program(num_lanes, LANES)
+    lanes, cols = lanes[:, None, None], _grouped(BLOCK_N, VEC)
+    inside, seen = _masks(outer, lanes, cols, num_lanes, n_cols, num_queries, CAUSAL)
+    x_offsets = _offsets(outer, lanes, cols, x_outer_stride, x_lane_stride, x_col_stride)
+    y_offsets = _offsets(outer, lanes, cols, y_outer_stride, y_lane_stride, y_col_stride)
+    x = tl.load(x_ptr + x_offsets, mask=seen, other=-float("inf"))
+    peaks = tl.full([LANES, BLOCK_N // VEC], LOWEST, dtype=ACC)
+    peaks, totals = _online(peaks, 0.0, x.to(ACC))
+    peak, total = _joined(peaks, totals)
+    tl.store(y_ptr + y_offsets, _result(_convert_again(x, ACC), peak, total, LOG), mask=inside)
+
+
+@triton.jit
+def _softmax_fwd_wide_kernel(
+    x_ptr, y_ptr,
+    x_outer_stride, x_lane_stride, x_col_stride, y_outer_stride, y_lane_stride, y_col_stride,
+    num_lanes, n_cols, num_queries,
+    LOG: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr, LOWEST: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """The same for lanes wider than a tile: once over x for maximum and sum, once back for y."""
+    outer, lanes = _lanes_of_program(num_lanes, LANES)
+    lanes = lanes[:, None, None]
+    peaks = tl.full([LANES, BLOCK_N // VEC], LOWEST, dtype=ACC)
+    totals = tl.zeros([LANES, BLOCK_N // VEC], dtype=ACC)
+    for start in range(0, n_cols, BLOCK_N):
+        cols = start + _grouped(BLOCK_N, VEC)
+        _, seen = _masks(outer, lanes, cols, num_lanes, n_cols, num_queries, CAUSAL)
+        offsets = _offsets(outer, lanes, cols, x_outer_stride, x_lane_stride, x_col_stride)
+        x = tl.load(x_ptr + offsets, mask=seen, other=-float("inf"), eviction_policy="evict_last")
+        peaks, totals = _online(peaks, totals, x.to(ACC))
+    peak, total = _joined(peaks, totals)
+    last = (n_cols - 1) // BLOCK_N * BLOCK_N
+    for back in range(0, n_cols, BLOCK_N):
+        cols = last - back + _grouped(BLOCK_N, VEC)
+        inside, seen = _masks(outer, lanes, cols, num_lanes, n_cols, num_queries, CAUSAL)
+        offsets = _offsets(outer, lanes, cols, x_outer_stride, x_lane_stride, x_col_stride)
+        x = tl.load(x_ptr + offsets, mask=seen, other=-float("inf"), eviction_policy="evict_first")
+        offsets = _offsets(outer, lanes, cols, y_outer_stride, y_lane_stride, y_col_stride)
+        y = _result(x.to(ACC), peak, total, LOG)
+        tl.store(y_ptr + offsets, y, mask=inside, eviction_policy="evict_first")
+
+
+@triton.jit
+def _softmax_bwd_kernel(
+    dy_ptr, y_ptr, dx_ptr,
+    dy_outer_stride, dy_lane_stride, dy_col_stride, y_outer_stride, y_lane_stride, y_col_stride,
+    num_lanes, n_cols, num_queries,
+    LOG: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dx for a tile of LANES whole lanes; dy and y once in, dx, which lies as y does, once out."""
+    outer, lanes = _lanes_of_program(num_lanes, LANES)
+    lanes, cols = lanes[:, None], tl.arange(0, BLOCK_N)[None, :]
+    inside, seen = _masks(outer, lanes, cols, num_lanes, n_cols, num_queries, CAUSAL)
+    dy_offsets = _offsets(outer, lanes, cols, dy_outer_stride, dy_lane_stride, dy_col_stride)
+    y_offsets = _offsets(outer, lanes, cols, y_outer_stride, y_lane_stride, y_col_stride)
+    dy = tl.load(dy_ptr + dy_offsets, mask=seen, other=0.0)
+    y = tl.load(y_ptr + y_offsets, mask=seen, other=-float("inf") if LOG else 0.0)
+    terms = dy.to(ACC) if LOG else y.to(ACC) * dy.to(ACC)
+    total = tl.sum(terms, axis=1)[:, None]
+    dx = _gradient(_convert_again(dy, ACC), _convert_again(y, ACC), total, LOG)
+    tl.store(dx_ptr + y_offsets, dx, mask=inside)
+
+
+@triton.jit
+def _softmax_bwd_wide_kernel(
+    dy_ptr, y_ptr, dx_ptr,
+    dy_outer_stride, dy_lane_stride, dy_col_stride, y_outer_stride, y_lane_stride, y_col_stride,
+    num_lanes, n_cols, num_queries,
+    LOG: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same for lanes wider than a tile: once over dy and y for the sum, once back for dx."""
+    outer, lanes = _lanes_of_program(num_lanes, LANES)
+    lanes = lanes[:, None]
+    totals = tl.zeros([LANES, BLOCK_N], dtype=ACC)
+    for start in range(0, n_cols, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)[None, :]
+        _, seen = _masks(outer, lanes, cols, num_lanes, n_cols, num_queries, CAUSAL)
+        offsets = _offsets(outer, lanes, cols, dy_outer_stride, dy_lane_stride, dy_col_stride)
+        dy = tl.load(dy_ptr + offsets, mask=seen, other=0.0, eviction_policy="evict_last")
+        if LOG:
+            totals += dy.to(ACC)
+        else:
+            offsets = _offsets(outer, lanes, cols, y_outer_stride, y_lane_stride, y_col_stride)
+            y = tl.load(y_ptr + offsets, mask=seen, other=0.0, eviction_policy="evict_last")
+            totals += y.to(ACC) * dy.to(ACC)
+    total = tl.sum(totals, axis=1)[:, None]
+    last = (n_cols - 1) // BLOCK_N * BLOCK_N
+    for back in range(0, n_cols, BLOCK_N):
+        cols = last - back + tl.arange(0, BLOCK_N)[None, :]
+        inside, seen = _masks(outer, lanes, cols, num_lanes, n_cols, num_queries, CAUSAL)
+        offsets = _offsets(outer, lanes, cols, dy_outer_stride, dy_lane_stride, dy_col_stride)
+        dy = tl.load(dy_ptr + offsets, mask=seen, other=0.0, eviction_policy="evict_first")
+        offsets = _offsets(outer, lanes, cols, y_outer_stride, y_lane_stride, y_col_stride)
+        unseen = -float("inf") if LOG else 0.0
+        y = tl.load(y_ptr + offsets, mask=seen, other=unseen, eviction_policy="evict_first")
+        dx = _gradient(dy.to(ACC), y.to(ACC), total, LOG)
+        tl.store(dx_ptr + offsets, dx, mask=inside, eviction_policy="evict_first")
+
+
+@triton.jit
+def _lanes_of_program(num_lanes, LANES: tl.constexpr):
+    """Outer index and lanes [LANES] of this program."""
+    lane_tiles = tl.cdiv(num_lanes, LANES)
+    tile = tl.program_id(0)
+    return tile // lane_tiles, tile % lane_tiles * LANES + tl.arange(0, LANES)
+
+
+@triton.jit
+def _grouped(BLOCK_N: tl.constexpr, VEC: tl.constexpr):
+    """Columns [1, BLOCK_N / VEC, VEC]; one thread holds those of the last dimension."""
+    groups = tl.arange(0, BLOCK_N // VEC) * VEC
+    return groups[None, :, None] + tl.arange(0, VEC)[None, None, :]
+
+
+@triton.jit
+def _offsets(outer, lanes, cols, outer_stride, lane_stride, col_stride):
+    """Offsets of a tile, int64, of the rank that lanes and cols have."""
+    lane_offsets = outer.to(tl.int64) * outer_stride + lanes.to(tl.int64) * lane_stride
+    return lane_offsets + cols.to(tl.int64) * col_stride
+
+
+@triton.jit
+def _masks(outer, lanes, cols, num_lanes, n_cols, num_queries, CAUSAL: tl.constexpr):
+    """What of a tile lies in the tensor, and what of that takes part: key <= query if CAUSAL."""
+    inside = (lanes < num_lanes) & (cols < n_cols)
+    if not CAUSAL:
+        return inside, inside
+    query = (outer.to(tl.int64) * num_lanes + lanes) % num_queries
+    return inside, inside & (cols <= query)
+
+
+@triton.jit
+def _online(peaks, totals, x):
+    """Maxima and sums of eˣ⁻ᵐᵃˣ of each group after a block; those before it are given.
+
+    Maxima start at the lowest finite number: -inf - lowest is -inf, where -inf - -inf is NaN.
+    """
+    former = peaks
+    peaks = tl.maximum(former, tl.max(x, axis=2))
+    totals = totals * exp(former - peaks) + tl.sum(exp(x - peaks[:, :, None]), axis=2)
+    return peaks, totals
+
+
+@triton.jit
+def _joined(peaks, totals):
+    """Maximum and sum [LANES, 1, 1] of whole lanes. A lane of nothing but -inf has the sum 0."""
+    peak = tl.max(peaks, axis=1)
+    total = tl.sum(totals * exp(peaks - peak[:, None]), axis=1)
+    return peak[:, None, None], total[:, None, None]
+
+
+@triton.jit
+def _result(x, peak, total, LOG: tl.constexpr):
+    """y or log y; NaN where the sum is 0, by 0 · inf or -inf - -inf."""
+    z = x - peak
+    return z - tl.log(total) if LOG else exp(z) * (1.0 / total)
+
+
+@triton.jit
+def _gradient(dy, y, total, LOG: tl.constexpr):
+    """dx, given the lane's Σ dy or Σ y · dy."""
+    return dy - exp(y) * total if LOG else y * (dy - total)
+
+
+class Walk(NamedTuple):
+    """A program's tile of [outer, lanes, N]: whole lanes, or a block of wide ones."""
+
+    LANES: int
+    BLOCK_N: int
+    num_warps: int
+    maxnreg: int | None = None
+    wide: bool = False
+
+
+@cache
+def walk_for(lanes: int, width: int, itemsize: int, *, by_lanes: bool, backward: bool) -> Walk:
+    """The walk over lanes of `width` elements.
+
+    Args:
+        lanes: how many lie beside each other.
+        width: elements in a lane.
+        itemsize: bytes of an element in arithmetic.
+        by_lanes: neighbours in memory are neighbours among lanes, not within one.
+        backward: two tensors are read, not one.
+    """
+    max_tile = MAX_TILE * 4 // itemsize
+    if by_lanes:
+        beside, block_n = min(64, next_power_of_2(lanes)), next_power_of_2(width)
+        while beside > 16 and beside * block_n > max_tile // 2:
+            beside //= 2
+        if beside * block_n > max_tile // 2:
+            return Walk(64, 128, 16, wide=True)
+        return Walk(beside, block_n, max(1, min(32, beside * block_n // 512)))
+    if width > max_tile:
+        return Walk(1, 8192, 32, wide=True) if backward else Walk(1, 16384, 32, wide=True)
+    return Walk(*row_tile(width, elements=2048, elements_per_thread=16))
+
+
+def softmax_forward(
+    op: Operator, x: Tensor, y: Tensor, dim: int, *, causal: bool, log: bool
+) -> None:
+    """Launch the forward: y, contiguous, from x of the same shape."""
+    if x.numel() == 0:
+        return
+    num_queries, split = x.shape[-2] if causal else 1, _split(x, dim)
+    x, y = _as_lanes(x, dim, split), _as_lanes(y, dim, split)
+    outer, lanes, width = y.shape
+    acc = torch.float64 if y.dtype == torch.float64 else torch.float32
+    by_lanes = _by_lanes(x) or _by_lanes(y)
+    walk = walk_for(lanes, width, acc.itemsize, by_lanes=by_lanes, backward=False)
+    op.launch(
+        _softmax_fwd_wide_kernel if walk.wide else _softmax_fwd_kernel,
+        (outer * cdiv(lanes, walk.LANES),),
+        x, y, *x.stride(), *y.stride(), lanes, width, num_queries,
+        LOG=log, CAUSAL=causal, ACC=accumulator(y.dtype), LOWEST=torch.finfo(acc).min,
+        LANES=walk.LANES, BLOCK_N=walk.BLOCK_N, VEC=min(8, walk.BLOCK_N),
+        num_warps=walk.num_warps, maxnreg=walk.maxnreg,
+    )  # fmt: skip
+
+
+def softmax_backward(
+    op: Operator, dy: Tensor, y: Tensor, dx: Tensor, dim: int, *, causal: bool, log: bool
+) -> None:
+    """Launch the backward: dx, contiguous, from dy and y of the same shape."""
+    if y.numel() == 0:
+        return
+    num_queries, split = y.shape[-2] if causal else 1, _split(dy, dim)
+    dy, y, dx = (_as_lanes(t, dim, split) for t in (dy, y.contiguous(), dx))
+    outer, lanes, width = y.shape
+    acc = torch.float64 if y.dtype == torch.float64 else torch.float32
+    by_lanes = _by_lanes(dy) or _by_lanes(y)
+    walk = walk_for(lanes, width, acc.itemsize, by_lanes=by_lanes, backward=True)
+    op.launch(
+        _softmax_bwd_wide_kernel if walk.wide else _softmax_bwd_kernel,
+        (outer * cdiv(lanes, walk.LANES),),
+        dy, y, dx, *dy.stride(), *y.stride(), lanes, width, num_queries,
+        LOG=log, CAUSAL=causal, ACC=accumulator(y.dtype),
+        LANES=walk.LANES, BLOCK_N=walk.BLOCK_N, num_warps=walk.num_warps, maxnreg=walk.maxnreg,
+    )  # fmt: skip
+
+
+def checked(
+    input: Tensor, dim: int, dtype: torch.dtype | None, causal: bool
+) -> tuple[Tensor, int, torch.dtype]:
+    """What the kernels take: the tensor to read, dim counted from the front, dtype of the result.
+
+    The kernel widens what it reads; a dtype that holds no more than input's is cast to before, as
+    torch does.
+
+    Raises:
+        ValueError: a dim that input does not have, or causal with a dim that is not the keys.
+        TypeError: input or dtype is not floating point.
+    """
+    rank = max(input.dim(), 1)
+    if not -rank <= dim < rank:
+        raise ValueError(
+            f"dim is {dim}, and input has shape {tuple(input.shape)}; give {-rank} to {rank - 1}"
+        )
+    if causal and (input.dim() < 2 or dim % rank != rank - 1):
+        raise ValueError(
+            f"causal masks keys, the last dimension of [..., queries, keys]; dim is {dim} and "
+            f"input has shape {tuple(input.shape)}"
+        )
+    if dtype is None:
+        check_floating("input", input)
+        return input, dim % rank, input.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype}; give a floating point one, for example torch.float32")
+    widens = input.is_floating_point() and dtype.itemsize > input.dtype.itemsize
+    input = input if widens else input.to(dtype)
+    check_floating("input", input)
+    return input, dim % rank, dtype
+
+
+def _merges(x: Tensor, first: int, last: int) -> bool:
+    """Whether dimensions first to last - 1 can be viewed as one."""
+    sizes = [(x.shape[i], x.stride(i)) for i in range(first, last) if x.shape[i] > 1]
+    return all(stride == n * inner for (_, stride), (n, inner) in pairwise(sizes))
+
+
+def _split(x: Tensor, dim: int) -> int:
+    """How many dimensions before dim are outer; the others, dim aside, are lanes.
+
+    All that precede dim, if something follows it. Else none, or as few as a view allows.
+    """
+    if math.prod(x.shape[dim + 1 :]) > 1:
+        return dim
+    return next((k for k in range(dim) if _merges(x, 0, k) and _merges(x, k, dim)), 0)
+
+
+def _as_lanes(x: Tensor, dim: int, split: int) -> Tensor:
+    """x as [outer, lanes, N], N being dimension dim; a copy only where there is no such view."""
+    x = x.movedim(dim, -1) if x.dim() else x.view(1)
+    return x.reshape(math.prod(x.shape[:split]), math.prod(x.shape[split:-1]), x.shape[-1])
+
+
+def _by_lanes(x: Tensor) -> bool:
+    """Whether [outer, lanes, N] has its lanes side by side."""
+    return x.shape[1] > 1 and x.stride(1) == 1 and x.stride(2) > 1

@@ -1,0 +1,118 @@
+"""log_softmax over any dimension: `softmax`'s kernels, whose last step is a subtraction.
+
+    y = z - log Σ eᶻ,  z = x - max(x)          dx = dy - eʸ · Σ dy
+
+Here are the definition, the registration and the public names; the kernels and how they walk are
+in `_softmax`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright_kernels import _softmax
+from tilewright_kernels._operator import Operator
+
+_OP = Operator("log_softmax")
+
+
+def log_softmax_reference(
+    input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None, causal: bool = False
+) -> Tensor:
+    """The definition in plain torch; arguments as `log_softmax`."""
+    if not causal:
+        return torch.log_softmax(input, dim, dtype)
+    hidden = torch.ones(input.shape[-2:], dtype=torch.bool, device=input.device).triu(1)
+    y = torch.log_softmax(input.masked_fill(hidden, -torch.inf), dim, dtype)
+    return torch.where(hidden, y.detach(), y)
+
+
+def _backward_fake(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype, causal: bool) -> Tensor:
+    return torch.empty_like(y, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@_OP.function(fake=_backward_fake)
+def log_softmax_backward(
+    dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype, causal: bool
+) -> Tensor:
+    """Launch the backward: dx in dtype, which input had."""
+    dx = _backward_fake(dy, y, dim, dtype, causal)
+    _softmax.softmax_backward(_OP, dy, y, dx, dim, causal=causal, log=True)
+    return dx
+
+
+def _forward_fake(x: Tensor, dim: int, dtype: torch.dtype, causal: bool) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.dim, _, ctx.causal = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(output)
+
+
+def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    (y,) = ctx.saved_tensors
+    return log_softmax_backward(dy, y, ctx.dim, ctx.dtype, ctx.causal), None, None, None
+
+
+@_OP.function(fake=_forward_fake, setup_context=_save, backward=_grads)
+def log_softmax_forward(x: Tensor, dim: int, dtype: torch.dtype, causal: bool) -> Tensor:
+    """Launch the forward: y in dtype."""
+    y = _forward_fake(x, dim, dtype, causal)
+    _softmax.softmax_forward(_OP, x, y, dim, causal=causal, log=True)
+    return y
+
+
+def log_softmax(
+    input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None, causal: bool = False
+) -> Tensor:
+    """The logarithm of `softmax` along a dimension, without overflow or loss of small values.
+
+    y = z - log Σ eᶻ,  z = x - max(x)
+
+    Args:
+        input: in float16, bfloat16, float32 or float64; any shape and strides. It is copied only
+            where no view [outer, N, inner] of it exists.
+        dim: the dimension N that the sum runs over.
+        dtype: of the result; input is cast to it first. The default is input's.
+        causal: see only keys <= query in input [..., queries, keys]; dim must be the last. Aligned
+            at the top left, as torch's is_causal: query 0 sees key 0, whatever the lengths. Hidden
+            keys are constants: y is -inf there, and a gradient that arrives there is not read.
+
+    Returns:
+        Like input, contiguous. A lane of nothing but -inf is NaN, as torch's. Differentiable once.
+
+    Raises:
+        ValueError: a dim that input does not have, or causal with another dim than the last.
+        TypeError: input or dtype is not floating point.
+    """
+    x, dim, dtype = _softmax.checked(input, dim, dtype, causal)
+    if not _OP.uses_triton(x):
+        return log_softmax_reference(x, dim, dtype=dtype, causal=causal)
+    return log_softmax_forward(x, dim, dtype, causal)
+
+
+class LogSoftmax(torch.nn.LogSoftmax):
+    """`torch.nn.LogSoftmax` with `log_softmax` inside.
+
+    Args:
+        dim: as in `log_softmax`. torch's default, None, is deprecated there and chooses by the
+            number of dimensions; here it is the last.
+        causal: as in `log_softmax`.
+    """
+
+    causal = False
+
+    def __init__(self, dim: int = -1, *, causal: bool = False) -> None:
+        super().__init__(dim)
+        self.causal = causal
+
+    def forward(self, input: Tensor) -> Tensor:
+        """LogSoftmax of input, of the same shape."""
+        return log_softmax(input, -1 if self.dim is None else self.dim, causal=self.causal)
+
+    def extra_repr(self) -> str:
+        """Arguments as repr shows them."""
+        return f"dim={self.dim}, causal={self.causal}"
