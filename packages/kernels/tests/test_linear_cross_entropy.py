@@ -24,6 +24,7 @@ from tilewright_kernels.testing import (
     check_compiles,
     check_deterministic,
     check_gradients,
+    count_launches,
     layouts,
     no_synchronization,
     poisoned_memory,
@@ -71,8 +72,9 @@ def gradients(x, weight, target, bias=None, scale=1.0, **options):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    # Rows of more than 8 logits take several steps of the kernel's loops.
-    monkeypatch.setattr(_softmax_gradient, "MAX_TILE", 8)
+    # Of 8 float32 columns: a row of 21 has two whole ones and a part.
+    monkeypatch.setattr(_softmax_gradient, "UNROLL", 2)
+    monkeypatch.setattr(_softmax_gradient, "LEAST_THREADS", 1)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -96,29 +98,29 @@ def test_reference_is_torchs(device):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_every_option_in_every_dtype(dtype, reduction, device, small_tiles):
-    check(*make((6,), 5, 21, dtype, device), reduction=reduction, **EVERYTHING)
+    check(*make((3,), 5, 21, dtype, device), reduction=reduction, **EVERYTHING)
 
 
-@pytest.mark.parametrize("option", EVERYTHING)
+@pytest.mark.parametrize("option", [*EVERYTHING])
 def test_one_option_at_a_time(option, device, small_tiles):
-    x, weight, target, _ = make((3,), 4, 11, device=device)
+    x, weight, target, _ = make((2,), 4, 11, device=device)
     check(x, weight, target, **{option: EVERYTHING[option]})
 
 
 # One chunk, two, the last number that is added in half precision and the first that is not, and a
 # token a chunk: gradients obey the same rule.
-@pytest.mark.parametrize("chunks", [1, 2, 8, 9, 64])
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
-def test_any_number_of_chunks(dtype, chunks, device):
-    x, weight, target, bias = make((64,), 8, 12, dtype, device)
-    check(x, weight, target, bias, chunk_bytes=64 // chunks * 12 * dtype.itemsize)
+@pytest.mark.parametrize("rows", [36, 18, 5, 4, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_number_of_chunks(dtype, rows, device):
+    x, weight, target, bias = make((36,), 8, 12, dtype, device)
+    check(x, weight, target, bias, chunk_bytes=rows * 12 * dtype.itemsize)
 
 
 def test_a_chunk_holds_a_token_at_least(device):
     check(*make((3,), 2, 40, device=device), chunk_bytes=1)
 
 
-@pytest.mark.parametrize("needed", product([False, True], repeat=3), ids=str)
+@pytest.mark.parametrize("needed", [*product([False, True], repeat=3)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_of_some_inputs_only(reduction, needed, device):
     x, weight, target, bias = make((5,), 4, 9, device=device)
@@ -131,11 +133,19 @@ def test_products_that_are_not_needed_are_not_made(device, monkeypatch):
     # A frozen output layer: no gradient of its weight, nor memory for one.
     x, weight, target, _ = make((4,), 3, 8, device=device)
     weight.requires_grad_(False)
-    monkeypatch.setattr(_logit_chunks, "_add_product", None)
+    made, product = [], _logit_chunks._add_product
+
+    def recorded(total, *args, **kwargs):
+        made.append(total.shape)
+        product(total, *args, **kwargs)
+
+    monkeypatch.setattr(_logit_chunks, "_add_product", recorded)
     with use_backend("triton"):
-        assert gradients(x, weight, target)[0].shape == x.shape
+        gradients(x, weight, target)
+        assert made == [x.shape]
         with torch.no_grad():
-            assert not linear_cross_entropy(x, weight, target).requires_grad
+            linear_cross_entropy(x, weight, target)
+        assert made == [x.shape]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -248,12 +258,12 @@ def test_loss_gradient_layouts(device):
             torch.testing.assert_close(ours, expected)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
-    tokens=st.integers(0, 40),
+    tokens=st.integers(0, 24),
     width=st.integers(1, 20),
     classes=st.integers(1, 300),
-    chunk=st.integers(1, 50),
+    chunk=st.integers(4, 30),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16]),
     options=st.sampled_from([{}, {"label_smoothing": 0.1}, {"reduction": "none"}, EVERYTHING]),
 )
@@ -263,15 +273,19 @@ def test_any_shape_and_chunk(tokens, width, classes, chunk, dtype, options):
     check(*inputs, chunk_bytes=chunk * classes * dtype.itemsize, **options)
 
 
+# Every entry of a small Jacobian, and a projection of one whose rows take several tiles.
+@pytest.mark.parametrize(("tokens", "classes", "fast_mode"), [(3, 3, False), (2, 9, True)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradcheck(reduction, device, small_tiles):
-    x, weight, target, bias = make((4,), 2, 9, torch.float64, device)
+def test_gradcheck(reduction, tokens, classes, fast_mode, device, request):
+    if fast_mode:
+        request.getfixturevalue("small_tiles")
+    x, weight, target, bias = make((tokens,), 1, classes, torch.float64, device)
+    options = {"reduction": reduction, "chunk_bytes": 2 * classes * 8, **EVERYTHING}
     check_gradients(
-        lambda x, w, b: linear_cross_entropy(
-            x, w, target, b, reduction=reduction, chunk_bytes=200, **EVERYTHING
-        ),
+        lambda x, w, b: linear_cross_entropy(x, w, target, b, **options),
         (x, weight, bias),
         operator="linear_cross_entropy",
+        fast_mode=fast_mode,
     )
 
 
@@ -284,14 +298,33 @@ def test_second_derivative_is_refused(device):
             torch.autograd.grad(loss, x, create_graph=True)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles(reduction, device):
+def test_compiles(device):
     x, weight, target, bias = make((5,), 8, 16, device=device)
     check_compiles(
-        lambda x, w, b: linear_cross_entropy(x * 1.0, w, target, b, reduction=reduction),
+        lambda x, w, b: linear_cross_entropy(x * 1.0, w, target, b, reduction="none"),
         (x, weight, bias),
         operator="linear_cross_entropy",
     )
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_compiles_with_gradients_in_forward(autocast, device):
+    # As many launches as chunks: the graph multiplies by the gradient of the loss itself.
+    x, weight, target, _ = make((5,), 8, 16, device=device)
+
+    def function(x, weight):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return 4.0 * linear_cross_entropy(x * 1.0, weight, target)
+
+    torch._dynamo.reset()
+    results = []
+    for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        with use_backend("triton"), count_launches() as launches:
+            loss = f(x, weight)
+            results.append((loss, *torch.autograd.grad(loss, (x, weight))))
+    assert launches["linear_cross_entropy"] == 1
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-2 if autocast else 1e-5, atol=1e-5)
 
 
 def test_opcheck(device):
@@ -314,11 +347,11 @@ def test_opcheck(device):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_element_is_written_and_bits_repeat(dtype, reduction, device, small_tiles):
+def test_every_element_is_written_and_bits_repeat(dtype, reduction, device):
     x, weight, target, bias = make((20,), 5, 21, dtype, device)
 
     def run():
-        options = {"reduction": reduction, "chunk_bytes": 4 * 21 * dtype.itemsize}
+        options = {"reduction": reduction, "chunk_bytes": 2 * 21 * dtype.itemsize}
         loss = linear_cross_entropy(x, weight, target, bias, **options).sum()
         return loss, *torch.autograd.grad(3.0 * loss, (x, weight, bias))
 
@@ -337,11 +370,12 @@ def test_inputs_are_left_alone(device):
         assert torch.equal(now, then)
 
 
-def test_no_synchronization(device):
-    inputs = make((64,), 8, 100, torch.bfloat16, device)
+@pytest.mark.gpu
+def test_no_synchronization():
+    inputs = make((64,), 8, 100, torch.bfloat16, "cuda")
 
     def step():
-        for reduction, rows in product(("mean", "none"), (32, 4)):
+        for reduction, rows in product(("mean", "none"), (32, 6)):
             options = {"reduction": reduction, "chunk_bytes": rows * 200}
             (linear_cross_entropy(*inputs, **options).sum() / 3).backward()
 
@@ -367,16 +401,6 @@ def test_autocast(reduction, backend, device):
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
     for a, b in zip(grads, torch.autograd.grad(expected.sum(), narrow), strict=True):
         assert torch.equal(a, b.to(a.dtype))
-
-
-def test_autocast_compiles(device):
-    x, weight, target, _ = make((6,), 5, 9, device=device)
-
-    def function(x, weight):
-        with torch.autocast(device.type, torch.bfloat16):
-            return linear_cross_entropy(x, weight, target)
-
-    check_compiles(function, (x, weight), operator="linear_cross_entropy")
 
 
 def test_module_is_the_function(device):

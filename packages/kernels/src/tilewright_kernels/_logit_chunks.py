@@ -27,7 +27,13 @@ a chunk's share would be rounded away altogether.
 """
 
 LINE_BYTES = 128
-"""Rows of the workspace start at multiples of this: fast products and loads for any vocabulary."""
+"""Rows of the workspace start at multiples of this, so that 16 bytes can be loaded at once."""
+
+VECTOR_BYTES = 16
+"""Products over a multiple of this many bytes of classes are fast; the few others go by themselves.
+
+Whole, 50257 bfloat16 classes run at a fifth of the speed of 50256 on an H200.
+"""
 
 
 class Head(NamedTuple):
@@ -79,10 +85,12 @@ def linear_gradients(
     for chunk, logits in _logit_chunks(x, head, rows):
         chunk_losses = losses.view(-1)[chunk]
         softmax_gradient(op, logits, targets[chunk], factors[chunk], chunk_losses, None, loss)
-        if needed[0]:
-            torch.mm(logits, head.weight, out=dx.view(x.shape)[chunk])
-        if needed[1]:
-            _add_product(dweight_sum, logits.T, x[chunk], keep=chunk.start > 0)
+        for classes in _class_parts(head, x):
+            g, first = logits[:, classes], classes.stop == len(head.weight)
+            if needed[0]:
+                _add_product(dx.view(x.shape)[chunk], g, head.weight[classes], keep=not first)
+            if needed[1]:
+                _add_product(dweight_sum[classes], g.T, x[chunk], keep=chunk.start > 0)
         if needed[2]:
             dbias_sum += logits.sum(0, dtype=losses.dtype)
     if dweight_sum is not dweight:
@@ -151,11 +159,24 @@ def _logit_chunks(x: Tensor, head: Head, rows: int) -> Iterator[tuple[slice, Ten
     for start in range(0, len(x), rows):
         chunk = slice(start, min(start + rows, len(x)))
         logits = workspace[: chunk.stop - start]
-        if head.bias is None:
-            torch.mm(x[chunk], head.weight.T, out=logits)
-        else:
-            torch.addmm(head.bias, x[chunk], head.weight.T, out=logits)
+        for classes in _class_parts(head, x):
+            part, weight = logits[:, classes], head.weight[classes].T
+            if head.bias is None:
+                torch.mm(x[chunk], weight, out=part)
+            else:
+                torch.addmm(head.bias[classes], x[chunk], weight, out=part)
         yield chunk, logits
+
+
+def _class_parts(head: Head, x: Tensor) -> list[slice]:
+    """The last classes, too few for a vector, and all others; one of them may be all there are.
+
+    The few come first: what is added to is rounded, and of the few that is next to nothing.
+    """
+    classes, vector = len(head.weight), VECTOR_BYTES // x.element_size()
+    whole = classes // vector * vector
+    parts = [slice(whole, classes), slice(0, whole)]
+    return [part for part in parts if part.stop > part.start]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, keep: bool) -> None:
