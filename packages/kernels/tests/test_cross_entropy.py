@@ -422,7 +422,7 @@ def test_opcheck(device):
             torch.library.opcheck(ops.cross_entropy_backward.default, args)
 
 
-@pytest.mark.parametrize("shape", [(37, 65), (3, 1), (3, BACKWARD_TILE + 1)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 65), (3, 1), (3, BACKWARD_TILE + 1)], ids=str)
 def test_every_element_is_written_and_bits_repeat(shape, device):
     x, target, weight = make(shape, device=device)
     dloss = torch.rand(shape[:-1], device=device)

@@ -21,31 +21,24 @@ twice, lose in float16 what the scaling is to save, and hold L more bytes from f
 whose target is ignored are not read at all, unless their lse is asked for.
 """
 
-from tilewright_kernels._elementwise import load, store
-from tilewright_kernels._math import exp, log1p, tanh, tanh_grad
+from tilewright_kernels._math import exp, log1p, logistic
 from tilewright_kernels._triton import tl, triton
 
 
 @triton.jit
 def _softcapped(x, SOFTCAP: tl.constexpr):
-    """c · tanh(x / c), or x where there is no cap."""
+    """c · tanh(x / c) = c · (2Λ(2x/c) - 1), to about a rounding of c; x where there is no cap."""
     if SOFTCAP is not None:
-        x = SOFTCAP * tanh(x * (1.0 / SOFTCAP))
+        distribution, _ = logistic(x * (2.0 / SOFTCAP))
+        x = 2.0 * SOFTCAP * distribution - SOFTCAP
     return x
 
 
 @triton.jit
-def _aligned(row_starts, n_cols, ROWS: tl.constexpr, VEC: tl.constexpr):
-    """Where the walk of each row starts, how many columns before the row that is, and their end.
-
-    A load of VEC elements takes an address that is a multiple of VEC, and a row may start anywhere:
-    one row is walked from the multiple before it. Several rows at once are walked with VEC > 1 only
-    where rows and n_cols are multiples of VEC, and the arithmetic here shows it to the compiler.
-    """
-    aligned = row_starts // VEC * VEC
-    shift = (row_starts - aligned).to(tl.int32)
-    end = n_cols if ROWS == 1 else n_cols // VEC * VEC
-    return aligned, shift, end
+def _softcapped_grad(x, SOFTCAP: tl.constexpr):
+    """1 - tanh²(x / c) = 4λ(2x/c), which does not cancel."""
+    _, density = logistic(x * (2.0 / SOFTCAP))
+    return 4.0 * density
 
 
 @triton.jit
@@ -78,7 +71,18 @@ def cross_entropy_fwd_kernel(
         w_target = tl.load(weight_ptr + target, mask=known, other=0.0).to(ACC)
 
     TILE: tl.constexpr = LANES * UNROLL * VEC
-    aligned, shift, end = _aligned(row_starts, n_cols, ROWS, VEC)
+    # A load of VEC elements takes an address that is a multiple of VEC. One row may start anywhere:
+    # it is walked from the multiple before it. Several are walked so only where rows and n_cols are
+    # such multiples, and dividing shows it to the compiler.
+    aligned = row_starts // VEC * VEC
+    if ROWS == 1:
+        shift = (row_starts - aligned).to(tl.int32)
+        end = n_cols
+        stop = tl.max(tl.where(read, end + shift, 0), axis=0)
+    else:
+        shift = tl.zeros([ROWS], dtype=tl.int32)
+        end = n_cols // VEC * VEC
+        stop = end
     offsets = (
         tl.arange(0, LANES)[:, None, None] * VEC
         + tl.arange(0, UNROLL)[None, :, None] * (LANES * VEC)
@@ -88,9 +92,6 @@ def cross_entropy_fwd_kernel(
     peak = tl.full([ROWS, LANES], LOWEST, dtype=ACC)
     total = tl.zeros([ROWS, LANES], dtype=ACC)
     weighted = tl.zeros([ROWS, LANES], dtype=ACC)
-    stop = end
-    if ROWS == 1:
-        stop = tl.max(tl.where(read, end + shift, 0), axis=0)
     for start in range(0, stop, TILE):
         cols = start + offsets - shift[:, None, None, None]
         in_row = (cols >= 0) & (cols < end)
@@ -102,19 +103,17 @@ def cross_entropy_fwd_kernel(
             plain = (first >= 0) & (first + TILE <= n_cols) & ((y < first) | (y >= first + TILE))
         else:
             plain = False
-        if plain:
-            x = tl.load(pointers).to(ACC)
+        if plain:  # all of it in the row, and not the target
+            s = _softcapped(tl.load(pointers).to(ACC), SOFTCAP)
+            kept = s
         else:
-            x = tl.load(pointers, mask=mask, other=float("-inf")).to(ACC)
-            x = tl.where(others, x, float("-inf"))
-        s = _softcapped(x, SOFTCAP)
-        if SOFTCAP is not None:
+            s = _softcapped(tl.load(pointers, mask=mask, other=0.0).to(ACC), SOFTCAP)
+            kept = tl.where(others, s, 0.0)
             s = tl.where(others, s, float("-inf"))
         if SMOOTHING != 0:
-            term = s
             if HAS_WEIGHT:
-                term *= tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(ACC)
-            weighted += tl.sum(tl.sum(tl.where(others, term, 0.0), axis=3), axis=2)
+                kept *= tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(ACC)
+            weighted += tl.sum(tl.sum(kept, axis=3), axis=2)
         new_peak = tl.maximum(peak, tl.max(tl.max(s, axis=3), axis=2))
         terms = exp(s - new_peak[:, :, None, None])
         total = total * exp(peak - new_peak) + tl.sum(tl.sum(terms, axis=3), axis=2)
@@ -157,12 +156,13 @@ def cross_entropy_fwd_kernel(
 
 @triton.jit
 def cross_entropy_reduce_kernel(
-    sums_ptr, loss_ptr, divisor_ptr, num_sums,
+    sums_ptr, loss_ptr, scale_ptr, num_sums,
     MEAN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The programs' sums [2, num_sums] of losses and weights, added in a fixed order; one program.
 
-    Two runs give the same bits, which atomics would not, and the divisor never leaves the device.
+    Two runs give the same bits, which atomics would not. The mean's scale, 1 / Σ w_y, stays on the
+    device, for backward.
     """
     losses = tl.zeros([BLOCK], dtype=ACC)
     weights = tl.zeros([BLOCK], dtype=ACC)
@@ -174,25 +174,25 @@ def cross_entropy_reduce_kernel(
     loss = tl.sum(losses, axis=0)
     if MEAN:
         divisor = tl.sum(weights, axis=0)
-        tl.store(divisor_ptr, divisor)
+        tl.store(scale_ptr, 1.0 / divisor)
         loss = loss / divisor
     tl.store(loss_ptr, loss)
 
 
 @triton.jit
 def cross_entropy_bwd_kernel(
-    dloss_ptr, dlse_ptr, divisor_ptr, x_ptr, target_ptr, weight_ptr, stats_ptr, dx_ptr,
+    dloss_ptr, dlse_ptr, scale_ptr, x_ptr, target_ptr, weight_ptr, stats_ptr, dx_ptr,
     dloss_stride, dlse_stride, x_row_stride, dx_row_stride, target_stride,
     num_rows, n_cols, ignore_index,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_DLSE: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """dx of one tile; dx may be x. With VEC > 1 the two lie alike."""
-    column_tiles = tl.cdiv(n_cols + VEC - 1, BLOCK_N)
+    """dx of one tile; dx may be x. Rows and n_cols are multiples of VEC."""
+    column_tiles = tl.cdiv(n_cols, BLOCK_N)
     rows = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    start = tl.program_id(0) % column_tiles * BLOCK_N
-    inside = rows < num_rows
+    cols = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside, in_row = rows < num_rows, cols < n_cols // VEC * VEC
     given = tl.load(target_ptr + rows * target_stride, mask=inside, other=-1)
     live = inside & (given != ignore_index)
     known = live & (given >= 0) & (given < n_cols)
@@ -201,30 +201,21 @@ def cross_entropy_bwd_kernel(
     if HAS_WEIGHT:
         w_target = tl.load(weight_ptr + target, mask=known, other=0.0).to(ACC)
 
-    # An ignored row gets g = 0 whatever dloss is: 0/0 where the mean runs over no target at all.
+    # An ignored row gets g = 0 whatever dloss is: the mean over no target at all is 0/0.
     g = tl.load(dloss_ptr + rows * dloss_stride, mask=live, other=0.0)
     if MEAN:
-        g = tl.where(live, g / tl.load(divisor_ptr), 0.0)
+        g = tl.where(live, g * tl.load(scale_ptr), 0.0)
     read = inside if HAS_DLSE else live
     s_max = tl.load(stats_ptr + 4 * rows, mask=read, other=0.0)
     inverse = tl.load(stats_ptr + 4 * rows + 1, mask=read, other=0.0)
     complement = tl.load(stats_ptr + 4 * rows + 2, mask=read, other=0.0)
     a = g * w_target * (1.0 - SMOOTHING)
 
-    aligned, shift, end = _aligned(rows * x_row_stride, n_cols, ROWS, VEC)
-    offsets = start + tl.arange(0, BLOCK_N)[None, :]
-    cols = offsets - shift[:, None]
-    in_row = (cols >= 0) & (cols < end)
-    if ROWS == 1:
-        first = start - tl.max(shift, axis=0)
-        full = (first >= 0) & (first + BLOCK_N <= n_cols)
-        needed = full & (tl.max(read.to(tl.int32), axis=0) > 0)
-    else:
-        full = False
-        needed = False
-    x = load(x_ptr + aligned[:, None] + offsets, read[:, None] & in_row, needed).to(ACC)
+    x_rows = x_ptr + rows * x_row_stride // VEC * VEC
+    mask = read[:, None] & in_row[None, :]
+    x = tl.load(x_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(ACC)
     p = exp(_softcapped(x, SOFTCAP) - s_max[:, None]) * inverse[:, None]
-    dx = tl.where(cols == target[:, None], -complement[:, None], p) * a[:, None]
+    dx = tl.where(cols[None, :] == target[:, None], -complement[:, None], p) * a[:, None]
     if HAS_SLOPE or HAS_DLSE:
         b = tl.zeros([ROWS], dtype=ACC)
         if HAS_SLOPE:
@@ -236,10 +227,10 @@ def cross_entropy_bwd_kernel(
         c = g * SMOOTHING / n_cols
         if HAS_WEIGHT:
             w = tl.load(weight_ptr + cols, mask=in_row, other=0.0).to(ACC)
-            dx -= w * c[:, None]
+            dx -= w[None, :] * c[:, None]
         else:
             dx -= c[:, None]
     if SOFTCAP is not None:
-        dx *= tanh_grad(x * (1.0 / SOFTCAP))
-    aligned, _, _ = _aligned(rows * dx_row_stride, n_cols, ROWS, VEC)
-    store(dx_ptr + aligned[:, None] + offsets, dx, inside[:, None] & in_row, full)
+        dx *= _softcapped_grad(x, SOFTCAP)
+    dx_rows = dx_ptr + rows * dx_row_stride // VEC * VEC
+    tl.store(dx_rows[:, None] + cols[None, :], dx, mask=inside[:, None] & in_row[None, :])

@@ -1,7 +1,7 @@
 """How cross_entropy's kernels are launched: tiles, registration with torch.library, the gradient.
 
 A loss is one launch, a mean or a sum two (the second adds one number a program of the first), and
-a backward one, which reads the mean's divisor and the gradient of the loss from the device.
+a backward one, which reads the mean's scale and the gradient of the loss from the device.
 """
 
 import inspect
@@ -19,8 +19,8 @@ from tilewright_kernels.cross_entropy.kernels import (
     cross_entropy_reduce_kernel,
 )
 
-LANES, COLUMNS = 128, 256
-"""Forward gives a row to as many lanes as take 256 columns each, but to no more than 128."""
+LANES, COLUMNS, ELEMENTS = 128, 128, 16
+"""Forward gives a row to as many lanes as take 128 columns each, but to no more than 128."""
 
 THREADS = 2**16
 """Where that would leave the device idle, a row gets more lanes, of fewer columns."""
@@ -57,16 +57,15 @@ def forward_tile(num_rows: int, width: int, vector: int, even: bool) -> ForwardT
     block = next_power_of_2(width)
     vector = min(vector, block)
     lanes = max(1, min(LANES, block // COLUMNS))
-    while num_rows * lanes < THREADS and lanes < 1024:
+    while num_rows * lanes < THREADS and lanes < 512:
         lanes *= 2
     lanes = min(lanes, block // vector)
-    if lanes < LANES and not even:
+    if lanes < 32 and not even:
         vector = 1
-    # Neighbours load at least 32 columns side by side.
-    lanes = max(lanes, min(32, block) // vector)
-    rows = max(1, LANES // lanes)
-    unroll = min(32, block // lanes) // vector
-    return ForwardTile(rows, lanes, unroll, vector, rows * lanes // 32)
+    # Neighbours load at least 16 columns side by side.
+    lanes = max(lanes, min(16, block) // vector)
+    unroll = min(ELEMENTS, block // lanes) // vector
+    return ForwardTile(max(1, 32 // lanes), lanes, unroll, vector, max(1, lanes // 32))
 
 
 def _alignment(rows: Tensor) -> tuple[int, bool]:
@@ -79,7 +78,7 @@ def _alignment(rows: Tensor) -> tuple[int, bool]:
 
 def _launch_backward(
     dx_rows: Tensor, dloss: Tensor | None, dlse: Tensor | None, x: Tensor, target: Tensor,
-    weight: Tensor | None, stats: Tensor, divisor: Tensor, reduction: str,
+    weight: Tensor | None, stats: Tensor, scale: Tensor, reduction: str,
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
 ) -> None:  # fmt: skip
     """Write the gradient of x into dx_rows [N, V], which may be x's own memory."""
@@ -90,25 +89,22 @@ def _launch_backward(
     dlosses = dloss.expand(target.shape).reshape(-1)
     dlses = None if dlse is None else dlse.reshape(-1)
     tile = row_tile(min(width, BACKWARD_TILE), elements=BACKWARD_TILE, elements_per_thread=16)
-    (vector, even), (dx_vector, dx_even) = _alignment(x_rows), _alignment(dx_rows)
-    alike = tile.ROWS == 1 and x_rows.stride(0) == dx_rows.stride(0)
-    vector = min(vector, dx_vector) if alike or (even and dx_even) else 1
-    column_tiles = cdiv(width + vector - 1, tile.BLOCK_N)
+    (vector, even), (_, dx_even) = _alignment(x_rows), _alignment(dx_rows)
     OP.launch(
-        cross_entropy_bwd_kernel, (cdiv(len(x_rows), tile.ROWS) * column_tiles,),
-        dlosses, dlses, divisor, x_rows, targets, weight, stats, dx_rows,
+        cross_entropy_bwd_kernel, (cdiv(len(x_rows), tile.ROWS) * cdiv(width, tile.BLOCK_N),),
+        dlosses, dlses, scale, x_rows, targets, weight, stats, dx_rows,
         dlosses.stride(0), 0 if dlses is None else dlses.stride(0), x_rows.stride(0),
         dx_rows.stride(0), targets.stride(0), len(x_rows), width, ignore_index,
         SMOOTHING=label_smoothing, SOFTCAP=softcap, HAS_WEIGHT=weight is not None,
         HAS_SLOPE=label_smoothing != 0 or z_loss != 0, HAS_DLSE=dlses is not None,
         MEAN=reduction == "mean", ACC=accumulator(x.dtype), ROWS=tile.ROWS, BLOCK_N=tile.BLOCK_N,
-        VEC=vector, num_warps=tile.num_warps,
+        VEC=vector if even and dx_even else 1, num_warps=tile.num_warps,
     )  # fmt: skip
 
 
 def _backward_fake(
     dloss: Tensor | None, dlse: Tensor | None, x: Tensor, target: Tensor,
-    weight: Tensor | None, stats: Tensor, divisor: Tensor, reduction: str,
+    weight: Tensor | None, stats: Tensor, scale: Tensor, reduction: str,
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -117,14 +113,14 @@ def _backward_fake(
 @OP.function(fake=_backward_fake)
 def cross_entropy_backward(
     dloss: Tensor | None, dlse: Tensor | None, x: Tensor, target: Tensor,
-    weight: Tensor | None, stats: Tensor, divisor: Tensor, reduction: str,
+    weight: Tensor | None, stats: Tensor, scale: Tensor, reduction: str,
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
 ) -> Tensor:  # fmt: skip
     """Launch the backward: dx [..., V] like x from the gradients of the loss and of each lse."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
     rows = as_rows(dx, x.shape[-1])
-    _launch_backward(rows, dloss, dlse, x, target, weight, stats, divisor, *options)
+    _launch_backward(rows, dloss, dlse, x, target, weight, stats, scale, *options)
     return dx
 
 
@@ -141,10 +137,10 @@ def _forward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, target, weight, ctx.return_lse, *ctx.options = inputs
-    stats, divisor = output[2:]
-    ctx.mark_non_differentiable(stats, divisor)
+    stats, scale = output[2:]
+    ctx.mark_non_differentiable(stats, scale)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, target, weight, stats, divisor)
+    ctx.save_for_backward(x, target, weight, stats, scale)
 
 
 def _grads(ctx: Any, dloss: Tensor | None, dlse: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -174,12 +170,12 @@ def cross_entropy_forward(
     x: Tensor, target: Tensor, weight: Tensor | None, return_lse: bool, reduction: str,
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch the forward: loss [...] or 0-d, lse [...], and for backward stats and divisor.
+    """Launch the forward: loss [...] or 0-d, lse [...], and for backward stats and scale.
 
-    lse is empty where it is not asked for, and so is the divisor where there is no mean.
+    lse is empty where it is not asked for, and so is the scale where there is no mean.
     """
     options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
-    loss, lse, stats, divisor = _forward_fake(x, target, weight, return_lse, *options)
+    loss, lse, stats, scale = _forward_fake(x, target, weight, return_lse, *options)
     width = x.shape[-1]
     x_rows, targets = as_rows(x, width), target.reshape(-1)
     tile = forward_tile(len(x_rows), width, *_alignment(x_rows))
@@ -200,11 +196,11 @@ def cross_entropy_forward(
     if reduced:
         block = min(REDUCE_BLOCK, next_power_of_2(max(programs, 1)))
         OP.launch(
-            cross_entropy_reduce_kernel, (1,), losses, loss, divisor, programs,
+            cross_entropy_reduce_kernel, (1,), losses, loss, scale, programs,
             MEAN=reduction == "mean", ACC=accumulator(x.dtype), BLOCK=block,
             num_warps=max(1, min(32, block // 128)),
         )  # fmt: skip
-    return loss, lse, stats, divisor
+    return loss, lse, stats, scale
 
 
 cross_entropy_in_place = _autograd_function(
