@@ -42,6 +42,22 @@ def _softcapped_grad(x, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _targets(
+    target_ptr, weight_ptr, rows, inside, target_stride, n_cols, ignore_index,
+    HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Each row's target, -1 for none; whether it is a class; whether it counts; and its weight."""
+    given = tl.load(target_ptr + rows * target_stride, mask=inside, other=-1)
+    counts = inside & (given != ignore_index)
+    known = counts & (given >= 0) & (given < n_cols)
+    target = tl.where(known, given, -1).to(tl.int32)
+    weight = known.to(ACC)
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + target, mask=known, other=0.0).to(ACC)
+    return target, known, counts, weight
+
+
+@triton.jit
 def cross_entropy_fwd_kernel(
     x_ptr, target_ptr, weight_ptr, weight_sum_ptr, loss_ptr, lse_ptr, stats_ptr,
     x_row_stride, target_stride, num_rows, n_cols, ignore_index,
@@ -58,17 +74,13 @@ def cross_entropy_fwd_kernel(
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_rows
-    given = tl.load(target_ptr + rows * target_stride, mask=inside, other=-1)
-    ignored = given == ignore_index
-    known = (given >= 0) & (given < n_cols) & (given != ignore_index)
+    target, known, counts, w_target = _targets(
+        target_ptr, weight_ptr, rows, inside, target_stride, n_cols, ignore_index, HAS_WEIGHT, ACC
+    )
     read = inside if HAS_LSE else known
-    target = tl.where(known, given, -1).to(tl.int32)
     row_starts = rows * x_row_stride
     s_target = tl.load(x_ptr + row_starts + target, mask=known, other=0.0).to(ACC)
     s_target = tl.where(known, _softcapped(s_target, SOFTCAP), float("-inf"))
-    w_target = known.to(ACC)
-    if HAS_WEIGHT:
-        w_target = tl.load(weight_ptr + target, mask=known, other=0.0).to(ACC)
 
     TILE: tl.constexpr = LANES * UNROLL * VEC
     # A load of VEC elements takes an address that is a multiple of VEC. One row may start anywhere:
@@ -137,9 +149,10 @@ def cross_entropy_fwd_kernel(
         loss += SMOOTHING * spread / n_cols
         slope += SMOOTHING * weight_sum / n_cols if HAS_WEIGHT else SMOOTHING
 
-    # A target that is no class: its loss and gradient are NaN. An ignored one: both are 0.
-    missing = tl.where(ignored | (rows >= num_rows), 0.0, float("nan"))
+    # A target that counts and is no class: its loss and gradient are NaN. An ignored one: both 0.
+    missing = tl.where(counts, float("nan"), 0.0)
     loss = tl.where(known, loss, missing)
+    inverse = tl.where(tl.where(counts, known, read), 1.0 / everything, missing)
     if REDUCED:
         tl.store(loss_ptr + tl.program_id(0), tl.sum(loss, axis=0))
         tl.store(loss_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(w_target, axis=0))
@@ -147,7 +160,6 @@ def cross_entropy_fwd_kernel(
         tl.store(loss_ptr + rows, loss, mask=inside)
     if HAS_LSE:
         tl.store(lse_ptr + rows, lse, mask=inside)
-    inverse = tl.where(known | (ignored & read), 1.0 / everything, missing)
     tl.store(stats_ptr + 4 * rows, s_max, mask=inside)
     tl.store(stats_ptr + 4 * rows + 1, inverse, mask=inside)
     tl.store(stats_ptr + 4 * rows + 2, others * inverse, mask=inside)
@@ -193,19 +205,14 @@ def cross_entropy_bwd_kernel(
     rows = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, in_row = rows < num_rows, cols < n_cols // VEC * VEC
-    given = tl.load(target_ptr + rows * target_stride, mask=inside, other=-1)
-    live = inside & (given != ignore_index)
-    known = live & (given >= 0) & (given < n_cols)
-    target = tl.where(known, given, -1).to(tl.int32)
-    w_target = known.to(ACC)
-    if HAS_WEIGHT:
-        w_target = tl.load(weight_ptr + target, mask=known, other=0.0).to(ACC)
-
+    target, _, counts, w_target = _targets(
+        target_ptr, weight_ptr, rows, inside, target_stride, n_cols, ignore_index, HAS_WEIGHT, ACC
+    )
     # An ignored row gets g = 0 whatever dloss is: the mean over no target at all is 0/0.
-    g = tl.load(dloss_ptr + rows * dloss_stride, mask=live, other=0.0)
+    g = tl.load(dloss_ptr + rows * dloss_stride, mask=counts, other=0.0)
     if MEAN:
-        g = tl.where(live, g * tl.load(scale_ptr), 0.0)
-    read = inside if HAS_DLSE else live
+        g = tl.where(counts, g * tl.load(scale_ptr), 0.0)
+    read = inside if HAS_DLSE else counts
     s_max = tl.load(stats_ptr + 4 * rows, mask=read, other=0.0)
     inverse = tl.load(stats_ptr + 4 * rows + 1, mask=read, other=0.0)
     complement = tl.load(stats_ptr + 4 * rows + 2, mask=read, other=0.0)
