@@ -12,7 +12,7 @@ import pytest
 import torch
 
 # Triton reads this when a kernel is decorated, so it is set before any test module is imported. Its
-# interpreter needs numpy, which the test group holds and the benchmarks' environment does not.
+# interpreter needs numpy, which the test group holds and not every environment does.
 if not torch.cuda.is_available() and importlib.util.find_spec("numpy") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
