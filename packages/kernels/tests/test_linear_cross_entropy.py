@@ -88,7 +88,7 @@ def test_matches_float64(tokens, width, classes, reduction, dtype, device):
 def test_reference_is_torchs(device):
     x, weight, target, bias = make((9,), 4, 11, torch.float64, device)
     for reduction, smoothing in product(("mean", "sum", "none"), (0.0, 0.3)):
-        options = {"reduction": reduction, "label_smoothing": smoothing}
+        options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
         with use_backend("torch"):
             ours = linear_cross_entropy(x, weight, target, bias, **options)
         torchs = F.cross_entropy(F.linear(x, weight, bias), target, **options)
@@ -172,9 +172,12 @@ def test_gradients_of_a_loss_as_it_is_are_handed_out(device):
     x, weight, target, _ = make((5,), 4, 9, device=device)
     with use_backend("triton"):
         loss = linear_cross_entropy(x, weight, target)
-        addresses = [t.data_ptr() for t in loss.grad_fn.saved_tensors[:2]]
+        node: Any = loss.grad_fn
+        addresses = [t.data_ptr() for t in node.saved_tensors[:2]]
         loss.backward()
-    assert [x.grad.data_ptr(), weight.grad.data_ptr()] == addresses
+    for leaf, address in zip((x, weight), addresses, strict=True):
+        assert leaf.grad is not None
+        assert leaf.grad.data_ptr() == address
 
 
 def test_scaled_loss_keeps_small_gradients_in_float16(device):
@@ -345,6 +348,8 @@ def test_opcheck(device):
             )
 
 
+# On a GPU torch warns that cuBLAS may choose another algorithm next time; the test would show it.
+@pytest.mark.filterwarnings("ignore:Deterministic behavior was enabled:UserWarning")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_element_is_written_and_bits_repeat(dtype, reduction, device):
@@ -376,7 +381,7 @@ def test_no_synchronization():
 
     def step():
         for reduction, rows in product(("mean", "none"), (32, 6)):
-            options = {"reduction": reduction, "chunk_bytes": rows * 200}
+            options: dict[str, Any] = {"reduction": reduction, "chunk_bytes": rows * 200}
             (linear_cross_entropy(*inputs, **options).sum() / 3).backward()
 
     with use_backend("triton"):
@@ -395,7 +400,9 @@ def test_autocast(reduction, backend, device):
         ours = linear_cross_entropy(*inputs, reduction=reduction)
     narrow = [t.detach().bfloat16().requires_grad_() for t in (x, weight, bias)]
     with use_backend(backend):
-        expected = linear_cross_entropy(*narrow[:2], target, narrow[2], reduction=reduction)
+        expected = linear_cross_entropy(
+            narrow[0], narrow[1], target, narrow[2], reduction=reduction
+        )
     assert torch.equal(ours, expected)
     grads = torch.autograd.grad(ours.sum(), (inputs[0], weight, bias))
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
@@ -405,7 +412,7 @@ def test_autocast(reduction, backend, device):
 
 def test_module_is_the_function(device):
     x, weight, target, bias = make((6,), 5, 9, device=device)
-    options = {"ignore_index": 2, "reduction": "sum", **EVERYTHING}
+    options: dict[str, Any] = {"ignore_index": 2, "reduction": "sum", **EVERYTHING}
     loss = LinearCrossEntropyLoss(**options, chunk_bytes=100)
     target[0], target[1::3] = 2, 3
     with use_backend("triton"):
@@ -418,36 +425,46 @@ def test_module_is_the_function(device):
 
 
 # Vocabularies: a power of two, rows at odd addresses, more than any tile; chunks of a real number
-# of tokens, and a few.
+# of tokens, and a few. Rounded logits make the error of a mean a matter of luck, so that a sum is
+# compared with that of its tokens' losses. Not float64: over so many classes its error is the order
+# of summation, for which nothing allows.
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(700, 256, 32768), (300, 100, 50257), (260, 128, 131073)], ids=str
+    "shape", [(700, 256, 32768), (300, 104, 50257), (260, 128, 131073)], ids=str
 )
 def test_matches_float64_at_real_widths(shape, dtype):
     tokens, width, classes = shape
     x, weight, target, bias = make((tokens,), width, classes, dtype, "cuda")
     with torch.no_grad():
         weight /= width**0.5
-    for reduction, rows in product(("mean", "none"), (tokens, 256, 20)):
+    for rows in (tokens, 256, 20):
         chunk_bytes = rows * classes * dtype.itemsize
-        check(x, weight, target, bias, chunk_bytes=chunk_bytes, reduction=reduction)
+        check(x, weight, target, bias, chunk_bytes=chunk_bytes, reduction="none")
+        losses = linear_cross_entropy(x, weight, target, reduction="none", chunk_bytes=chunk_bytes)
+        loss = linear_cross_entropy(x, weight, target, reduction="sum", chunk_bytes=chunk_bytes)
+        torch.testing.assert_close(loss, losses.sum())
+        expected = torch.autograd.grad(losses.sum(), (x, weight))
+        for ours, theirs in zip(torch.autograd.grad(loss, (x, weight)), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_elements():
-    # 2³¹ logits plus some in one chunk, and as many of weight: offsets that int32 cannot hold.
+    # 2³¹ logits plus some in one chunk, then as many of weight: offsets that int32 cannot hold.
     for tokens, width, classes in ((2**14 + 8, 8, 2**17), (8, 2**14, 2**17 + 8)):
         x = torch.randn(4, width, device="cuda", dtype=torch.bfloat16).repeat(tokens // 4, 1)
-        weight = torch.randn(8, width, device="cuda", dtype=torch.bfloat16).repeat(classes // 8, 1)
-        x, weight = x.requires_grad_(), (weight / width**0.5).requires_grad_()
+        weight = torch.randn(8, width, device="cuda", dtype=torch.bfloat16) / width**0.5
+        weight = weight.repeat(classes // 8, 1).requires_grad_()
         target = torch.arange(4, device="cuda").repeat(tokens // 4)
-        loss = linear_cross_entropy(x, weight, target, chunk_bytes=2**40)
+        loss = linear_cross_entropy(
+            x.requires_grad_(), weight, target, reduction="sum", chunk_bytes=2**40
+        )
+        # Twice: all of the gradients are then multiplied.
         dx, dweight = torch.autograd.grad(2.0 * loss, (x, weight))
         torch.testing.assert_close(dx[-4:], dx[:4])
-        torch.testing.assert_close(dweight[-4:], dweight[-12:-8])
-        assert dx[-1].abs().max() > 0
-        assert dweight[-1].abs().max() > 0
+        torch.testing.assert_close(dweight[-8:], dweight[-16:-8])
+        assert (dx[-1].abs().max() > 0) & (dweight[-1].abs().max() > 0)
 
 
 @pytest.mark.gpu
@@ -490,12 +507,10 @@ def test_bad_input(device):
         linear_cross_entropy(x, weight, target, bias[:8])
     with pytest.raises(ValueError, match=r"weight on meta"):
         linear_cross_entropy(x, weight.to("meta"), target)
-    for name, value in (
-        ("reduction", "average"),
-        ("label_smoothing", 1.5),
-        ("z_loss", -1.0),
-        ("softcap", 0.0),
-        ("chunk_bytes", 0),
-    ):
+    bad: dict[str, Any] = {
+        "reduction": "average", "label_smoothing": 1.5, "z_loss": -1.0, "softcap": 0.0,
+        "chunk_bytes": 0,
+    }  # fmt: skip
+    for name, value in bad.items():
         with pytest.raises(ValueError, match=rf"{name} is '?{value}"):
             linear_cross_entropy(x, weight, target, **{name: value})

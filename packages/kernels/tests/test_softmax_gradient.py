@@ -32,6 +32,7 @@ def test_tiles():
     # Few rows at a time where they are walked twice, several rows where they are narrow.
     assert tile_for(131072, 2, 2) == Tile(1, 1024, 4, 8, 32)
     assert tile_for(131072, 2, 1) == Tile(1, 256, 4, 8, 8)
+    assert tile_for(131072, 2, 2, capped=True) == Tile(1, 1024, 1, 8, 32)
     assert tile_for(32768, 2, 2) == Tile(1, 256, 4, 8, 8)
     assert tile_for(130, 4, 2) == Tile(8, 16, 4, 4, 4)
     assert tile_for(1, 8, 2) == Tile(128, 1, 1, 1, 4)

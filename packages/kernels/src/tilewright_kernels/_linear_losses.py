@@ -87,8 +87,10 @@ def autocast(*tensors: Tensor | None) -> list[Any]:
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    wide = [t is not None and t.is_floating_point() and t.dtype != torch.float64 for t in tensors]
-    return [t.to(dtype) if cast else t for t, cast in zip(tensors, wide, strict=True)]
+    return [
+        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+        for t in tensors
+    ]
 
 
 def check_linear(

@@ -32,7 +32,8 @@ LINE_BYTES = 128
 VECTOR_BYTES = 16
 """Products over a multiple of this many bytes of classes are fast; the few others go by themselves.
 
-Whole, 50257 bfloat16 classes run at a fifth of the speed of 50256 on an H200.
+4096 x 2048 x 50257 in bfloat16 took 17 ms with whole products on an H200, and 4.2 ms where
+torch.compile pads them.
 """
 
 

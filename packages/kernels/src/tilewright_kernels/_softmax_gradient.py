@@ -56,11 +56,14 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile_for(width: int, itemsize: int, walks: int) -> Tile:
-    """The tile in which rows of `width` logits are walked, once or twice."""
+def tile_for(width: int, itemsize: int, walks: int, *, capped: bool = False) -> Tile:
+    """The tile in which rows of `width` logits are walked, once or twice.
+
+    The registers of 1024 threads hold what one load needs of a softcap's arithmetic, not four.
+    """
     block = next_power_of_2(width)
     vec = min(16 // itemsize, block)
-    unroll = min(UNROLL, block // vec)
+    unroll = min(1 if capped else UNROLL, block // vec)
     most = MOST_THREADS if walks == 2 else 2 * LEAST_THREADS
     threads = min(most, max(LEAST_THREADS, block // COLUMNS_PER_THREAD))
     lanes = min(threads, block // (vec * unroll))
@@ -158,6 +161,7 @@ def _softmax_gradient_kernel(
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_GRADIENT: tl.constexpr, HAS_MEAN: tl.constexpr, ACC: tl.constexpr, LOWEST: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, UNROLL: tl.constexpr, VEC: tl.constexpr,
+    FIRST_WALK: tl.constexpr,
 ):  # fmt: skip
     """Losses of ROWS rows, the mean of their logits, and the gradient written over the logits."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -175,19 +179,18 @@ def _softmax_gradient_kernel(
     plain = tl.zeros([ROWS, LANES], dtype=ACC)
     TILE: tl.constexpr = LANES * UNROLL * VEC
     HAS_PLAIN: tl.constexpr = SMOOTHING != 0 or HAS_MEAN
-    L2: tl.constexpr = "evict_last" if HAS_GRADIENT else ""
     # The logits of an ignored target are not read: no tile of them is whole.
     end = tl.max(tl.where(live, n_cols, 0), axis=0)
     whole = end // TILE * TILE if ROWS == 1 else 0
     for start in tl.range(0, whole, TILE):
         peak, total, plain = _sum_tile(
             x_rows, start, live, target, row_stride, n_cols, peak, total, plain,
-            SOFTCAP, HAS_PLAIN, False, UNROLL, VEC, L2,
+            SOFTCAP, HAS_PLAIN, False, UNROLL, VEC, FIRST_WALK,
         )  # fmt: skip
     for start in tl.range(whole, end, TILE):
         peak, total, plain = _sum_tile(
             x_rows, start, live, target, row_stride, n_cols, peak, total, plain,
-            SOFTCAP, HAS_PLAIN, True, UNROLL, VEC, L2,
+            SOFTCAP, HAS_PLAIN, True, UNROLL, VEC, FIRST_WALK,
         )  # fmt: skip
 
     others_max = tl.max(peak, axis=1)
@@ -246,7 +249,8 @@ def softmax_gradient(
         loss: which one.
     """
     num_rows, width = logits.shape
-    tile = tile_for(width, logits.element_size(), 1 if factor is None else 2)
+    walks, capped = 1 if factor is None else 2, loss.softcap is not None
+    tile = tile_for(width, logits.element_size(), walks, capped=capped)
     op.launch(
         _softmax_gradient_kernel, (cdiv(num_rows, tile.ROWS),),
         logits, targets, factor, losses, means, logits.stride(0), targets.stride(0),
@@ -254,4 +258,5 @@ def softmax_gradient(
         SMOOTHING=loss.label_smoothing, Z_LOSS=loss.z_loss, SOFTCAP=loss.softcap,
         HAS_GRADIENT=factor is not None, HAS_MEAN=means is not None,
         ACC=accumulator(logits.dtype), LOWEST=torch.finfo(losses.dtype).min, **tile._asdict(),
+        FIRST_WALK="" if factor is None else "evict_last",
     )  # fmt: skip

@@ -80,8 +80,8 @@ def _reduced_fake(
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
     chunk_bytes: int | None, need_dx: bool, need_dweight: bool, need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = empty_gradients(x, weight, bias, need_dx, need_dweight, need_dbias)
-    return x.new_empty((), dtype=sum_dtype(x)), *grads
+    dx, dweight, dbias = empty_gradients(x, weight, bias, need_dx, need_dweight, need_dbias)
+    return x.new_empty((), dtype=sum_dtype(x)), dx, dweight, dbias
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -119,12 +119,12 @@ def linear_cross_entropy_reduced(
     if mean:
         # 1/0 without targets: no row takes it then, and the loss is 0 · ∞ = NaN, as torch's.
         factor /= (target != ignore_index).sum()
-    losses, *grads = linear_gradients(
+    losses, dx, dweight, dbias = linear_gradients(
         _OP, x, Head(weight, bias), target, factor.expand(target.shape),
         Loss(ignore_index, label_smoothing, z_loss, softcap), chunk_bytes,
         (need_dx, need_dweight, need_dbias),
     )  # fmt: skip
-    return losses.sum() * factor, *grads
+    return losses.sum() * factor, dx, dweight, dbias
 
 
 def linear_cross_entropy(
