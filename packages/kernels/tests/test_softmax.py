@@ -98,6 +98,12 @@ def test_wide(name, shape, options, dtype, device, narrow_tiles):
     check(name, make(shape, dtype, device), **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"dim": 0}, {"causal": True}], ids=str)
+def test_pairs(name, options, device, monkeypatch):
+    monkeypatch.setattr(_softmax, "PAIRS_FROM", 1)
+    check(name, make((3, 13), torch.float32, device), **options)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [4096, 16384, 32768, 32769, 262144])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -208,8 +214,11 @@ def test_integers_with_a_dtype(name, device):
     torch.testing.assert_close(ours, getattr(torch, name)(x, -1, torch.float32))
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_extreme_values(name, wide, device, request):
+@pytest.mark.parametrize("kernel", ["steps", "pairs", "wide"])
+def test_extreme_values(name, kernel, device, request, monkeypatch):
+    if kernel == "pairs":
+        monkeypatch.setattr(_softmax, "PAIRS_FROM", 1)
+    wide = kernel == "wide"
     if wide:
         request.getfixturevalue("narrow_tiles")
     inf, nan = torch.inf, torch.nan
