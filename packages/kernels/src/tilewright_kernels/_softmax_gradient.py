@@ -221,6 +221,7 @@ def _softmax_gradient_kernel(
         flat = g * SMOOTHING / n_cols
         ds_target = own * (SMOOTHING + slope) - others * (1.0 - SMOOTHING)
         ds_target = g * ds_target * inverse - flat
+        tl.debug_barrier()  # every thread has read s_target before one writes over it
         for start in tl.range(0, whole, TILE):
             _write_tile(
                 x_rows, start, live, inside, target, row_stride, s_max, scale, flat, ds_target,
