@@ -2,7 +2,7 @@
 
 import pytest
 
-from tilewright_kernels._logit_chunks import LEAST_BYTES, chunk_rows
+from tilewright_kernels._logit_chunks import LEAST_BYTES, ROUNDED_SUMS, chunk_rows
 
 H200 = 132
 
@@ -22,8 +22,9 @@ def test_chunks_fill_waves_of_tiles():
     assert chunk_rows(16384, 4096, 262144, 3200 * 262144, H200) == 3072
 
 
-@pytest.mark.parametrize(("tokens", "row_bytes"), [(16384, 65536), (4096, 262144), (300, 2000)])
-def test_default_is_a_fifth_of_the_logits(tokens, row_bytes):
-    rows = chunk_rows(tokens, 1024, row_bytes, None, H200)
+@pytest.mark.parametrize("width", [512, 1024, 1536, 4096])
+@pytest.mark.parametrize(("tokens", "row_bytes"), [(16384, 65536), (1275, 524288), (300, 2000)])
+def test_default_is_a_fifth_of_the_logits_in_few_chunks(tokens, row_bytes, width):
+    rows = chunk_rows(tokens, width, row_bytes, None, H200)
     assert rows * row_bytes <= max(tokens * row_bytes // 5, LEAST_BYTES)
-    assert -(-tokens // rows) <= 8
+    assert -(-tokens // rows) <= ROUNDED_SUMS

@@ -129,21 +129,25 @@ def chunk_rows(
         tokens: of all chunks together.
         width: of the hidden states.
         row_bytes: of one token's logits.
-        chunk_bytes: None takes a fifth of the logits.
+        chunk_bytes: None takes a fifth of the logits, and no more than ROUNDED_SUMS chunks.
         processors: multiprocessors of the device.
     """
+    least = 1
     if chunk_bytes is None:
         chunk_bytes = max(LEAST_BYTES, tokens * row_bytes // 5)
+        least = cdiv(tokens, ROUNDED_SUMS)
     fitting = chunk_bytes // row_bytes
     if fitting >= tokens or fitting < 128:
-        return max(1, min(fitting, tokens))
+        return max(1, least, min(fitting, tokens))
 
     def waves(rows: int) -> int:
         return cdiv(cdiv(rows, 128) * cdiv(width, 256), processors)
 
     whole = fitting // 128 * 128
     sizes = range(whole, whole // 2, -128)
-    return min(sizes, key=lambda rows: tokens // rows * waves(rows) + waves(tokens % rows))
+    return max(
+        least, min(sizes, key=lambda rows: tokens // rows * waves(rows) + waves(tokens % rows))
+    )
 
 
 def _rows(x: Tensor, head: Head, chunk_bytes: int | None) -> int:
