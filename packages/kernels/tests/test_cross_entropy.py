@@ -53,10 +53,10 @@ def check(x, target, weight=None, **options):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 4 columns, so that a row of 9 takes every loop."""
+    """Tiles of 4 and of 2 columns, so that a row of 5 takes every loop."""
     tile = launches.ForwardTile(ROWS=1, LANES=2, UNROLL=1, VEC=2, num_warps=1)
     monkeypatch.setattr(launches, "forward_tile", lambda *_: tile)
-    monkeypatch.setattr(launches, "BACKWARD_TILE", 4)
+    monkeypatch.setattr(launches, "BACKWARD_TILE", 2)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -134,8 +134,8 @@ def test_launches(device):
         assert launched["cross_entropy"] == 1
 
 
-# A single class; one past the tile of backward and of forward.
-@pytest.mark.parametrize("width", [1, BACKWARD_TILE - 7, BACKWARD_TILE + 1, 4096, 4097])
+# A single class; less than a tile, one, and one column more.
+@pytest.mark.parametrize("width", [1, 2041, 2 * BACKWARD_TILE, 2 * BACKWARD_TILE + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_widths(width, dtype, device):
     x, target, _ = make((2, width), dtype, device)
@@ -394,8 +394,10 @@ def test_second_derivative_is_refused(device):
 def test_compiles(option, device):
     x, target, weight = make((5, 16), device=device)
 
+    options: dict[str, Any] = {option: True, **EVERYTHING}
+
     def function(x, target, weight):
-        return cross_entropy(x * 1.0, target, weight, **{option: True}, **EVERYTHING)
+        return cross_entropy(x * 1.0, target, weight, **options)
 
     check_compiles(function, (x, target, weight), operator="cross_entropy")
 
@@ -422,7 +424,7 @@ def test_opcheck(device):
             torch.library.opcheck(ops.cross_entropy_backward.default, args)
 
 
-@pytest.mark.parametrize("shape", [(9, 65), (3, 1), (3, BACKWARD_TILE + 1)], ids=str)
+@pytest.mark.parametrize("shape", [(9, 65), (3, 1), (3, 2 * BACKWARD_TILE + 1)], ids=str)
 def test_every_element_is_written_and_bits_repeat(shape, device):
     x, target, weight = make(shape, device=device)
     dloss = torch.rand(shape[:-1], device=device)

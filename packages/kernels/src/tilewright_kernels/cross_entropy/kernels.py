@@ -198,13 +198,13 @@ def cross_entropy_bwd_kernel(
     num_rows, n_cols, ignore_index,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_DLSE: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dx of one tile; dx may be x. Rows and n_cols are multiples of VEC."""
+    """dx of one tile; dx may be x."""
     column_tiles = tl.cdiv(n_cols, BLOCK_N)
     rows = (tl.program_id(0) // column_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside, in_row = rows < num_rows, cols < n_cols // VEC * VEC
+    inside, in_row = rows < num_rows, cols < n_cols
     target, _, counts, w_target = _targets(
         target_ptr, weight_ptr, rows, inside, target_stride, n_cols, ignore_index, HAS_WEIGHT, ACC
     )
@@ -218,9 +218,8 @@ def cross_entropy_bwd_kernel(
     complement = tl.load(stats_ptr + 4 * rows + 2, mask=read, other=0.0)
     a = g * w_target * (1.0 - SMOOTHING)
 
-    x_rows = x_ptr + rows * x_row_stride // VEC * VEC
     mask = read[:, None] & in_row[None, :]
-    x = tl.load(x_rows[:, None] + cols[None, :], mask=mask, other=0.0).to(ACC)
+    x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(ACC)
     p = exp(_softcapped(x, SOFTCAP) - s_max[:, None]) * inverse[:, None]
     dx = tl.where(cols[None, :] == target[:, None], -complement[:, None], p) * a[:, None]
     if HAS_SLOPE or HAS_DLSE:
@@ -239,5 +238,5 @@ def cross_entropy_bwd_kernel(
             dx -= c[:, None]
     if SOFTCAP is not None:
         dx *= _softcapped_grad(x, SOFTCAP)
-    dx_rows = dx_ptr + rows * dx_row_stride // VEC * VEC
-    tl.store(dx_rows[:, None] + cols[None, :], dx, mask=inside[:, None] & in_row[None, :])
+    out = dx_ptr + rows[:, None] * dx_row_stride + cols[None, :]
+    tl.store(out, dx, mask=inside[:, None] & in_row[None, :])
