@@ -26,8 +26,8 @@ from torch import Tensor
 
 from tilewright_kernels._launch import cdiv, next_power_of_2, row_tile
 from tilewright_kernels._math import exp
-from tilewright_kernels._norm import _convert_again
 from tilewright_kernels._operator import Operator, accumulator, check_floating
+from tilewright_kernels._registers import convert_again
 from tilewright_kernels._triton import tl, triton
 
 MAX_TILE = 32768
@@ -71,7 +71,7 @@ def _softmax_fwd_kernel(
     if ALIKE:  # in as few registers: see PAIRS_FROM
         y_outer_stride, y_lane_stride, y_col_stride = x_outer_stride, x_lane_stride, x_col_stride
     y_at = _at(y_ptr, outer, lanes, cols, y_outer_stride, y_lane_stride, y_col_stride)
-    tl.store(y_at, _result(_convert_again(x, ACC), peak, total, LOG), mask=inside)
+    tl.store(y_at, _result(convert_again(x, ACC), peak, total, LOG), mask=inside)
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def _softmax_bwd_kernel(
     y = tl.load(y_at, mask=seen, other=-float("inf") if LOG else 0.0)
     terms = dy.to(ACC) if LOG else y.to(ACC) * dy.to(ACC)
     total = tl.sum(terms, axis=1)[:, None]
-    dx = _gradient(_convert_again(dy, ACC), _convert_again(y, ACC), total, LOG)
+    dx = _gradient(convert_again(dy, ACC), convert_again(y, ACC), total, LOG)
     dx_at = _at(dx_ptr, outer, lanes, cols, y_outer_stride, y_lane_stride, y_col_stride)
     tl.store(dx_at, dx, mask=inside)
 
