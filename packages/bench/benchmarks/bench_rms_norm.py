@@ -63,3 +63,10 @@ PROVIDERS = {
 @pytest.mark.parametrize("case", [case(*shape) for shape in SHAPES], ids=str)
 def bench_rms_norm(benchmark, case: Case, variant: Variant):
     run(benchmark, case, variant)
+
+
+@pytest.mark.parametrize("variant", variants(PROVIDERS, ("fwd+bwd",)), ids=str)
+@pytest.mark.parametrize("case", [case(1, 4096)], ids=str)
+def bench_rms_norm_of_one_row(benchmark, case: Case, variant: Variant):
+    """Here the host is what one waits for: see host_us."""
+    run(benchmark, case, variant)

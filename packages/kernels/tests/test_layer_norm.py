@@ -26,12 +26,17 @@ REAL_SHAPES = (
 )
 
 
+def eps(width):
+    # One element has no variance: 1 / sqrt(1e-5) would magnify the rounding of terms that cancel.
+    return 1.0 if width == 1 else 1e-5
+
+
 def function(x, weight, bias):
-    return layer_norm(x, x.shape[-1:], weight, bias)
+    return layer_norm(x, x.shape[-1:], weight, bias, eps(x.shape[-1]))
 
 
 def reference(x, weight, bias):
-    return layer_norm_reference(x, x.shape[-1:], weight, bias)
+    return layer_norm_reference(x, x.shape[-1:], weight, bias, eps(x.shape[-1]))
 
 
 def make(shape, dtype, device, seed=0, mean=1.0):

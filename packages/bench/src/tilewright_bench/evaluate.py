@@ -105,7 +105,11 @@ def tensors(outcome: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _evaluate(function: Function, inputs: Inputs, direction: Direction) -> tuple[Tensor, ...]:
-    return tuple(t.detach() for t in tensors(directed(function, inputs, direction)()))
+    """What errors are taken of: the results, the gradients, or for "fwd+bwd" both."""
+    found = list(tensors(directed(function, inputs, direction)()))
+    if direction == "fwd+bwd":  # after the gradients: it may write over its inputs
+        found += tensors(function(*inputs))
+    return tuple(t.detach() for t in found)
 
 
 def _is_floating(value: Any) -> bool:

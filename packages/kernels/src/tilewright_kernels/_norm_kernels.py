@@ -22,11 +22,13 @@ LARGE_TILE = tl.constexpr(8192)
 
 
 @triton.jit
-def _load_vector(pointer, cols, mask, NONE: tl.constexpr):
-    """Weight or bias as it lies in memory, [1, N]; of NONE, which is a number, without one."""
+def _load_vector(pointer, cols, mask):
+    """A weight as it lies in memory, [1, N]; without one the number 1, as [1, 1]."""
     if pointer is None:
-        return tl.full([1, cols.shape[0]], NONE, dtype=tl.float32)
-    return tl.load(pointer + cols, mask=mask, other=0.0)[None, :]
+        vector = tl.full([1, 1], 1.0, dtype=tl.float32)
+    else:
+        vector = tl.load(pointer + cols, mask=mask, other=0.0)[None, :]
+    return vector
 
 
 @triton.jit
@@ -65,22 +67,21 @@ def norm_fwd_kernel(
         )  # fmt: skip
         h = (h.to(ACC) + residual.to(ACC)).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + out, h, mask=mask, eviction_policy="evict_first")
-    centered = h.to(ACC)
+    row = h.to(ACC)
     if mean_ptr is None:
-        weight = _load_vector(weight_ptr, cols, col_mask, 1.0)
+        weight = _load_vector(weight_ptr, cols, col_mask)  # on its way while the row is summed
+        rstd = tl.rsqrt(tl.sum(row * row, axis=1) / n_cols + EPS)
+        row = convert_again(h, ACC)
     else:
-        mean = tl.sum(centered, axis=1) / n_cols
+        mean = tl.sum(row, axis=1) / n_cols
         tl.store(mean_ptr + rows, mean, mask=row_mask)
-        centered = tl.where(mask, centered - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centered * centered, axis=1) / n_cols + EPS)
+        row = tl.where(mask, row - mean[:, None], 0.0)
+        rstd = tl.rsqrt(tl.sum(row * row, axis=1) / n_cols + EPS)
+        weight = _load_vector(weight_ptr, cols, col_mask)  # no sooner: registers are short
     tl.store(rstd_ptr + rows, rstd, mask=row_mask)
-    if mean_ptr is None:
-        centered = convert_again(h, ACC)
-    else:
-        weight = _load_vector(weight_ptr, cols, col_mask, 1.0)
-    y = centered * rstd[:, None] * _scale(weight.to(ACC), OFFSET)
+    y = row * rstd[:, None] * _scale(weight.to(ACC), OFFSET)
     if bias_ptr is not None:
-        y += _load_vector(bias_ptr, cols, col_mask, 0.0).to(ACC)
+        y += _load_vector(bias_ptr, cols, col_mask).to(ACC)
     tl.store(y_ptr + out, y, mask=mask, eviction_policy="evict_first")
 
 
@@ -130,10 +131,10 @@ def norm_fwd_wide_kernel(
         cols = start + lanes
         mask = cols < n_cols
         h = tl.load(h_row + cols, mask=mask, other=0.0, eviction_policy="evict_first").to(ACC)
-        weight = _load_vector(weight_ptr, cols, mask, 1.0)
+        weight = _load_vector(weight_ptr, cols, mask)
         y = ((h - mean) * rstd)[None, :] * _scale(weight.to(ACC), OFFSET)
         if bias_ptr is not None:
-            y += _load_vector(bias_ptr, cols, mask, 0.0).to(ACC)
+            y += _load_vector(bias_ptr, cols, mask).to(ACC)
         y_row = y_ptr + row * n_cols + cols[None, :]
         tl.store(y_row, y, mask=mask[None, :], eviction_policy="evict_first")
 
@@ -154,7 +155,7 @@ def norm_bwd_kernel(
     """
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = (cols < n_cols) | FULL
-    weight = _load_vector(weight_ptr, cols, col_mask, 1.0)
+    weight = _load_vector(weight_ptr, cols, col_mask)
     if BLOCK_N < LARGE_TILE:
         weight = weight.to(ACC)
     dweight = tl.zeros([ROWS, BLOCK_N], dtype=ACC)
@@ -167,13 +168,13 @@ def norm_bwd_kernel(
         dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0)
         h = tl.load(h_ptr + rows[:, None] * h_row_stride + cols[None, :], mask=mask, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)[:, None]
-        mean = 0.0
+        mean, mean_g = 0.0, 0.0
         if mean_ptr is not None:
             mean = tl.load(mean_ptr + rows, mask=row_mask, other=0.0)[:, None]
-        dbias += dy.to(ACC)
         if mean_gh_ptr is not None:
             mean_gh = tl.load(mean_gh_ptr + rows, mask=row_mask, other=0.0)[:, None]
-            mean_g = tl.load(mean_g_ptr + rows, mask=row_mask, other=0.0)[:, None]
+            if mean_g_ptr is not None:
+                mean_g = tl.load(mean_g_ptr + rows, mask=row_mask, other=0.0)[:, None]
         else:
             g = dy.to(ACC) * _scale(convert_again(weight, ACC, rstd < 0.0), OFFSET)
             gh = g * (h.to(ACC) - mean)
@@ -182,13 +183,12 @@ def norm_bwd_kernel(
             else:  # both sums in one walk through the threads
                 sum_gh, sum_g = tl.split(tl.sum(tl.join(gh, g), axis=1))
                 mean_gh, mean_g = sum_gh[:, None] * rstd / n_cols, sum_g[:, None] / n_cols
+        dbias += dy.to(ACC)
         dy_again = convert_again(dy, ACC)
         h_hat = (convert_again(h, ACC) - mean) * rstd
         dweight += dy_again * h_hat
-        dx = dy_again * _scale(convert_again(weight, ACC, rstd < -1.0), OFFSET) - h_hat * mean_gh
-        if mean_ptr is not None:
-            dx -= mean_g
-        dx *= rstd
+        g = dy_again * _scale(convert_again(weight, ACC, rstd < -1.0), OFFSET)
+        dx = (g - h_hat * mean_gh - mean_g) * rstd
         if dh_ptr is not None:
             dh = dh_ptr + rows[:, None] * dh_row_stride + cols[None, :]
             dx += tl.load(dh, mask=mask, other=0.0).to(ACC)
@@ -216,11 +216,13 @@ def norm_bwd_means_kernel(
     for start in range(0, n_cols, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = cols < n_cols
-        dy = _load_vector(dy_ptr + row * dy_row_stride, cols, mask, 0.0).to(ACC)
-        h = _load_vector(h_ptr + row * h_row_stride, cols, mask, 0.0).to(ACC)
-        g = dy * _scale(_load_vector(weight_ptr, cols, mask, 1.0).to(ACC), OFFSET)
+        dy = _load_vector(dy_ptr + row * dy_row_stride, cols, mask).to(ACC)
+        h = _load_vector(h_ptr + row * h_row_stride, cols, mask).to(ACC)
+        g = dy * _scale(_load_vector(weight_ptr, cols, mask).to(ACC), OFFSET)
         sum_gh += g * (h - mean)
         sum_g += g
     rstd = tl.load(rstd_ptr + row)
-    tl.store(mean_gh_ptr + row + tl.arange(0, 1), tl.sum(sum_gh, axis=1) * rstd / n_cols)
-    tl.store(mean_g_ptr + row + tl.arange(0, 1), tl.sum(sum_g, axis=1) / n_cols)
+    one = tl.arange(0, 1)
+    tl.store(mean_gh_ptr + row + one, tl.sum(sum_gh, axis=1) * rstd / n_cols)
+    if mean_g_ptr is not None:
+        tl.store(mean_g_ptr + row + one, tl.sum(sum_g, axis=1) / n_cols)
