@@ -8,7 +8,7 @@ mean and var (divided by N, not N - 1) run over a row. With g = dy · w the grad
 
 Forward reads x and writes y; backward reads dy and x and writes dx: all else is small. The
 variance is the mean of squared deviations, summed after the mean is known: mean(x²) - mean(x)²
-would lose every digit where the mean is large. The kernels are those of `_norm`.
+would lose every digit where the mean is large. The kernels are those of `_norm_kernels`.
 """
 
 import math
