@@ -8,7 +8,7 @@ With x̂ = x · r and g = dy · (w + offset) the gradient is
 
 Forward reads x and writes y; backward reads dy and x and writes dx: all else (r, w, dw) is small.
 Everything is computed in float32 (float64 for float64) and rounded once, weight included, as
-torch.nn.functional.rms_norm does. The kernels are those of `_norm_kernels`, without their other terms.
+torch.nn.functional.rms_norm does. The kernels are those of `_norm_kernels`, less other terms.
 """
 
 import math
