@@ -25,7 +25,11 @@ ROOFLINE = Roofline(
     device="NVIDIA H200",
     bandwidths=(("L2", 8000.0), ("memory", 4200.0)),
     rates=(("bf16", 700.0), ("fp16", 712.0), ("fp32", 50.0)),
-    points=(("rms_norm", "fwd", 1.0, 3.9), ("linear_cross_entropy", "fwd+bwd", 3000.0, 450.0)),
+    points=(
+        ("norms", "fwd", 1.0, 3.9),
+        ("norms", "bwd", 2.0, 7.5),
+        ("linear-cross-entropy", "fwd+bwd", 3000.0, 450.0),
+    ),
 )
 
 
@@ -58,12 +62,28 @@ def test_the_same_data_give_the_same_bytes(rows, tmp_path, name):
     assert b"<dc:date>" not in first.read_bytes()
 
 
-def test_a_digest_depends_on_the_data_and_the_style(rows, tmp_path, monkeypatch):
+def test_a_drawing_changed_by_hand_is_noticed(rows, tmp_path):
+    path = tmp_path / "rms_norm.svg"
+    draw(bars(rows), path)
+    path.write_text(path.read_text().replace("1.50×", "1.60×"))
+    assert digest_in(path) == ""
+
+
+def test_bars_under_different_ceilings_name_both(rows):
+    product = dataclasses.replace(rows[0], ceiling="matmul")
+    assert bars([product]).ceiling == "matrix product"
+    assert bars([product, *rows]).ceiling == "copy or matrix product"
+
+
+def test_a_digest_depends_on_the_data_the_style_and_the_code(rows, tmp_path, monkeypatch):
     plot = bars(rows)
     assert digest(plot) == digest(bars(rows))
     other = dataclasses.replace(plot, leads=(("fwd", "16384x4096-bf16", 1.51),))
     assert digest(other) != digest(plot)
     before = digest(plot)
+    with monkeypatch.context() as patched:
+        patched.setattr(plots, "DRAWING", plots.DRAWING + 1)
+        assert digest(plot) != before
     style = tmp_path / "other.mplstyle"
     style.write_text(plots.STYLE.read_text() + "\nfont.size: 7\n")
     monkeypatch.setattr(plots, "STYLE", style)
@@ -78,9 +98,9 @@ def test_nothing_in_a_drawing_is_black_or_white(rows, tmp_path):
         assert not re.findall(r"(?:fill|stroke): ?(?:#000000|#ffffff|black|white)", svg)
 
 
-def test_a_roofline_names_its_ceilings(tmp_path):
+def test_a_roofline_names_its_ceilings_and_families(tmp_path):
     path = tmp_path / "roofline.svg"
     draw(ROOFLINE, path)
     svg = path.read_text()
-    for text in ("fp16, bf16 712 TFLOP/s", "memory 4200 GB/s", "linear_cross_entropy"):
+    for text in ("fp16, bf16 712 TFLOP/s", "memory 4200 GB/s", "linear-cross-entropy", "backward"):
         assert f">{text}<" in svg, text

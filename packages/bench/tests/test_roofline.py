@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from tilewright_bench import roofline
-from tilewright_bench.rows import row_of
-from tilewright_bench.saved import SavedRunError
+from tilewright_bench.saved import SavedRunError, load
 
 
 @pytest.fixture
@@ -31,11 +30,11 @@ def test_the_choice_of_tf32_is_put_back(ceilings):
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def test_our_operators_lie_at_their_intensity_and_speed(ceilings, info):
-    stats = {"median": 1.0, "iqr": 0.0}
-    rows = [row_of(stats, info(**f)) for f in ({}, {"provider": "torch"}, {"flops": 0})]
-    drawn = roofline.roofline(ceilings, rows)
-    assert drawn.points == (("rms_norm", "fwd", 1.0, 3.91),)
+def test_our_operators_lie_at_their_intensity_and_speed(ceilings, info, write_run, tmp_path):
+    infos = {"a": info(), "b": info(provider="torch"), "c": info(flops=0)}
+    path = write_run(tmp_path / "h200-norms.json", dict.fromkeys(infos, 1.0), infos=infos)
+    drawn = roofline.roofline(ceilings, [load(path)])
+    assert drawn.points == (("norms", "fwd", 1.0, 3.91),)
     assert dict(drawn.bandwidths)["memory"] == round(ceilings["copy_gb_per_s"]["4096"])
 
 

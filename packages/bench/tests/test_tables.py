@@ -13,19 +13,23 @@ def test_a_table_holds_every_provider_beside_ours(info):
         row(info, 2.5e-3, direction="bwd", provider="liger", clock="cuda events"),
     ]
     assert full_table(rows).splitlines() == [
-        "| shape | direction | provider | µs | GB/s | of copy | × ours | extra MiB | error |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        "| 16384×4096 bf16 | forward | tilewright | 68.6 | 3912 | 95 % | | 2 | 1.6e-03 |",
-        "| | | torch.compile | 103 | 3912 | 65 % | 1.50 | 2 | 2.1e-03 |",
-        "| | backward | Liger-Kernel | 2500 † | 3912 | 95 % | | 2 | 1.6e-03 |",
+        "| shape | direction | provider | µs | GB/s | of copy | × ours | host µs | extra MiB "
+        "| error |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| 16384×4096 bf16 | forward | tilewright | 68.6 | 3912 | 95 % | | 21 | 2 | 1.6e-03 |",
+        "| | | torch.compile | 103 | 3912 | 65 % | 1.50 | 21 | 2 | 2.1e-03 |",
+        "| | backward | Liger-Kernel | 2500 † | 3912 | 95 % | | 21 | 2 | 1.6e-03 |",
     ]
 
 
-def test_arithmetic_is_shown_where_it_is_the_ceiling(info):
-    rows = [row(info, 1e-3, ceiling="matmul", tflop_per_s=471.3, share=0.67)]
-    header, _, line = full_table(rows).splitlines()
-    assert "| TFLOP/s | of matmul |" in header
-    assert "| 471 | 67 % |" in line
+def test_a_ceiling_that_is_no_copy_is_named_beside_its_share(info):
+    product = row(info, 1e-3, ceiling="matmul", tflop_per_s=471.3, share=0.67)
+    copy = row(info, 2e-3, provider="torch", tflop_per_s=235.0)
+    header, _, *lines = full_table([product, copy]).splitlines()
+    assert "| TFLOP/s | of ceiling |" in header
+    assert "| 471 | 67 % of matmul |" in lines[0]
+    assert "| 235 | 95 % |" in lines[1]
+    assert "| 1000 (67 % of matmul) | 2000 (95 %) |" in summary_table([[product, copy]])
 
 
 def test_a_summary_has_a_column_a_provider(info):

@@ -108,9 +108,8 @@ def _roofline(options: argparse.Namespace) -> int:
         roofline.save(roofline.measure(torch.device("cuda")), path)
         print(f"saved {path}")
     runs = baselines_of(options.device, options.baselines)
-    rows = [row for run in runs for row in rows_of(run.content["benchmarks"])]
     try:
-        plots.draw(roofline.roofline(roofline.load(path), rows), options.svg)
+        plots.draw(roofline.roofline(roofline.load(path), runs), options.svg)
     except ImportError:
         print(f"{NO_MATPLOTLIB}; bench-roofline --redraw draws what was saved")
     else:

@@ -53,7 +53,7 @@ class Figures:
     def __init__(self, root: Path, device: str) -> None:
         self._root, self._device = root, device
         self._sources: dict[str, Source] = {}
-        runs = baselines_of(device, root / BASELINES)
+        self._runs = runs = baselines_of(device, root / BASELINES)
         if not runs:
             raise SavedRunError(f"{root / BASELINES} holds no baseline of {device!r}")
         for run in runs:
@@ -149,8 +149,7 @@ class Figures:
         saved = self._root / roofline.FOLDER / f"{self._device}.json"
         if not saved.exists():
             return NOT_MEASURED
-        rows = [row for source in self._sources.values() for row in source.rows]
-        drawn = roofline.roofline(roofline.load(saved), rows)
+        drawn = roofline.roofline(roofline.load(saved), self._runs)
         path = IMAGES / "roofline.svg"
         self.plots[path] = drawn
         return _image(
@@ -210,7 +209,7 @@ def stale(root: Path, device: str) -> list[str]:
             found.append(f"{page.relative_to(root)}:{line}: differs from the baselines")
     for path, plot in figures.plots.items():
         if plots.digest_in(root / path) != plots.digest(plot):
-            found.append(f"{path}: drawn from other data than the baselines'")
+            found.append(f"{path}: other than what would be drawn from the baselines")
     wanted = {path.name for path in figures.plots}
     for path in sorted((root / IMAGES).glob("*.svg")):
         if path.name not in wanted and plots.digest_in(path) is not None:

@@ -1,8 +1,8 @@
 """Plots of measurements as SVG: shares of the ceiling as bars, and the roofline.
 
 A plot is data first: a value that can be compared and hashed. The file that is drawn from it holds
-its digest, so that whether the file is up to date can be told without drawing it again, by any
-version of matplotlib and without one.
+its digest and one of the drawing itself, so that whether the file is up to date and as it was drawn
+can be told without drawing it again, by any version of matplotlib and without one.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tilewright_bench.rows import OURS, Row, groups_of, lead
 from tilewright_bench.tables import DIRECTIONS, NAMES, case_text
@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 
 STYLE = Path(__file__).with_name("tilewright.mplstyle")
 
-_DIGEST = re.compile(r"data ([0-9a-f]{64})")
+DRAWING = 2
+"""The version of the code that draws: one more with each change of what it draws."""
+
+FILLS: dict[str, Literal["full", "none", "left"]] = {
+    "fwd": "full",
+    "bwd": "none",
+    "fwd+bwd": "left",
+}
+"""How much of a marker is filled, by direction."""
+
+_DIGESTS = re.compile(r"data ([0-9a-f]{64}) drawing ([0-9a-f]{64})")
+_NO_DIGEST = "0" * 64
 _ORDER = (OURS, "torch", "compile", "liger")
 
 
@@ -33,7 +44,7 @@ class Bars:
 
     Attributes:
         operator: whose.
-        ceiling: what shares refer to.
+        ceiling: what shares refer to: a copy, a matrix product, or one or the other.
         providers: in the order of their bars.
         cases: in the order of the clusters.
         shares: (direction, case, provider) and share, in per cent.
@@ -56,7 +67,7 @@ class Roofline:
         device: its name.
         bandwidths: ceilings of traffic: (name, GB/s).
         rates: ceilings of arithmetic: (name, TFLOP/s).
-        points: (operator, direction, FLOP per byte, TFLOP/s) of ours, one a case.
+        points: (family, direction, FLOP per byte, TFLOP/s) of ours, one a case.
     """
 
     device: str
@@ -73,10 +84,11 @@ def bars(rows: Sequence[Row]) -> Bars:
     groups = groups_of(rows)
     there = {row.provider: None for row in rows}
     providers = [name for name in _ORDER if name in there]
+    ceilings = {"matrix product" if row.ceiling == "matmul" else "copy" for row in rows}
     leads = [(group[0].direction, group[0].case, lead(group)) for group in groups]
     return Bars(
         operator=rows[0].operator,
-        ceiling="matrix product" if all(row.ceiling == "matmul" for row in rows) else "copy",
+        ceiling=" or ".join(sorted(ceilings)),
         providers=(*providers, *(name for name in there if name not in _ORDER)),
         cases=tuple({row.case: None for row in rows}),
         shares=tuple((r.direction, r.case, r.provider, round(100 * r.share, 1)) for r in rows),
@@ -85,18 +97,25 @@ def bars(rows: Sequence[Row]) -> Bars:
 
 
 def digest(plot: Plot) -> str:
-    """Of a plot's data and the style it is drawn in."""
-    data = json.dumps([type(plot).__name__, asdict(plot)], sort_keys=True)
-    return hashlib.sha256((data + STYLE.read_text(encoding="utf-8")).encode()).hexdigest()
+    """Of a plot's data and of the style and the code that draw them."""
+    data = json.dumps([DRAWING, type(plot).__name__, asdict(plot)], sort_keys=True)
+    return _sha256(data + STYLE.read_text(encoding="utf-8"))
 
 
 def digest_in(path: Path) -> str | None:
-    """The digest that a drawn file holds; None if there is no such file or it holds none."""
+    """The digest that a drawn file holds.
+
+    None if there is no such file or it holds none, "" if the file was changed after it was drawn.
+    """
     try:
-        found = _DIGEST.search(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
-    return found[1] if found else None
+    found = _DIGESTS.search(text)
+    if not found:
+        return None
+    drawing = _sha256(text.replace(found[2], _NO_DIGEST))
+    return found[1] if drawing == found[2] else ""
 
 
 def draw(plot: Plot, path: Path) -> None:
@@ -115,11 +134,17 @@ def draw(plot: Plot, path: Path) -> None:
         else:
             _draw_roofline(plot, figure)
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"Date": None, "Creator": "tilewright_bench", "Description": f"data {digest(plot)}"}
+        digests = f"data {digest(plot)} drawing {_NO_DIGEST}"
+        about = {"Date": None, "Creator": "tilewright_bench", "Description": digests}
         figure.savefig(path, format="svg", metadata=about)
     # matplotlib ends some lines with a space.
     lines = path.read_text(encoding="utf-8").splitlines()
-    path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+    text = "\n".join(line.rstrip() for line in lines) + "\n"
+    path.write_text(text.replace(_NO_DIGEST, _sha256(text)), encoding="utf-8")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _draw_bars(plot: Bars, figure: "Figure") -> None:
@@ -161,7 +186,7 @@ def _draw_panel(plot: Bars, direction: str, axes: "Axes") -> None:
             axes.annotate(f"{leads[case]:.2f}×", at, **style)
     axes.axhline(100, color="0.5", linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_ylim(0, 1.22 * top)
-    axes.set_ylabel(f"% of {plot.ceiling}")
+    axes.set_ylabel(f"% of {plot.ceiling}".replace(" or ", "\nor "))
     axes.set_title(DIRECTIONS[direction])
     axes.grid(axis="y")
     axes.tick_params(axis="x", length=0)
@@ -174,7 +199,9 @@ def _color(plot: Bars, provider: str) -> str:
 
 
 def _draw_roofline(plot: Roofline, figure: "Figure") -> None:
-    figure.set_size_inches(7.2, 4.4)
+    from matplotlib.lines import Line2D
+
+    figure.set_size_inches(7.2, 4.8)
     axes = figure.subplots()
     left, right = 0.1, 10_000.0
     top = max(rate for _, rate in plot.rates)
@@ -190,20 +217,19 @@ def _draw_roofline(plot: Roofline, figure: "Figure") -> None:
         at = (1.2 * rate / min(slopes), rate)
         text = f"{', '.join(names)} {rate:.0f} TFLOP/s"
         axes.annotate(text, at, xytext=(0, 2), textcoords="offset points", fontsize=7)
-    operators = tuple({operator: None for operator, *_ in plot.points})
-    markers = "osD^vP*X<>ph"
-    for i, operator in enumerate(operators):
-        points = [(x, y) for name, _, x, y in plot.points if name == operator]
-        axes.plot(
-            [x for x, _ in points],
-            [y for _, y in points],
-            linestyle="",
-            marker=markers[i % len(markers)],
-            markersize=6,
-            markeredgewidth=0,
-            color=f"C{i}",
-            label=operator,
-        )
+    families = tuple({family: None for family, *_ in plot.points})
+    styles = {
+        family: {
+            "color": f"C{i}",
+            "marker": "osD^vP*X"[i % 8],
+            "markersize": 5,
+            "markerfacecoloralt": "none",
+            "linestyle": "",
+        }
+        for i, family in enumerate(families)
+    }
+    for family, direction, x, y in plot.points:
+        axes.plot(x, y, **styles[family], fillstyle=FILLS[direction])
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
@@ -211,8 +237,15 @@ def _draw_roofline(plot: Roofline, figure: "Figure") -> None:
     axes.set_ylabel("TFLOP/s")
     axes.set_title(plot.device)
     axes.grid(which="major")
-    if operators:
-        figure.legend(loc="outside right center")
+    handles = [Line2D([], [], **styles[family], label=family) for family in families]
+    plain = {"color": "0.5", "marker": "o", "markerfacecoloralt": "none", "linestyle": ""}
+    handles += [
+        Line2D([], [], **plain, fillstyle=FILLS[direction], label=name)
+        for direction, name in DIRECTIONS.items()
+        if any(direction == there for _, there, *_ in plot.points)
+    ]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
 
 
 def _along(axes: "Axes", text: str, x: float, y: float, slope: float) -> None:

@@ -16,8 +16,8 @@ from pytest_benchmark.utils import get_commit_info
 from tilewright_bench.ceilings import copies, input_sets, products
 from tilewright_bench.environment import describe
 from tilewright_bench.plots import Roofline
-from tilewright_bench.rows import OURS, Row
-from tilewright_bench.saved import BASELINES, SavedRunError
+from tilewright_bench.rows import OURS, rows_of
+from tilewright_bench.saved import BASELINES, SavedRun, SavedRunError
 from tilewright_bench.stopwatch import Rotation, time_interleaved
 from tilewright_bench.timer import Call
 
@@ -100,8 +100,8 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def roofline(ceilings: dict[str, Any], rows: Iterable[Row]) -> Roofline:
-    """Our operators under the ceilings of their device."""
+def roofline(ceilings: dict[str, Any], runs: Iterable[SavedRun]) -> Roofline:
+    """Our operators under the ceilings of their device, each in the family that its run names."""
     copied = ceilings["copy_gb_per_s"]
     largest = copied[max(copied, key=int)]
     return Roofline(
@@ -114,8 +114,19 @@ def roofline(ceilings: dict[str, Any], rows: Iterable[Row]) -> Roofline:
             (name, round(rate, 1)) for name, rate in ceilings["matmul_tflop_per_s"].items()
         ),
         points=tuple(
-            (row.operator, row.direction, round(row.intensity, 3), float(f"{row.tflop_per_s:.3g}"))
-            for row in rows
+            (
+                family_of(run),
+                row.direction,
+                round(row.intensity, 3),
+                float(f"{row.tflop_per_s:.3g}"),
+            )
+            for run in runs
+            for row in rows_of(run.content["benchmarks"])
             if row.provider == OURS and row.intensity > 0
         ),
     )
+
+
+def family_of(run: SavedRun) -> str:
+    """What the name of a baseline says after its device: norms in h200-norms.json."""
+    return run.path.stem.partition("-")[2] or run.path.stem

@@ -15,10 +15,11 @@ EVENTS = "cuda events"
 
 def full_table(rows: Sequence[Row]) -> str:
     """All measurements of one operator, ours first among the providers of a shape and direction."""
-    arithmetic = all(row.ceiling == "matmul" for row in rows)
-    rate, share = ("TFLOP/s", "of matmul") if arithmetic else ("GB/s", "of copy")
-    header = ("shape", "direction", "provider", "µs", rate, share, "× ours", "extra MiB", "error")
-    lines, shape = [header, ("---",) * 3 + ("---:",) * 6], ""
+    arithmetic = any(row.ceiling == "matmul" for row in rows)
+    rate, share = ("TFLOP/s", "of ceiling") if arithmetic else ("GB/s", "of copy")
+    header = ("shape", "direction", "provider", "µs", rate, share, "× ours", "host µs")
+    header += ("extra MiB", "error")
+    lines, shape = [header, ("---",) * 3 + ("---:",) * 7], ""
     for group in groups_of(rows):
         ours = next((row.median for row in group if row.provider == OURS), None)
         for i, row in enumerate(sorted(group, key=lambda row: row.provider != OURS)):
@@ -29,8 +30,9 @@ def full_table(rows: Sequence[Row]) -> str:
                     NAMES.get(row.provider, row.provider),
                     microseconds(row),
                     quantity(row.tflop_per_s if arithmetic else row.gb_per_s),
-                    percent(row.share),
+                    share_text(row),
                     "" if ours is None or row.provider == OURS else f"{row.median / ours:.2f}",
+                    quantity(row.host_us),
                     "–" if row.extra_bytes is None else quantity(row.extra_bytes / 2**20),
                     f"{row.error:.1e}",
                 )
@@ -50,7 +52,7 @@ def summary_table(groups: Sequence[Sequence[Row]]) -> str:
         ("---",) + ("---:",) * len(providers),
     ]
     for group in groups:
-        cells = {row.provider: f"{microseconds(row)} ({percent(row.share)})" for row in group}
+        cells = {row.provider: f"{microseconds(row)} ({share_text(row)})" for row in group}
         operator, case, direction = group[0].group
         what = f"`{operator}` {case_text(case)} {DIRECTIONS[direction]}"
         lines.append((what, *(cells.get(provider, "") for provider in providers)))
@@ -69,9 +71,10 @@ def microseconds(row: Row) -> str:
     return f"{text} †" if row.clock == EVENTS else text
 
 
-def percent(share: float) -> str:
-    """A share as pages write it."""
-    return f"{share * 100:.0f} %"
+def share_text(row: Row) -> str:
+    """The share of the ceiling, which is named where it is not a copy."""
+    text = f"{row.share * 100:.0f} %"
+    return text if row.ceiling == "copy" else f"{text} of {row.ceiling}"
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
