@@ -1,9 +1,12 @@
 """The short way to launch tells apart what Triton does, and computes what the long way does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from tilewright_kernels._launcher import _describe
+from tilewright_kernels import _launcher
+from tilewright_kernels._launcher import _describe, launch
 from tilewright_kernels._operator import Operator
 from tilewright_kernels._triton import tl, triton
 
@@ -28,25 +31,126 @@ def affine(x, bias, offset, scale):
     return y
 
 
+INTEGERS = [0, 1, -1, 3, 16, -16, 17, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, -(2**40)]
+
+
 def test_integers_are_told_apart_as_triton_does():
-    groups = [[1], [16, 32, 0], [3, 17], [2**31, 2**40], [2**31 + 1]]
-    codes = [{tuple(_describe((n,))[1]) for n in group} for group in groups]
-    assert all(len(group) == 1 for group in codes), codes
-    assert len(set.union(*codes)) == len(groups), codes
+    specialize = pytest.importorskip("triton._C.libtriton").native_specialize_impl
+    backend = pytest.importorskip("triton.backends.compiler").BaseBackend
+    for a in INTEGERS:
+        for b in INTEGERS:
+            tritons = [specialize(backend, n, False, True, True) for n in (a, b)]
+            ours = [_describe((n,), 0)[1] for n in (a, b)]
+            assert (ours[0] == ours[1]) == (tritons[0] == tritons[1]), (a, b)
 
 
 def test_tensors_are_told_apart_by_dtype_and_alignment():
     x = torch.zeros(64)
     kinds = [x, x[1:], x.half(), None]
-    codes = [tuple(_describe((kind,))[1]) for kind in kinds]
+    codes = [tuple(_describe((kind,), -1)[1]) for kind in kinds]
     assert len(set(codes)) == len(kinds), codes
-    assert _describe((x[4:],))[1] == _describe((x,))[1]
-    assert _describe((x[1:],))[0] == [x.data_ptr() + 4]
+    assert _describe((x[4:],), -1)[1] == _describe((x,), -1)[1]
+    assert _describe((x[1:],), -1)[0] == [x.data_ptr() + 4]
 
 
-@pytest.mark.parametrize("argument", [1.5, True, "text"], ids=str)
+@pytest.mark.parametrize("argument", [1.5, True, "text", 2**63], ids=str)
 def test_other_arguments_are_left_to_triton(argument):
-    assert _describe((torch.zeros(1), argument)) is None
+    assert _describe((torch.zeros(1), argument), -1) is None
+
+
+def test_tensors_elsewhere_are_left_to_triton():
+    assert _describe((torch.zeros(1),), 0) is None
+
+
+class CudaLauncher:
+    """A stand-in for Triton's, on a machine without CUDA: notes what it was to launch."""
+
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid = launch_pdl = False
+
+    def __init__(self, binary, launched):
+        self.launch = lambda *args: launched.append((binary, args[-3:]))
+
+
+class Kernel:
+    """A stand-in for a kernel (x_ptr, n, SCALE): each set of constants is a binary of its own."""
+
+    arg_names = ("x_ptr", "n", "SCALE")
+
+    def __init__(self, name, launched, signature=("*fp32", "i32", "constexpr")):
+        self.name, self.launched, self.compilations = name, launched, 0
+        self.signature = dict(zip(self.arg_names, signature, strict=True))
+
+    def __getitem__(self, grid):
+        def run(x, n, **meta):
+            self.compilations += 1
+            binary = (self.name, repr(meta.get("SCALE")))
+            self.launched.append((binary, None))
+            source = SimpleNamespace(signature=self.signature)
+            launcher = CudaLauncher(binary, self.launched)
+            return SimpleNamespace(run=launcher, src=source, function=0, packed_metadata=())
+
+        return run
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """(binary, last three arguments; None of a launch by Triton) of every launch."""
+    monkeypatch.setattr(_launcher, "_watched", lambda kernel: False)
+    monkeypatch.setattr(_launcher, "_KNOWN_VERSION", True)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    return []
+
+
+def start(kernel, n=3, **meta):
+    x = torch.zeros(64)
+    launch(kernel, (1,), (x, n), meta, -1)
+    return x
+
+
+def test_constants_that_a_dict_takes_for_one_are_told_apart(launched):
+    kernel = Kernel("k", launched)
+    for scale in (1, 1.0, True, 1, 1.0, True):
+        start(kernel, SCALE=scale)
+    assert [binary[1] for binary, _ in launched] == ["1", "1.0", "True"] * 2
+    assert kernel.compilations == 3
+
+
+def test_the_second_launch_passes_addresses_and_numbers(launched):
+    kernel = Kernel("k", launched)
+    start(kernel, 3, SCALE=2)
+    x = start(kernel, 5, SCALE=2)
+    assert launched[1] == (("k", "2"), (x.data_ptr(), 5, 2))
+
+
+def test_a_kernel_that_is_gone_is_not_launched_for_another(launched):
+    for name in range(50):
+        start(Kernel(name, launched), SCALE=2)
+        start(Kernel(name + 1000, launched), SCALE=2)
+    names = [binary[0] for binary, _ in launched]
+    assert names == [n for name in range(50) for n in (name, name + 1000)]
+
+
+def test_what_no_dict_can_hold_goes_to_triton(launched):
+    kernel = Kernel("k", launched)
+    for _ in range(2):
+        start(kernel, SCALE=[2])
+    assert kernel.compilations == 2
+
+
+def test_a_tensor_given_for_a_number_is_left_to_triton(launched):
+    kernel = Kernel("k", launched, signature=("fp32", "i32", "constexpr"))
+    for _ in range(2):
+        start(kernel, SCALE=2)
+    assert kernel.compilations == 2
+
+
+def test_an_unknown_version_is_left_to_triton(launched, monkeypatch):
+    monkeypatch.setattr(_launcher, "_KNOWN_VERSION", False)
+    kernel = Kernel("k", launched)
+    for _ in range(2):
+        start(kernel, SCALE=2)
+    assert kernel.compilations == 2
 
 
 def test_first_and_later_launches_agree(device):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tilewright_kernels import backend_report
 from tilewright_kernels._launch import cdiv
@@ -31,17 +33,9 @@ def double(x: torch.Tensor) -> torch.Tensor:
 
 def test_eager_skips_the_dispatcher_and_compiled_does_not(device):
     x = torch.randn(70, device=device)
-    seen = []
-    mode = torch.utils._python_dispatch.TorchDispatchMode
-
-    class Record(mode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func.name())
-            return func(*args, **(kwargs or {}))
-
-    with Record():
+    with torch.autograd.profiler.profile() as profile:
         assert torch.equal(double(x), 2 * x)
-    assert "tilewright::double" not in seen
+    assert "tilewright::double" not in {event.name for event in profile.function_events}
     graphs = []
 
     def keep(graph, inputs):
@@ -117,3 +111,30 @@ def test_checks_name_the_value_and_the_remedy():
         check_floating("x", torch.ones(1, dtype=torch.int32))
     with pytest.raises(ValueError, match="a on cpu, b on meta; move them to one"):
         check_same_device(a=torch.ones(1), b=torch.ones(1, device="meta"), c=None)
+
+
+def test_lazily_negated_tensors_are_negated(device):
+    x = torch.randn(3, 8, dtype=torch.cfloat, device=device).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(double(x), 2 * x.clone())
+
+
+def test_forward_mode_is_refused_instead_of_dropped(device):
+    x = torch.randn(3, device=device)
+    with forward_ad.dual_level():
+        torch.testing.assert_close(double(x), 2 * x)
+        with pytest.raises(RuntimeError, match=r"no forward-mode derivative; use_backend\("):
+            double(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd])
+def test_transforms_of_torch_func_are_refused_with_a_remedy(transform, device):
+    with pytest.raises(RuntimeError, match=r"use_backend\("):
+        transform(lambda x: double(x).sum())(torch.randn(3, device=device))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_and_tracing_go_through_the_dispatcher(device):
+    x = torch.randn(2, 3, device=device)
+    torch.testing.assert_close(torch.func.vmap(double)(x), 2 * x)
+    assert "tilewright" in make_fx(double)(x).code

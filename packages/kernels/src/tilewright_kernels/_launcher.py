@@ -5,20 +5,40 @@ of all that, at every launch: 10 to 13 µs on a host of 2024. What decides is li
 addresses and integers are multiples of 16 or equal to 1, and the constants. Here that is a tuple,
 found in a dict; the first launch of each tuple goes through Triton, which compiles.
 
-It reaches below Triton's documented surface (`CompiledKernel.run`), so whatever is unusual takes
-the documented way: profiler hooks, autotuners, tensor descriptors, the interpreter.
+It reaches below Triton's documented surface, in the version that it was written against. All else
+takes the documented way: other versions, other makers' GPUs, profiler and pre-run hooks, debugging,
+autotuners, tensor descriptors, unusual arguments, the interpreter.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from tilewright_kernels._triton import triton
+from tilewright_kernels._triton import HAS_TRITON, triton
 
-_INT32_MAX = 2**31 - 1
+_KNOWN_VERSION = HAS_TRITON and triton.__version__.startswith("3.6.")
 
-_prepared: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
-"""By all that a compiled kernel depends on: what to call, and what goes before and after values."""
+
+class _Prepared(NamedTuple):
+    """A compiled kernel's launch.
+
+    Attributes:
+        kernel: kept alive, so that no other kernel gets its id.
+        call: the launcher's C function.
+        head: its arguments between the stream and the kernel's own.
+        constants: the kernel's constants, in the order of its parameters; they come last.
+    """
+
+    kernel: Any
+    call: Any
+    head: tuple[Any, ...]
+    constants: tuple[Any, ...]
+
+
+_prepared: dict[tuple[Any, ...], _Prepared | None] = {}
+"""By all that a compiled kernel depends on; None for what takes the documented way."""
+
+_ONES = ((1, 1, 1), (1, 1), (1,), ())
 
 
 def launch(
@@ -30,68 +50,90 @@ def launch(
         kernel: from `triton.jit`.
         grid: programs along one to three axes, none of them 0.
         args: the kernel's first parameters: tensors, numbers, None.
-        meta: the rest of its parameters, and Triton's options (num_warps and so on).
+        meta: the rest of its parameters, which are constants, and Triton's options (num_warps …).
         device: index of the current device, which is the tensors'.
     """
-    described = _describe(args)
-    if described is None or _profiled():
+    described = _describe(args, device)
+    if described is None or _watched(kernel):
         kernel[grid](*args, **meta)
         return
     values, specialization = described
-    # Dicts keep their order, and one place in the code always writes the same one.
-    key = (id(kernel), device, *meta, *meta.values(), *specialization)
-    found = _prepared.get(key)
+    # Dicts keep their order, and one place in the code always writes the same one. Types: to a
+    # dict 1, 1.0 and True are one key, to a compiler they are three constants.
+    constants = meta.values()
+    key = (id(kernel), device, *meta, *constants, *map(type, constants), *specialization)
+    try:
+        found = _prepared.get(key)
+    except TypeError:  # a constant that no dict can find again
+        kernel[grid](*args, **meta)
+        return
     if found is None:
         compiled = kernel[grid](*args, **meta)
-        if isinstance(kernel, triton.runtime.JITFunction):
-            constants = tuple(meta.get(name) for name in kernel.arg_names[len(args) :])
-            _prepared[key] = _prepare(compiled, constants)
+        if key not in _prepared:
+            _prepared[key] = _prepare(kernel, compiled, args, meta)
         return
-    call, head, constants = found
     stream = torch._C._cuda_getCurrentRawStream(device)
-    call(*grid, *_ONES[len(grid)], stream, *head, *values, *constants)
-
-
-_ONES = ((1, 1, 1), (1, 1), (1,), ())
+    found.call(*grid, *_ONES[len(grid)], stream, *found.head, *values, *found.constants)
 
 
 def _prepare(
-    compiled: Any, constants: tuple[Any, ...]
-) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
-    """What `launch` keeps of a compiled kernel."""
-    # The three None: no metadata for hooks, no hook before, none after.
-    head = compiled.function, compiled.packed_metadata, None, None, None
-    launcher = compiled.run
-    if launcher.global_scratch_size == 0 and launcher.profile_scratch_size == 0:
-        # What the launcher does first is to make those two: 2 µs of Python.
-        options = launcher.launch_cooperative_grid, launcher.launch_pdl, None, None
-        return launcher.launch, (head[0], *options, *head[1:]), constants
-    return launcher, head, constants
+    kernel: Any, compiled: Any, args: tuple[Any, ...], meta: dict[str, Any]
+) -> _Prepared | None:
+    """What the next launch of a compiled kernel needs; None if it must take the documented way."""
+    launcher = getattr(compiled, "run", None)
+    if not _KNOWN_VERSION or type(launcher).__name__ != "CudaLauncher":
+        return None
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return None
+    signature = compiled.src.signature
+    for name, arg in zip(kernel.arg_names, args, strict=False):
+        # A tensor given for a number is read by Triton; here its address would be taken for it.
+        if isinstance(arg, torch.Tensor) and not str(signature.get(name)).startswith("*"):
+            return None
+    constants = tuple(meta.get(name) for name in kernel.arg_names[len(args) :])
+    # The first two None: no scratch memory. The last three: no metadata for hooks, no hooks.
+    head = (
+        compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None,
+        compiled.packed_metadata, None, None, None,
+    )  # fmt: skip
+    return _Prepared(kernel, launcher.launch, head, constants)
 
 
-def _profiled() -> bool:
-    """Whether somebody asked Triton to be told of launches."""
+def _watched(kernel: Any) -> bool:
+    """Whether Triton has more to do at a launch of this kernel than to launch it."""
     runtime = triton.knobs.runtime
     hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    return (
+        type(kernel) is not triton.runtime.JITFunction
+        or bool(kernel.pre_run_hooks)
+        or runtime.debug
+        or any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    )
 
 
-def _describe(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]] | None:
+def _describe(args: tuple[Any, ...], device: int) -> tuple[list[Any], list[Any]] | None:
     """The values to pass, tensors as addresses, and what Triton specializes each on.
 
-    None if an argument is of a kind that Triton shall see itself.
+    None if an argument is of a kind that Triton shall see itself, as is a tensor elsewhere.
     """
     values: list[Any] = []
     specialization: list[Any] = []
     for arg in args:
         if isinstance(arg, torch.Tensor):
+            if arg.get_device() != device:
+                return None
             address = arg.data_ptr()
             values.append(address)
             specialization.append((arg.dtype, address % 16 == 0))
         elif type(arg) is int:
             values.append(arg)
             known = 16 if arg % 16 == 0 else int(arg == 1)
-            specialization.append(known if arg <= _INT32_MAX else known + 64)
+            if -(2**31) <= arg < 2**31:
+                specialization.append(known)
+            elif -(2**63) <= arg < 2**63:
+                specialization.append(known + 64)
+            else:
+                return None
         elif arg is None:
             values.append(None)
             specialization.append(None)

@@ -20,6 +20,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from tilewright_kernels import _backend
@@ -29,7 +30,7 @@ from tilewright_kernels._triton import tl
 _NAMESPACE = "tilewright"
 _FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _PLAIN = (torch.Tensor, Parameter)
-"""Types that need no dispatcher; it must see what is fake, functional or else a subclass."""
+"""Types that need no dispatcher; it must see what is fake, a subclass, or lazily negated."""
 
 
 class Operator:
@@ -97,17 +98,18 @@ class Operator:
             eager = None
             if backward is not None:
                 assert setup_context is not None
-                torch.library.register_autograd(qualname, backward, setup_context=setup_context)
+                formula = _once(self.name, backward)
+                torch.library.register_autograd(qualname, formula, setup_context=setup_context)
                 eager = _autograd_function(self.name, launcher, setup_context, backward)
 
             @wraps(launcher)
             def call(*args: Any) -> Any:
-                if torch.compiler.is_compiling():
+                if torch.compiler.is_compiling() or _needs_dispatcher(self.name, args):
                     return registered(*args)
                 requires_grad = False
                 for arg in args:
                     if isinstance(arg, torch.Tensor):
-                        if type(arg) not in _PLAIN:
+                        if type(arg) not in _PLAIN or arg.is_neg():
                             return registered(*args)
                         requires_grad = requires_grad or arg.requires_grad
                 if requires_grad and eager is not None and torch.is_grad_enabled():
@@ -153,6 +155,44 @@ def check_same_device(**tensors: torch.Tensor | None) -> None:
         raise ValueError(f"the tensors are on different devices: {listing}; move them to one")
 
 
+def _needs_dispatcher(operator: str, args: tuple[Any, ...]) -> bool:
+    """Whether somebody looks at, batches or traces operators.
+
+    Raises:
+        RuntimeError: under a transform that would need a derivative which there is none of.
+    """
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None and transform.key() != torch._C._functorch.TransformType.Vmap:
+        raise RuntimeError(
+            f"{operator} has no derivative for torch.func's transforms; "
+            f"use_backend({operator}='torch') runs its reference, which has all"
+        )
+    if forward_ad._current_level >= 0:
+        tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
+        if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+            raise RuntimeError(
+                f"{operator} has no forward-mode derivative; "
+                f"use_backend({operator}='torch') runs its reference, which has one"
+            )
+    return transform is not None or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _once(operator: str, backward_formula: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that refuses to be differentiated, instead of returning what has no graph."""
+
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        # Grad mode is on here only under create_graph=True. torch's once_differentiable would
+        # return gradients without a graph wherever grad_outputs need none: silently wrong.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{operator} is differentiable once, and create_graph=True asks for more; "
+                f"use_backend({operator}='torch') runs its reference, which has all derivatives"
+            )
+        return backward_formula(ctx, *grad_outputs)
+
+    return backward
+
+
 def _autograd_function(
     operator: str,
     launcher: Callable[..., Any],
@@ -170,15 +210,8 @@ def _autograd_function(
         setup_context(ctx, args, output)
         return output
 
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        # Grad mode is on here only under create_graph=True. torch's once_differentiable would
-        # return gradients without a graph wherever grad_outputs need none: silently wrong.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{operator} is differentiable once, and create_graph=True asks for more; "
-                f"use_backend({operator}='torch') runs its reference, which has all derivatives"
-            )
-        return backward_formula(ctx, *grad_outputs)
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    members = {
+        "forward": staticmethod(forward),
+        "backward": staticmethod(_once(operator, backward_formula)),
+    }
     return type(f"{launcher.__name__}_autograd", (torch.autograd.Function,), members)
