@@ -1,11 +1,13 @@
 """The short way to launch tells apart what Triton does, and computes what the long way does."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from tilewright_kernels import _launcher
+from tilewright_kernels._launch import cdiv
 from tilewright_kernels._launcher import _describe, launch
 from tilewright_kernels._operator import Operator
 from tilewright_kernels._triton import tl, triton
@@ -25,10 +27,16 @@ _AFFINE = Operator("affine")
 
 def affine(x, bias, offset, scale):
     y = torch.full_like(x, torch.nan)
-    grid = (triton.cdiv(len(x), 128),)
+    grid = (cdiv(len(x), 128),)
     arguments = (x, bias, y, len(x), offset)
     _AFFINE.launch(_affine_kernel, grid, *arguments, SCALE=scale, BLOCK=128, num_warps=1)
     return y
+
+
+def described(*args, device=-1):
+    found = _describe(args, device)
+    assert found is not None
+    return found
 
 
 INTEGERS = [0, 1, -1, 3, 16, -16, 17, 2**31 - 1, 2**31, 2**31 + 1, -(2**31), -(2**31) - 1, -(2**40)]
@@ -40,17 +48,17 @@ def test_integers_are_told_apart_as_triton_does():
     for a in INTEGERS:
         for b in INTEGERS:
             tritons = [specialize(backend, n, False, True, True) for n in (a, b)]
-            ours = [_describe((n,), 0)[1] for n in (a, b)]
+            ours = [described(n)[1] for n in (a, b)]
             assert (ours[0] == ours[1]) == (tritons[0] == tritons[1]), (a, b)
 
 
 def test_tensors_are_told_apart_by_dtype_and_alignment():
     x = torch.zeros(64)
     kinds = [x, x[1:], x.half(), None]
-    codes = [tuple(_describe((kind,), -1)[1]) for kind in kinds]
+    codes = [tuple(described(kind)[1]) for kind in kinds]
     assert len(set(codes)) == len(kinds), codes
-    assert _describe((x[4:],), -1)[1] == _describe((x,), -1)[1]
-    assert _describe((x[1:],), -1)[0] == [x.data_ptr() + 4]
+    assert described(x[4:])[1] == described(x)[1]
+    assert described(x[1:])[0] == [x.data_ptr() + 4]
 
 
 @pytest.mark.parametrize("argument", [1.5, True, "text", 2**63], ids=str)
@@ -178,10 +186,14 @@ def test_later_launches_do_not_bind_arguments(monkeypatch):
 def test_a_profilers_hook_sees_every_launch():
     x = torch.randn(256, device="cuda")
     affine(x, None, 5, 2.0)
-    seen = []
-    triton.knobs.runtime.launch_enter_hook.add(seen.append)
+    seen: list[Any] = []
+
+    def hook(metadata: Any) -> None:
+        seen.append(metadata)
+
+    triton.knobs.runtime.launch_enter_hook.add(hook)
     try:
         affine(x, None, 5, 2.0)
     finally:
-        triton.knobs.runtime.launch_enter_hook.remove(seen.append)
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
     assert len(seen) == 1

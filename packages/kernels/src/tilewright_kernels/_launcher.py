@@ -80,7 +80,7 @@ def _prepare(
     kernel: Any, compiled: Any, args: tuple[Any, ...], meta: dict[str, Any]
 ) -> _Prepared | None:
     """What the next launch of a compiled kernel needs; None if it must take the documented way."""
-    launcher = getattr(compiled, "run", None)
+    launcher: Any = getattr(compiled, "run", None)
     if not _KNOWN_VERSION or type(launcher).__name__ != "CudaLauncher":
         return None
     if launcher.global_scratch_size or launcher.profile_scratch_size:
