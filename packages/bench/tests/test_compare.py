@@ -38,7 +38,7 @@ def test_what_lies_within_the_spread_is_equal(tmp_path, write_run, ratio, verdic
 
 @pytest.mark.parametrize(("fail", "status"), [(None, 0), (0.22, 1), (0.24, 0)])
 def test_a_slowdown_beyond_spread_and_limit_fails(runs, capsys, fail, status):
-    assert compare(*runs, fail=fail) == status  # 25 % slower, spread 2 %
+    assert compare(*runs, fail=fail, words="fwd") == status  # 25 % slower, spread 2 %
     out = capsys.readouterr().out
     assert ("FAILED: 1 slower by more than 22.0%" in out) == bool(status)
 
@@ -49,7 +49,8 @@ def test_the_table_says_what_changed(tmp_path, write_run, info, capsys):
     after = write_run(tmp_path / "after.json", AFTER, infos=infos[1])
     assert compare(load(before), load(after)) == 0
     out = capsys.readouterr().out
-    assert "2 benchmarks compared, 2 are in one run only" in out
+    assert "missing: bench_op[old]\n" in out
+    assert "2 benchmarks compared, 1 missing, 1 new" in out
     (torch,) = [line for line in out.splitlines() if "torch" in line]
     assert torch.split() == [
         *(
@@ -68,6 +69,25 @@ def test_the_table_says_what_changed(tmp_path, write_run, info, capsys):
         ),
     ]
     assert "geometric mean 0.791; slower beyond their spread: 1, faster: 1" in out
+
+
+def test_a_missing_benchmark_fails_unless_it_was_not_chosen(runs, capsys):
+    assert compare(*runs, fail=1.0) == 1
+    assert "FAILED: 1 missing from the run" in capsys.readouterr().out
+    assert compare(*runs, fail=1.0, words="fwd") == 0
+    assert compare(*runs) == 0
+
+
+def test_benchmarks_are_matched_by_what_they_measure(tmp_path, write_run, info, capsys):
+    infos = [{"bench_old[0]": info()}, {"bench_new[9]": info(clock="cuda events")}]
+    before, after = [
+        load(write_run(tmp_path / f"{i}.json", dict.fromkeys(info_, 1e-3), infos=info_))
+        for i, info_ in enumerate(infos)
+    ]
+    (change,) = changes(before, after)
+    assert change.clocks == ("cuda graph", "cuda events")
+    assert compare(before, after, fail=0.0) == 0
+    assert "1.000 *" in capsys.readouterr().out
 
 
 def test_words_choose(runs, capsys):

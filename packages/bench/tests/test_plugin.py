@@ -7,11 +7,14 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from tilewright_bench import Measurement
+from tilewright_bench import Case, Measurement, Variant, Work
 from tilewright_bench.commands import main
+from tilewright_bench.plugin import pytest_collection_finish
 
 ROOT = Path(__file__).parents[3]
 BENCHMARKS = ROOT / "packages" / "bench" / "benchmarks"
@@ -97,3 +100,19 @@ def test_a_run_on_a_cpu_is_no_baseline(session, tmp_path, capsys):
     assert main(["save", "laptop", *places]) == 2
     assert "a baseline is a run on a GPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_cases_of_one_name_and_different_work_are_refused():
+    def item(flops):
+        work = Work(bytes=8, flops=flops)
+        case = Case(
+            operator="scale", shape=(8,), dtype=torch.float32, make_inputs=lambda d, g: (),
+            reference=abs, forward=work, backward=work,
+        )  # fmt: skip
+        variant = Variant(provider="torch", direction="fwd", build=lambda: abs)
+        params = {"case": case, "variant": variant}
+        return SimpleNamespace(nodeid="b.py::bench[0]", callspec=SimpleNamespace(params=params))
+
+    session: Any = SimpleNamespace(items=[item(1), item(2)])
+    with pytest.raises(pytest.UsageError, match="two cases of scale are both called 8-fp32"):
+        pytest_collection_finish(session)

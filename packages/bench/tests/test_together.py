@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright_bench import Case, Variant, Work
+from tilewright_bench import Case, Variant, Work, stopwatch, together
 from tilewright_bench.together import (
     MATMUL_INTENSITY,
     fresh_compilers,
@@ -131,6 +131,24 @@ def test_a_provider_that_fails_late_is_left_out(calls_before):
     outcomes = measure(SCALE, providers(late=fails_later, right=scale))
     assert str(outcomes["late"]) == "out of luck"
     assert outcomes["right"].samples.seconds
+
+
+def test_a_provider_that_fails_between_the_blocks_is_left_out(monkeypatch):
+    timing = False
+
+    def fails_when_timed(x, weight):
+        return failing(x, weight) if timing else scale(x, weight)
+
+    def interleave(*args):
+        nonlocal timing
+        timing = True
+        stopwatch.interleave(*args)
+
+    monkeypatch.setattr(together, "interleave", interleave)
+    outcomes = measure(SCALE, providers(late=fails_when_timed, right=scale))
+    assert str(outcomes["late"]) == "out of luck"
+    assert outcomes["right"].samples.seconds
+    assert outcomes["right"].measurement.beside == ()
 
 
 def test_a_nan_is_wrong():

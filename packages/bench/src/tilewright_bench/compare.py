@@ -21,6 +21,7 @@ class Change:
         after: median in the run.
         spread: the larger interquartile range ÷ median of the two.
         shares: of the ceiling, before and after; None where that was not measured.
+        clocks: what measured the times, before and after; None where that is unknown.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Change:
     after: float
     spread: float
     shares: tuple[float | None, float | None]
+    clocks: tuple[str | None, str | None]
 
     @property
     def ratio(self) -> float:
@@ -54,12 +56,8 @@ def changes(baseline: SavedRun, run: SavedRun, words: str = "") -> list[Change]:
     """
     if baseline.path.resolve() == run.path.resolve():
         raise SavedRunError(f"{run.path} would be compared with itself; name an older run")
-    before, after = baseline.benchmarks, run.benchmarks
-    common = [
-        name
-        for name, benchmark in after.items()
-        if name in before and all(w in f"{name} {_label(benchmark)}" for w in words.split())
-    ]
+    before, after = _selected(baseline, words), _selected(run, words)
+    common = [name for name in after if name in before]
     if not common:
         chosen = f" whose name holds {words!r}" if words else ""
         raise SavedRunError(
@@ -76,9 +74,16 @@ def changes(baseline: SavedRun, run: SavedRun, words: str = "") -> list[Change]:
             after=new["stats"]["median"],
             spread=max(spreads),
             shares=(share_of(old["extra_info"]), share_of(new["extra_info"])),
+            clocks=(old["extra_info"].get("clock"), new["extra_info"].get("clock")),
         )
         found.append(change)
     return sorted(found, key=lambda change: -change.ratio)
+
+
+def missing(baseline: SavedRun, run: SavedRun, words: str = "") -> list[str]:
+    """Names of benchmarks of the baseline, those that hold all of the words, that the run lacks."""
+    after = _selected(run, words)
+    return [_label(b) for name, b in _selected(baseline, words).items() if name not in after]
 
 
 def compare(
@@ -93,7 +98,7 @@ def compare(
         words: compare only benchmarks whose names hold all of these.
 
     Returns:
-        1 if a benchmark is slower than `fail` allows, else 0.
+        1 if a benchmark is slower than `fail` allows or missing from the run, else 0.
 
     Raises:
         SavedRunError: as `changes`.
@@ -103,9 +108,12 @@ def compare(
     print(f"run:      {run.path}  ({run.device})")
     if baseline.device != run.device:
         print("The devices differ, and so do their times, whatever the code.")
-    alone = len(baseline.benchmarks.keys() ^ run.benchmarks.keys())
-    print(f"{len(found)} benchmarks compared, {alone} are in one run only\n")
+    lacking, new = missing(baseline, run, words), missing(run, baseline, words)
+    print(f"{len(found)} benchmarks compared, {len(lacking)} missing, {len(new)} new\n")
     print(_table(found))
+    if any(change.clocks[0] != change.clocks[1] for change in found):
+        print("* measured by another clock than before; the ratio is not of the code alone")
+    print("".join(f"\nmissing: {name}" for name in lacking))
     mean = math.exp(math.fsum(math.log(change.ratio) for change in found) / len(found))
     verdicts = [change.verdict for change in found]
     print(
@@ -118,7 +126,21 @@ def compare(
     if slower:
         print(f"FAILED: {len(slower)} slower by more than {fail:.1%} beyond their spread:")
         print("\n".join(f"  {name}" for name in slower))
-    return int(bool(slower))
+    if lacking:
+        print(f"FAILED: {len(lacking)} missing from the run")
+    return int(bool(slower or lacking))
+
+
+def _selected(run: SavedRun, words: str) -> dict[str, dict[str, Any]]:
+    """Benchmarks whose names hold all of the words, by what they measure, wherever it is written.
+
+    That is operator, case, direction and provider; else the benchmark's full name.
+    """
+    return {
+        _label(benchmark) if "operator" in benchmark["extra_info"] else name: benchmark
+        for name, benchmark in run.benchmarks.items()
+        if all(word in f"{name} {_label(benchmark)}" for word in words.split())
+    }
 
 
 def _label(benchmark: Mapping[str, Any]) -> str:
@@ -146,7 +168,7 @@ def _cells(change: Change) -> tuple[str, ...]:
         change.name,
         f"{change.before * 1e6:.1f}",
         f"{change.after * 1e6:.1f}",
-        f"{change.ratio:.3f}",
+        f"{change.ratio:.3f}{'' if change.clocks[0] == change.clocks[1] else ' *'}",
         f"{change.spread:.1%}",
         shares,
         change.verdict,

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tilewright_bench.rows import OURS, Row, groups_of, lead
 from tilewright_bench.tables import DIRECTIONS, NAMES, case_text
@@ -218,18 +218,18 @@ def _draw_roofline(plot: Roofline, figure: "Figure") -> None:
         text = f"{', '.join(names)} {rate:.0f} TFLOP/s"
         axes.annotate(text, at, xytext=(0, 2), textcoords="offset points", fontsize=7)
     families = tuple({family: None for family, *_ in plot.points})
-    styles = {
+    # Colours repeat after eight families, with another marker.
+    styles: dict[str, dict[str, Any]] = {
         family: {
             "color": f"C{i}",
-            "marker": "osD^vP*X"[i % 8],
+            "marker": "osD^vP*X"[(i + i // 8) % 8],
             "markersize": 5,
             "markerfacecoloralt": "none",
-            "linestyle": "",
         }
         for i, family in enumerate(families)
     }
     for family, direction, x, y in plot.points:
-        axes.plot(x, y, **styles[family], fillstyle=FILLS[direction])
+        axes.plot(x, y, **styles[family], linestyle="", fillstyle=FILLS[direction])
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
@@ -237,10 +237,10 @@ def _draw_roofline(plot: Roofline, figure: "Figure") -> None:
     axes.set_ylabel("TFLOP/s")
     axes.set_title(plot.device)
     axes.grid(which="major")
-    handles = [Line2D([], [], **styles[family], label=family) for family in families]
-    plain = {"color": "0.5", "marker": "o", "markerfacecoloralt": "none", "linestyle": ""}
+    handles = [Line2D([], [], linestyle="", label=family, **styles[family]) for family in families]
+    plain: dict[str, Any] = {"color": "0.5", "marker": "o", "markerfacecoloralt": "none"}
     handles += [
-        Line2D([], [], **plain, fillstyle=FILLS[direction], label=name)
+        Line2D([], [], linestyle="", **plain, fillstyle=FILLS[direction], label=name)
         for direction, name in DIRECTIONS.items()
         if any(direction == there for _, there, *_ in plot.points)
     ]

@@ -42,7 +42,11 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Group the benchmarks that this session runs: variants of a case are measured together."""
+    """Group the benchmarks that this session runs: variants of a case are measured together.
+
+    Raises:
+        UsageError: two cases of one operator, shape and dtype that differ in their work.
+    """
     groups: dict[tuple[str, ...], list[tuple[str, Case, Variant]]] = {}
     for item in session.items:
         params = getattr(getattr(item, "callspec", None), "params", {})
@@ -51,7 +55,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             key = (item.nodeid.split("[")[0], case.operator, str(case), variant.direction)
             groups.setdefault(key, []).append((item.nodeid, case, variant))
     selected.clear()
-    for members in groups.values():
+    for (place, operator, name, direction), members in groups.items():
+        if len({case.work(variant.direction) for _, case, variant in members}) > 1:
+            raise pytest.UsageError(
+                f"{place}: two cases of {operator} are both called {name} and differ in the work "
+                f"of {direction}; what they differ in belongs in the operator's name or the shape"
+            )
         group = Group(members[0][1], [variant for _, _, variant in members])
         selected.update((nodeid, group) for nodeid, _, _ in members)
 

@@ -13,7 +13,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,11 +214,27 @@ def time_interleaved(
     return [watch.samples() for watch in watches]
 
 
-def interleave(watches: Sequence[Stopwatch]) -> None:
-    """Take a block of each in turn until all are done."""
-    while pending := [watch for watch in watches if not watch.done]:
-        for watch in pending:
-            watch.block()
+def interleave(
+    watches: Sequence[Stopwatch],
+    failed: Callable[[Stopwatch, Exception], None] | None = None,
+) -> None:
+    """Take a block of each in turn until all are done.
+
+    Args:
+        watches: whose blocks.
+        failed: told of a watch that raised and takes no more part; None lets its error through.
+    """
+    pending = [watch for watch in watches if not watch.done]
+    while pending:
+        for watch in tuple(pending):
+            try:
+                watch.block()
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed(watch, error)
+                pending.remove(watch)
+        pending = [watch for watch in pending if not watch.done]
 
 
 def rotating(calls: Sequence[Call]) -> Call:

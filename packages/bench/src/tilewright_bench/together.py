@@ -188,7 +188,15 @@ class _Group:
         replayed, eager = (
             Stopwatch(copying, timer, seconds=seconds, graph=graph) for graph in (True, False)
         )
-        interleave([*(c.watch for c in contestants.values()), replayed, eager])
+        watches = {contestant.watch: variant for variant, contestant in contestants.items()}
+
+        def leave(watch: Stopwatch, error: BaseException) -> None:
+            if watch not in watches:
+                raise error
+            self.errors[watches[watch]] = without_frames(error)
+            del contestants[watches[watch]]
+
+        interleave([*watches, replayed, eager], leave)
         copy_seconds = {watch.clock: watch.samples().median for watch in (replayed, eager)}
         if GRAPH_CLOCK in copy_seconds:
             # The driver copies blocks of 512 MiB at 2.7 TB/s in a graph, at 4.2 outside (H200).
