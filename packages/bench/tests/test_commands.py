@@ -8,6 +8,7 @@ import pytest
 from tilewright_bench import commands, docs, roofline
 from tilewright_bench.commands import COMMANDS, main
 
+PLACE = dict.fromkeys(("driver", "cuda", "python", "torch", "triton"), "1.0")
 MANIFEST = Path(__file__).parents[1] / "pyproject.toml"
 
 BEFORE = {"bench_op[fwd-tilewright]": 2e-3, "bench_op[fwd-torch]": 4e-3}
@@ -106,6 +107,26 @@ def test_ceilings_are_drawn_again_from_their_file(places, tmp_path, monkeypatch,
     )
     assert main(["roofline", "--redraw", *options]) == 0
     assert "memory 4200 GB/s" in svg.read_text()
+
+
+def test_ceilings_are_those_of_the_device_that_is_named(places, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100")
+    assert main(["roofline", places[1]]) == 2
+    assert "this GPU is a NVIDIA A100, no 'h200'" in capsys.readouterr().err
+    place = {**PLACE, "gpu": "NVIDIA A100"}
+    monkeypatch.setattr(commands, "describe", lambda: place)
+    monkeypatch.setattr(commands, "get_commit_info", lambda: {"id": "0123456789", "dirty": True})
+    assert main(["roofline", "--device=a100", places[1]]) == 2
+    assert "measured uncommitted changes" in capsys.readouterr().err
+
+
+def test_nothing_is_saved_outside_the_workspace(places, tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere" / "baselines"
+    run = str(next((tmp_path / "storage").rglob("*.json")))
+    assert main(["save", "first", run, f"--baselines={elsewhere}"]) == 2
+    assert "run from the workspace's root" in capsys.readouterr().err
+    assert not elsewhere.parent.exists()
 
 
 def test_pages_are_written_and_checked(monkeypatch, capsys, tmp_path):

@@ -39,7 +39,7 @@ def test_our_operators_lie_at_their_intensity_and_speed(ceilings, info, write_ru
 
 
 def test_a_file_without_ceilings_is_refused(tmp_path):
-    (tmp_path / "run.json").write_text('{"machine_info": {}}')
+    (tmp_path / "run.json").write_text('{"machine_info": {}, "matmul_tflop_per_s": {}}')
     with pytest.raises(SavedRunError, match="holds no ceilings"):
         roofline.load(tmp_path / "run.json")
     with pytest.raises(SavedRunError, match="cannot be read"):

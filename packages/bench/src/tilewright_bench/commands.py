@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pytest_benchmark.utils import get_commit_info
 
 from tilewright_bench import docs, plots, roofline
 from tilewright_bench.compare import compare
+from tilewright_bench.environment import describe
 from tilewright_bench.pages import PageError
 from tilewright_bench.report import table
 from tilewright_bench.rows import rows_of
@@ -18,6 +20,8 @@ from tilewright_bench.saved import (
     SavedRun,
     SavedRunError,
     baselines_of,
+    check_provenance,
+    check_workspace,
     find,
     newest,
     save_baseline,
@@ -105,7 +109,14 @@ def _roofline(options: argparse.Namespace) -> int:
             raise SavedRunError(
                 "no CUDA device, and ceilings are those of a GPU; --redraw draws the saved ones"
             )
-        roofline.save(roofline.measure(torch.device("cuda")), path)
+        gpu = torch.cuda.get_device_name()
+        if options.device.lower() not in gpu.lower():
+            raise SavedRunError(f"this GPU is a {gpu}, no {options.device!r}; name it by --device")
+        check_workspace(options.baselines)
+        place = {"machine_info": describe(), "commit_info": get_commit_info()}
+        # Before a minute is spent.
+        check_provenance(path, place, commit=options.commit, allow_dirty=options.allow_dirty)
+        roofline.save(roofline.measure(torch.device("cuda")) | place, path)
         print(f"saved {path}")
     runs = baselines_of(options.device, options.baselines)
     try:
@@ -187,6 +198,7 @@ def _add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         parser.add_argument(
             "--operators", nargs="+", default=(), metavar="NAME", help="keep only these"
         )
+    if command in ("save", "roofline"):
         parser.add_argument("--commit", help="what was measured, for a run outside a git checkout")
         parser.add_argument("--allow-dirty", action="store_true", help="accept uncommitted changes")
     if command in ("roofline", "docs"):

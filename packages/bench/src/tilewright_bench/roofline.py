@@ -21,6 +21,9 @@ from tilewright_bench.saved import BASELINES, SavedRun, SavedRunError
 from tilewright_bench.stopwatch import Rotation, time_interleaved
 from tilewright_bench.timer import Call
 
+KEYS = {"machine_info", "copy_gb_per_s", "l2_copy_gb_per_s", "matmul_tflop_per_s"}
+"""What a file of ceilings must hold to be drawn."""
+
 FOLDER = BASELINES / "roofline"
 
 COPY_BYTES = tuple(2**power for power in range(20, 33, 2))
@@ -95,7 +98,7 @@ def load(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SavedRunError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or "matmul_tflop_per_s" not in content:
+    if not isinstance(content, dict) or not content.keys() >= KEYS:
         raise SavedRunError(f"{path} holds no ceilings that bench-roofline measured")
     return content
 

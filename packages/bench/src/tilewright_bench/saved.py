@@ -142,19 +142,14 @@ def save_baseline(
             f"{name!r} cannot name a baseline: letters, digits, dots, dashes and underscores, "
             f"and not digits alone"
         )
+    check_workspace(baselines)
     content = copy.deepcopy(run.content)
-    made_with = content.setdefault("commit_info", {})
-    if commit is not None:
-        if not re.fullmatch(r"[0-9a-f]{7,40}", commit):
-            raise SavedRunError(f"{commit!r} is not a commit: give 7 to 40 hexadecimal digits")
-        made_with["id"] = commit
-        made_with.pop("error", None)  # git's word that there is no checkout
-    _check_provenance(run.path, content, allow_dirty)
+    check_provenance(run.path, content, commit=commit, allow_dirty=allow_dirty)
     content["machine_info"].pop("node", None)
     content["machine_info"].get("cpu", {}).pop("flags", None)
     if operators:
         content["benchmarks"] = _only(operators, run)
-    baselines.mkdir(parents=True, exist_ok=True)
+    baselines.mkdir(exist_ok=True)
     target = baselines / f"{name}.json"
     target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return target
@@ -170,8 +165,36 @@ def _only(operators: Collection[str], run: SavedRun) -> list[dict[str, Any]]:
     return [b for b in benchmarks if b["extra_info"].get("operator") in operators]
 
 
-def _check_provenance(path: Path, content: dict[str, Any], allow_dirty: bool) -> None:
-    machine, made_with = content["machine_info"], content["commit_info"]
+def check_workspace(baselines: Path) -> None:
+    """Refuse a folder of baselines that is in no workspace.
+
+    Raises:
+        SavedRunError: the folder that holds it does not exist.
+    """
+    if not baselines.parent.is_dir():
+        raise SavedRunError(f"there is no {baselines.parent} here; run from the workspace's root")
+
+
+def check_provenance(
+    path: Path, content: dict[str, Any], *, commit: str | None = None, allow_dirty: bool = False
+) -> None:
+    """Check that a measurement says where and of what it was made.
+
+    Args:
+        path: of the file, for messages.
+        content: with machine_info and commit_info.
+        commit: what to write as the commit, for a measurement made outside a git checkout.
+        allow_dirty: accept uncommitted changes.
+
+    Raises:
+        SavedRunError: something is not said, or there were uncommitted changes.
+    """
+    machine, made_with = content["machine_info"], content.setdefault("commit_info", {})
+    if commit is not None:
+        if not re.fullmatch(r"[0-9a-f]{7,40}", commit):
+            raise SavedRunError(f"{commit!r} is not a commit: give 7 to 40 hexadecimal digits")
+        made_with["id"] = commit
+        made_with.pop("error", None)  # git's word that there is no checkout
     missing = [key for key in _PLACE if not machine.get(key)]
     if missing:
         raise SavedRunError(
