@@ -163,8 +163,11 @@ class Figures:
         """GPU, driver, versions and commit of the runs, and how their times were taken."""
         runs = list({source.run.path: source.run for source in sources}.values())
         rows = [row for source in sources for row in source.rows]
-        sentences = [_made_with(run) for run in runs]
-        text = " ".join(dict.fromkeys(sentences))
+        files: dict[str, list[str]] = {}
+        for run in runs:
+            file = f"`{(BASELINES / run.path.name).as_posix()}`"
+            files.setdefault(_made_with(run), []).append(file)
+        text = " ".join(f"{place}: {', '.join(names)}." for place, names in files.items())
         if any(row.clock == EVENTS for row in rows):
             text += " † by events around eager calls."
         return text
@@ -230,14 +233,14 @@ def _by_operator(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def _made_with(run: SavedRun) -> str:
-    """One NVIDIA H200 (driver …), torch …, triton …, commit …: file."""
+    """One NVIDIA H200 (driver …), torch …, triton …, commit …."""
     machine, commit = run.content["machine_info"], run.content["commit_info"]["id"]
     versions = [f"torch {machine['torch']}", f"triton {machine['triton']}"]
     if machine.get("liger-kernel"):
         versions.append(f"Liger-Kernel {machine['liger-kernel']}")
     return (
         f"One {machine['gpu']} (driver {machine['driver']}), {', '.join(versions)}, commit "
-        f"`{commit[:10]}`: `{(BASELINES / run.path.name).as_posix()}`."
+        f"`{commit[:10]}`"
     )
 
 
