@@ -159,6 +159,17 @@ def test_extreme_values(name, device):
     torch.testing.assert_close(gradient, slope, equal_nan=True)
 
 
+def test_relu_squared_beyond_float16(device):
+    # 300² is infinite and (2⁻¹³)² is 0 in float16; the slope is 2x all the same, and 0 · 2x is 0.
+    x = torch.tensor([300, 1, 2**-13, -300], dtype=torch.float16, device=device).requires_grad_()
+    with use_backend("triton"):
+        y = relu_squared(x)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+        (nothing,) = torch.autograd.grad(y, x, torch.zeros_like(y))
+    assert dx.tolist() == [600, 2, 2**-12, 0]
+    assert nothing.tolist() == [0, 0, 0, 0]
+
+
 def test_tail_keeps_its_digits(device):
     # gelu falls to -1e-17 before float32 ends; 1 + erf has no digit left at -6.
     x = torch.linspace(-9, -3, 61).to(device)

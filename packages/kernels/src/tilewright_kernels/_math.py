@@ -29,20 +29,6 @@ def logistic(x):
 
 
 @triton.jit
-def sigmoid(x):
-    """1 / (1 + e⁻ˣ)."""
-    distribution, _ = logistic(x)
-    return distribution
-
-
-@triton.jit
-def sigmoid_grad(x):
-    """d sigmoid / dx = λ(x)."""
-    _, density = logistic(x)
-    return density
-
-
-@triton.jit
 def silu(x):
     """x · Λ(x)."""
     distribution, _ = logistic(x)

@@ -8,7 +8,7 @@ x and writes y; backward reads dy and one saved tensor and writes dx.
 What is saved costs memory only if nobody else holds it. Between two projections, x is the output of
 the first, which it does not keep; y is the input of the second, which it does. So relu and
 relu_squared, whose slope follows from y, save y. gelu and silu fall and rise: two x can give one
-y, and x is what they save.
+y, and x is what they save; as does relu_squared in float16, which cannot hold 256².
 """
 
 from collections.abc import Callable
@@ -145,6 +145,9 @@ _relu_squared = _register(
     _RELU_SQUARED, "relu_squared", _math.relu_squared, _relu_squared_grad_of_output,
     saves_output=True,
 )  # fmt: skip
+_relu_squared_float16 = _register(
+    _RELU_SQUARED, "relu_squared_float16", _math.relu_squared, _math.relu_squared_grad
+)
 
 
 def relu(input: Tensor) -> Tensor:
@@ -210,8 +213,9 @@ def relu_squared(input: Tensor) -> Tensor:
         input: any shape, in float16, bfloat16, float32 or float64.
 
     Returns:
-        Like input, contiguous. Differentiable once; the output is what is kept for backward, so
-        that where it underflows (|input| < 2⁻¹² in float16) the gradient is 0.
+        Like input, contiguous. Differentiable once; the output is what is kept for backward, and
+        of float16 the input: the squares of the other types leave their range only far out, where
+        input is not between 10⁻¹⁹ and 10¹⁹ and the gradient becomes 0 or infinite with them.
 
     Raises:
         TypeError: input is not floating point.
@@ -219,7 +223,7 @@ def relu_squared(input: Tensor) -> Tensor:
     check_floating("input", input)
     if not _RELU_SQUARED.uses_triton(input):
         return relu_squared_reference(input)
-    return _relu_squared(input)
+    return (_relu_squared_float16 if input.dtype == torch.float16 else _relu_squared)(input)
 
 
 def check_approximate(approximate: str) -> None:
