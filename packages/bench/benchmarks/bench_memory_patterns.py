@@ -19,7 +19,7 @@ PATTERNS: list[tuple[str, *tuple[int, ...]]] = [
     ("copy_coalesced", LENGTH),
     ("copy_misaligned", LENGTH, 1),
     *(("copy_strided", LENGTH, stride) for stride in (2, 4, 8, 32)),
-    *(("copy_tiled", LENGTH, stages) for stages in (1, 2, 4)),
+    *(("copy_tiled", LENGTH, stages) for stages in (1, 2, 4, 8)),
     ("transpose_naive", 2 * SIDE, SIDE),
     ("transpose_tiled", 2 * SIDE, SIDE),
     ("sum_one_program", LENGTH),

@@ -178,6 +178,7 @@ def test_opcheck(name, device):
     )
 
 
+@pytest.mark.filterwarnings("ignore:sum_atomic is not deterministic")
 @NAMES
 def test_every_element_is_written_and_bits_repeat(name, device):
     function, _, tensors = PATTERNS[name]
@@ -267,3 +268,31 @@ def test_bad_input(device):
         copy_strided(x, 0)
     with pytest.raises(ValueError, match="stages is 0"):
         copy_tiled(x, 0)
+    number: Any = torch.tensor(3.0)
+    for function in (lambda: scale(x, number), lambda: multiply_add(x, number, y)):
+        with pytest.raises(TypeError, match=r"alpha is a Tensor; give a number, .*float\(alpha\)"):
+            function()
+
+
+def test_more_programs_than_a_launch_has(device):
+    # Expanded, so that 2³¹ elements take no memory before the check.
+    x = torch.ones(1, 1, device=device).expand(2**31, 1)
+    with use_backend("triton"):
+        with pytest.raises(ValueError, match=r"2147483648 programs.* take transpose_tiled"):
+            transpose_naive(x)
+        with pytest.raises(ValueError, match=r"2147483648 programs.* smaller stride"):
+            copy_strided(x, 2**31)
+
+
+def test_atomic_sum_heeds_a_call_for_determinism(device):
+    x = torch.ones(8, device=device)
+    try:
+        with use_backend("triton"):
+            torch.use_deterministic_algorithms(True)
+            with pytest.raises(RuntimeError, match=r"sum_atomic is not deterministic; sum_tree"):
+                patterns.sum_atomic(x)
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            with pytest.warns(UserWarning, match="sum_atomic is not deterministic"):
+                assert patterns.sum_atomic(x) == 8
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -124,10 +124,17 @@ def copy_misaligned_forward(x: Tensor, shift: int) -> Tensor:
 @_STRIDED.function(fake=_fake, setup_context=_save, backward=_grads)
 def copy_strided_forward(x: Tensor, stride: int) -> Tensor:
     """Launch one program a block of each column."""
-    x, y, n = x.contiguous(), _fake(x), x.numel()
+    n = x.numel()
     blocks_per_column = cdiv(cdiv(n, stride), BLOCK)
+    programs = blocks_per_column * min(stride, n)
+    if programs >= 2**31:
+        raise ValueError(
+            f"stride {stride} over {n} elements takes {programs} programs, and a launch has fewer "
+            f"than 2**31; give a smaller stride"
+        )
+    x, y = x.contiguous(), _fake(x)
     _STRIDED.launch(
-        _copy_strided_kernel, (blocks_per_column * min(stride, n),),
+        _copy_strided_kernel, (programs,),
         x, y, n, stride, blocks_per_column, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return y

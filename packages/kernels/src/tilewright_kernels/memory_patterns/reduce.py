@@ -12,6 +12,7 @@ of GPU: the number of programs of `sum_persistent` is a multiple of its multipro
 All read n elements once. The gradient is dy everywhere: an expanded view, which moves nothing.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -98,6 +99,7 @@ def sum_one_program_forward(x: Tensor) -> Tensor:
 @_ATOMIC.function(fake=_fake, setup_context=_save, backward=_grad)
 def sum_atomic_forward(x: Tensor) -> Tensor:
     """Launch one program a block; the cell must be zero before."""
+    _alert_not_deterministic()
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = x.new_zeros((), dtype=dtype)
     _ATOMIC.launch(
@@ -142,7 +144,11 @@ def sum_one_program(x: Tensor) -> Tensor:
 
 
 def sum_atomic(x: Tensor) -> Tensor:
-    """The sum of all elements, by atomic additions. Not deterministic: they come in any order."""
+    """The sum of all elements, by atomic additions. Not deterministic: they come in any order.
+
+    Raises:
+        RuntimeError: torch.use_deterministic_algorithms is on; with warn_only it is a warning.
+    """
     check_floating("x", x)
     return sum_atomic_forward(x) if _ATOMIC.uses_triton(x) else sum_reference(x)
 
@@ -157,3 +163,13 @@ def sum_persistent(x: Tensor) -> Tensor:
     """The sum of all elements, by programs that each walk many blocks; deterministic."""
     check_floating("x", x)
     return sum_persistent_forward(x) if _PERSISTENT.uses_triton(x) else sum_reference(x)
+
+
+def _alert_not_deterministic() -> None:
+    """What torch's own atomic sums do where the user has asked for determinism."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = "sum_atomic is not deterministic; sum_tree and sum_persistent are"
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=3)

@@ -71,11 +71,15 @@ def _naive_grad(ctx: Any, dy: Tensor) -> Tensor:
 @_NAIVE.function(fake=_fake, setup_context=_save, backward=_naive_grad)
 def transpose_naive_forward(x: Tensor) -> Tensor:
     """Launch one program a block of a row."""
-    (M, N), y = x.shape, _fake(x)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    _NAIVE.launch(
-        _transpose_naive_kernel, (M * cdiv(N, BLOCK),), x, y, M, N, x.stride(0), BLOCK=BLOCK
-    )
+    M, N = x.shape
+    programs = M * cdiv(N, BLOCK)
+    if programs >= 2**31:
+        raise ValueError(
+            f"x of shape {M, N} takes {programs} programs, one a row at least, and a launch has "
+            f"fewer than 2**31; take transpose_tiled"
+        )
+    x, y = x if x.stride(1) == 1 else x.contiguous(), _fake(x)
+    _NAIVE.launch(_transpose_naive_kernel, (programs,), x, y, M, N, x.stride(0), BLOCK=BLOCK)
     return y
 
 

@@ -158,15 +158,25 @@ def vector_add(x: Tensor, y: Tensor) -> Tensor:
 def scale(x: Tensor, alpha: float) -> Tensor:
     """alpha · x; x as for `vector_add`, alpha a number."""
     _check(x, x)
+    _check_number(alpha)
     return scale_forward(x, alpha) if _SCALE.uses_triton(x) else scale_reference(x, alpha)
 
 
 def multiply_add(x: Tensor, alpha: float, y: Tensor) -> Tensor:
     """alpha · x + y, the axpy of BLAS; x and y as for `vector_add`, alpha a number."""
     _check(x, y)
+    _check_number(alpha)
     if not _MULTIPLY_ADD.uses_triton(x):
         return multiply_add_reference(x, alpha, y)
     return multiply_add_forward(x, alpha, y)
+
+
+def _check_number(alpha: float) -> None:
+    if not isinstance(alpha, int | float):
+        raise TypeError(
+            f"alpha is a {type(alpha).__name__}; give a number, as in float(alpha): it has no "
+            f"gradient here"
+        )
 
 
 def _check(x: Tensor, y: Tensor) -> None:
