@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -220,6 +221,13 @@ def test_seed_as_number_and_as_tensor(seed, device):
     assert torch.equal(dropout_reference(x, seed=seed), number)
 
 
+def test_any_integer_is_a_seed(device):
+    x = torch.ones(5, 33, device=device)
+    seed: Any = np.int64(3)
+    with use_backend("triton"):
+        assert torch.equal(dropout(x, seed=seed), dropout(x, seed=3))
+
+
 def test_dropped_nan_is_nan_as_torchs(device):
     x = torch.full((40,), torch.nan, device=device)
     with use_backend("triton"):
@@ -327,6 +335,8 @@ def test_output_is_contiguous(backend, device):
     with use_backend(backend):
         assert dropout(x).is_contiguous()
         assert dropout_add(x, x).is_contiguous()
+        assert dropout_add(x, x, 0.0).is_contiguous()
+        assert dropout_add(x, x, P, training=False).is_contiguous()
 
 
 def test_module_is_torchs(device):
@@ -399,6 +409,14 @@ def test_bad_input(device):
         dropout(x, seed=2**63)
     with pytest.raises(ValueError, match=r"seed is torch.int32 of shape \(1,\).*must be 0-d int64"):
         dropout(x, seed=torch.tensor([1], dtype=torch.int32))
+    for seed in (1.5, "a"):
+        bad: Any = seed
+        # In evaluation too, where no mask is drawn.
+        for training in (True, False):
+            with pytest.raises(TypeError, match=rf"seed is {seed!r}; give an integer"):
+                dropout(x, P, training, seed=bad)
+            with pytest.raises(TypeError, match=rf"seed is {seed!r}; give an integer"):
+                dropout_add(x, x, P, training, seed=bad)
     with pytest.raises(ValueError, match=r"seed is torch.int64 .* on meta"):
         dropout(x, seed=torch.tensor(1, device="meta"))
     with pytest.raises(ValueError, match=r"\(5, 16\) and residual \(5, 8\).*expand_as"):

@@ -13,6 +13,7 @@ Forward and backward each read one tensor and write one. `dropout_add` adds a re
 pass: two reads, one write; its backward is that of dropout, and dy itself for the residual.
 """
 
+from operator import index
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ def dropout_reference(
     input: Tensor, p: float = 0.5, training: bool = True, *, seed: int | Tensor | None = None
 ) -> Tensor:
     """The definition in plain torch, bit for bit the kernel's mask; arguments as `dropout`."""
+    _check_seed(seed, input)
     if not training or _keeps_all(p):
         return input
     seed, kept = _as_seed(seed, input).to(input.device), _kept(p)
@@ -248,14 +250,15 @@ def dropout(
             0-d int64 tensor on input's device is read by the kernel: change it between replays.
 
     Returns:
-        Like input, contiguous. Differentiable once.
+        Like input, contiguous unless it is input itself. Differentiable once.
 
     Raises:
-        ValueError: p is no probability, or seed neither a number of 64 bits nor such a tensor.
-        TypeError: input is not floating point.
+        ValueError: p is no probability, seed does not fit in 64 bits or is not such a tensor.
+        TypeError: input is not floating point, seed is neither an integer nor a tensor.
     """
     check_floating("input", input)
     _check_probability(p)
+    _check_seed(seed, input)
     if not training or _keeps_all(p):
         return input
     seed = _as_seed(seed, input)
@@ -286,13 +289,14 @@ def dropout_add(
 
     Raises:
         ValueError: shapes that differ, tensors on different devices; or as for `dropout`.
-        TypeError: dtypes that differ or are not floating point.
+        TypeError: dtypes that differ or are not floating point; or as for `dropout`.
     """
     check_floating("input", input)
     _check_probability(p)
     _check_residual(input, residual)
+    _check_seed(seed, input)
     if not training or _keeps_all(p):
-        return input + residual
+        return (input + residual).contiguous()
     seed = _as_seed(seed, input)
     if not _DROPOUT_ADD.uses_triton(input):
         return dropout_add_reference(input, residual, p, seed=seed)
@@ -318,16 +322,22 @@ def _as_seed(seed: int | Tensor | None, input: Tensor) -> Tensor:
             input.is_cuda and torch.cuda.is_current_stream_capturing()
         )
         return torch.randint(2**63 - 1, (), device=input.device if recorded else "cpu")
-    if isinstance(seed, int):
-        if not -(2**63) <= seed < 2**63:
+    return seed if isinstance(seed, Tensor) else torch.tensor(index(seed), device="cpu")
+
+
+def _check_seed(seed: int | Tensor | None, input: Tensor) -> None:
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor):
+        if not hasattr(seed, "__index__"):
+            raise TypeError(f"seed is {seed!r}; give an integer, a 0-d int64 tensor or None")
+        if not -(2**63) <= index(seed) < 2**63:
             raise ValueError(f"seed is {seed}; it must fit in 64 bits, for example seed % 2**63")
-        return torch.tensor(seed, device="cpu")
-    if seed.dtype != torch.int64 or seed.dim() > 0 or seed.device not in (_CPU, input.device):
+    elif seed.dtype != torch.int64 or seed.dim() > 0 or seed.device not in (_CPU, input.device):
         raise ValueError(
             f"seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; it must be 0-d "
             f"int64 on {input.device}, as from torch.tensor(0, device={str(input.device)!r})"
         )
-    return seed
 
 
 def _check_probability(p: float) -> None:
