@@ -1,5 +1,7 @@
 """apply_rotary_emb: the kernel against float64, two independent formulas and finite differences."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -440,10 +442,20 @@ def test_tensors_on_another_than_the_current_device():
     check(make((2, 5, 3, 1, 11, 6), torch.float32, torch.device("cuda:1")))
 
 
-def test_more_sequences_than_an_axis_of_a_launch_has(device):
-    q = torch.ones(65536, 1, 1, 2, device=device)
+def test_more_sequences_than_an_axis_of_a_launch_has(device, monkeypatch):
+    # Three launches of two, two and one sequence, each way.
+    module = import_module("tilewright_kernels.apply_rotary_emb")
+    monkeypatch.setattr(module, "AXIS", 2)
+    monkeypatch.setattr(module, "_unsupported", lambda q, k: None)
+    inputs = make((5, 3, 2, 1, 8, 6), torch.float32, device)
+    check(inputs)
+    check(inputs, position_ids=random_positions((5, 3), 3, device))
+
+
+def test_more_heads_than_an_axis_of_a_launch_has(device):
+    q = torch.ones(1, 1, 65535, 2, device=device)
     tables = rotary_table(2, 1, device=device)
-    with use_backend("triton"), pytest.raises(ValueError, match="65536 sequences of 1 tokens"):
+    with use_backend("triton"), pytest.raises(ValueError, match="more than 65535 heads: give q in"):
         apply_rotary_emb(q, q, *tables)
     assert torch.equal(apply_rotary_emb(q, q, *tables)[0], q)
 

@@ -78,3 +78,6 @@ def test_bad_input(device):
     for bad in (entries[None], entries[:0]):
         with pytest.raises(ValueError, match=r"cu_seqlens has shape .*must be \[S \+ 1\]"):
             packed_position_ids(bad, 3)
+    for bad in (-1, 2**31):
+        with pytest.raises(ValueError, match=f"num_tokens is {bad}; give 0 or more"):
+            packed_position_ids(entries, bad)

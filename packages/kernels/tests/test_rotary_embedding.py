@@ -97,6 +97,15 @@ def test_tables_are_filled_when_a_meta_module_becomes_real(device):
     assert torch.equal(module.sin, sin)
 
 
+def test_tables_are_kept_where_nothing_changes():
+    module = RotaryEmbedding(8, 30, device="cpu")
+    cos, sin = module.cos, module.sin
+    module.share_memory().to("cpu", torch.float32)
+    assert module.cos is cos
+    assert module.sin is sin
+    assert cos.is_shared()
+
+
 def test_tables_are_buffers_outside_the_state_dict():
     module = RotaryEmbedding(8, 30)
     assert [name for name, _ in module.named_buffers()] == ["cos", "sin"]

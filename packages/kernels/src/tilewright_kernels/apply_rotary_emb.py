@@ -29,6 +29,9 @@ from tilewright_kernels.packed_position_ids import (
 
 _OP = Operator("apply_rotary_emb")
 
+AXIS = 65535
+"""Programs along the second and the third axis of a launch, at the most (CUDA)."""
+
 
 def apply_rotary_emb_reference(
     q: Tensor,
@@ -197,12 +200,31 @@ def rotate_heads(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
     interleaved: bool, conjugate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch the rotation of q [B, T, H, D] and k [B, T, K, D], back instead where conjugate."""
+    """Rotate q [B, T, H, D] and k [B, T, K, D], back instead where conjugate.
+
+    One launch, but for more sequences than an axis of it has: then one for every `AXIS` of them.
+    """
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    if len(q) <= AXIS:
+        _launch(q, k, cos, sin, position_ids, q_out, k_out, interleaved, conjugate)
+        return q_out, k_out
+    for first in range(0, len(q), AXIS):
+        part = slice(first, first + AXIS)
+        _launch(
+            q[part], k[part], cos, sin, None if position_ids is None else position_ids[part],
+            q_out[part], k_out[part], interleaved, conjugate,
+        )  # fmt: skip
+    return q_out, k_out
+
+
+def _launch(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None,
+    q_out: Tensor, k_out: Tensor, interleaved: bool, conjugate: bool,
+) -> None:  # fmt: skip
     B, T, H, D = q.shape
     K, R = k.shape[2], 2 * cos.shape[1]
     if B * T * (H + K) == 0:
-        return q_out, k_out
+        return
     tile = _tile(T, H + K, D, R)
     _OP.launch(
         _apply_rotary_emb_kernel, (cdiv(T, tile.BLOCK_T), cdiv(H + K, tile.BLOCK_H), B),
@@ -215,7 +237,6 @@ def rotate_heads(
         BLOCK_PAIRS=next_power_of_2(R // 2), BLOCK_REST=next_power_of_2(max(1, D - R)),
         **tile._asdict(),
     )  # fmt: skip
-    return q_out, k_out
 
 
 def apply_rotary_emb(
@@ -228,7 +249,7 @@ def apply_rotary_emb(
     cu_seqlens: Tensor | None = None,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding of queries and keys, in one launch.
+    """Rotary position embedding of queries and keys, in one launch (of up to 65535 sequences).
 
     y₁ = x₁ · cos - x₂ · sin,  y₂ = x₂ · cos + x₁ · sin         (Su et al. 2021, arXiv:2104.09864)
 
@@ -263,7 +284,7 @@ def apply_rotary_emb(
         _check_packed(q, position_ids)
         position_ids = packed_position_ids(cu_seqlens, len(q))
     _check_positions(q, cos, position_ids)
-    if not _OP.uses_triton(q, _unsupported(q)):
+    if not _OP.uses_triton(q, _unsupported(q, k)):
         return apply_rotary_emb_reference(
             q, k, cos, sin, position_ids=position_ids, interleaved=interleaved
         )
@@ -275,11 +296,10 @@ def apply_rotary_emb(
     return q_out[0], k_out[0]
 
 
-def _unsupported(q: Tensor) -> str | None:
-    """Why the launch cannot have q's batch and tokens as axes, if it cannot."""
-    sequences = q.shape[0] if q.dim() == 4 else 1
-    if sequences > 65535 or q.shape[-3] >= 2**31:
-        return f"there are {sequences} sequences of {q.shape[-3]} tokens"
+def _unsupported(q: Tensor, k: Tensor) -> str | None:
+    """Why a launch cannot have tokens and heads as axes, if it cannot."""
+    if q.shape[-3] >= 2**31 or q.shape[-2] + k.shape[-2] > AXIS:
+        return f"a launch has no room for 2**31 tokens or more than {AXIS} heads: give q in parts"
     return None
 
 

@@ -67,7 +67,7 @@ def packed_position_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
         [N] of cu_seqlens' dtype, found without waiting for the device.
 
     Raises:
-        ValueError: cu_seqlens is not a vector, or has no entry.
+        ValueError: cu_seqlens is not a vector, or has no entry; num_tokens is not in [0, 2³¹).
         TypeError: cu_seqlens is neither int32 nor int64.
     """
     if cu_seqlens.dtype not in (torch.int64, torch.int32):
@@ -78,6 +78,8 @@ def packed_position_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; it must be [S + 1], 0 first"
         )
+    if not 0 <= num_tokens < 2**31:
+        raise ValueError(f"num_tokens is {num_tokens}; give 0 or more tokens, fewer than 2**31")
     if not _OP.uses_triton(cu_seqlens):
         return packed_position_ids_reference(cu_seqlens, num_tokens)
     return packed_position_ids_forward(cu_seqlens, num_tokens)

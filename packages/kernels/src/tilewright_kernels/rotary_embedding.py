@@ -97,8 +97,12 @@ class RotaryEmbedding(torch.nn.Module):
         return f"{self.dim}, {self.length}, theta={self.theta}, interleaved={self.interleaved}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryEmbedding":
-        # Every cast and every move comes through here. Of what fn does, only the device is kept:
-        # .to(bfloat16) would round the tables, to_empty() after the meta device leaves them unset.
+        # Every cast and every move comes through here. Where fn makes a new tensor, only its device
+        # is kept: .to(bfloat16) would round the tables, to_empty() leaves them unset. What stays
+        # the same tensor, as under share_memory(), stays.
+        cos = self.cos
         super()._apply(fn, recurse)
-        self.cos, self.sin = rotary_table(self.dim, self.length, self.theta, device=self.cos.device)
+        if self.cos is not cos:
+            device = self.cos.device
+            self.cos, self.sin = rotary_table(self.dim, self.length, self.theta, device=device)
         return self
