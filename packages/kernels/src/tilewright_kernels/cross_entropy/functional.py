@@ -63,9 +63,9 @@ def cross_entropy(
         return_lse: also return lse = log Σ exp(logits) of each row, ignored or not: it depends on
             the logits alone, and its gradient is added in the same backward.
         inplace_backward: backward writes the gradient over the logits and so needs no memory of
-            its own. Afterwards they hold the gradient: they must not be a leaf, backward runs once,
-            and autograd raises where another operation saved them. The reference and torch.compile
-            (which plans memory by itself) take no notice.
+            its own. Afterwards they hold the gradient: they must not be a leaf or a view of one,
+            backward runs once, and autograd raises where another operation saved them. The
+            reference and torch.compile (which plans memory by itself) take no notice.
 
     Returns:
         A float32 (float64) scalar, or [...] for "none"; with return_lse a pair of it and lse [...]
@@ -134,10 +134,11 @@ def _check(
 
 
 def _check_in_place(input: Tensor) -> None:
-    if input.is_leaf:
+    base = input._base  # None but for a view, whose memory is the base's
+    if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
-            "inplace_backward would overwrite a leaf that requires grad with its own gradient; "
-            "use it on logits that were computed"
+            "inplace_backward would overwrite a leaf that requires grad, or a view of one, with "
+            "its own gradient; use it on logits that were computed"
         )
     rows = as_rows(input.detach(), input.shape[-1])
     overlap = len(rows) > 1 and rows.stride(0) < rows.shape[1]
