@@ -113,7 +113,7 @@ def test_one_option_at_a_time(option, device, small_tiles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_number_of_chunks(dtype, rows, device):
     x, weight, target, bias = make((36,), 8, 12, dtype, device)
-    check(x, weight, target, bias, chunk_bytes=rows * 12 * dtype.itemsize)
+    check(x, weight, target, bias, chunk_bytes=rows * _logit_chunks.LINE_BYTES)
 
 
 def test_a_chunk_holds_a_token_at_least(device):
@@ -410,6 +410,24 @@ def test_autocast(reduction, backend, device):
         assert torch.equal(a, b.to(a.dtype))
 
 
+def test_gradients_multiplied_in_place_are_not_hidden_from_autograd(device):
+    x, weight, target, _ = make((5,), 4, 9, device=device)
+    saved = []
+
+    def pack(tensor):
+        saved.append((tensor, tensor._version))
+        return tensor
+
+    with (
+        use_backend("triton"),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        loss = linear_cross_entropy(x, weight, target)
+    loss.backward(torch.full_like(loss, 2.0))
+    versions = [tensor._version - before for tensor, before in saved if tensor.numel()]
+    assert versions == [1, 1]
+
+
 def test_module_is_the_function(device):
     x, weight, target, bias = make((6,), 5, 9, device=device)
     options: dict[str, Any] = {"ignore_index": 2, "reduction": "sum", **EVERYTHING}
@@ -507,6 +525,8 @@ def test_bad_input(device):
         linear_cross_entropy(x, weight, target, bias[:8])
     with pytest.raises(ValueError, match=r"weight on meta"):
         linear_cross_entropy(x, weight.to("meta"), target)
+    with pytest.raises(TypeError, match=r"chunk_bytes is 1000\.0.*int\(chunk_bytes\)"):
+        linear_cross_entropy(x, weight, target, chunk_bytes=1e3)  # pyrefly: ignore
     bad: dict[str, Any] = {
         "reduction": "average", "label_smoothing": 1.5, "z_loss": -1.0, "softcap": 0.0,
         "chunk_bytes": 0,

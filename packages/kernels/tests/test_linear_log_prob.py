@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tilewright_kernels import (
+    LinearLogProb,
     _softmax_gradient,
     linear_cross_entropy,
     linear_log_prob,
@@ -85,7 +86,8 @@ def test_mean_logits(dtype, softcap, device, monkeypatch):
     monkeypatch.setattr(_softmax_gradient, "LEAST_THREADS", 1)
     x, weight, labels, bias = make((3,), 4, 21, dtype, device)
     options: dict[str, Any] = {"bias": bias, "softcap": softcap, "return_mean_logits": True}
-    chunk_bytes = 2 * 21 * dtype.itemsize
+    row_bytes = 256 if dtype == torch.float64 else 128  # of 21 logits, in whole lines
+    chunk_bytes = 2 * row_bytes
     with use_backend("triton"):
         log_prob, means = linear_log_prob(x, weight, labels, chunk_bytes=chunk_bytes, **options)
         without = linear_log_prob(x, weight, labels, bias=bias, softcap=softcap)
@@ -120,7 +122,7 @@ def test_a_preference_loss(device):
 
 def test_ignore_index_and_integer_labels(device):
     x, weight, labels, bias = make((6,), 3, 7, device=device)
-    check(x, weight, labels.where(labels >= 0, 5), bias, ignore_index=5, chunk_bytes=60)
+    check(x, weight, labels.where(labels >= 0, 5), bias, ignore_index=5, chunk_bytes=256)
     check(x, weight, labels.to(torch.int32), bias)
 
 
@@ -138,7 +140,7 @@ def test_label_out_of_range_shows_as_nan(bad, device):
 def test_gradcheck(device):
     x, weight, labels, bias = make((3,), 1, 3, torch.float64, device)
     check_gradients(
-        lambda x, w, b: linear_log_prob(x, w, labels, bias=b, chunk_bytes=48),
+        lambda x, w, b: linear_log_prob(x, w, labels, bias=b, chunk_bytes=256),
         (x, weight, bias),
         operator="linear_log_prob",
     )
@@ -170,7 +172,7 @@ def test_every_element_is_written_and_bits_repeat(device):
 
     def run():
         log_prob, means = linear_log_prob(
-            x, weight, labels, chunk_bytes=300, return_mean_logits=True
+            x, weight, labels, chunk_bytes=384, return_mean_logits=True
         )
         return log_prob, means, *torch.autograd.grad(log_prob.sum(), (x, weight))
 
@@ -200,6 +202,17 @@ def test_matches_float64_at_real_widths(shape, dtype):
     with torch.no_grad():
         weight /= width**0.5
     check(x, weight, labels, bias, chunk_bytes=100 * classes * dtype.itemsize)
+
+
+def test_module_is_the_function(device):
+    x, weight, labels, bias = make((6,), 5, 9, device=device)
+    options: dict[str, Any] = {"ignore_index": 2, "softcap": 2.0}
+    labels[0], labels[1::3] = 2, 3
+    with use_backend("triton"):
+        ours = LinearLogProb(**options, chunk_bytes=256)(x, weight, labels, bias)
+    expected = linear_log_prob_reference(x, weight, labels, bias=bias, **options)
+    torch.testing.assert_close(ours, expected)
+    assert ours[0] == 0
 
 
 def test_bad_input(device):

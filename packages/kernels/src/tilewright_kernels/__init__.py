@@ -57,7 +57,11 @@ from tilewright_kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
-from tilewright_kernels.linear_log_prob import linear_log_prob, linear_log_prob_reference
+from tilewright_kernels.linear_log_prob import (
+    LinearLogProb,
+    linear_log_prob,
+    linear_log_prob_reference,
+)
 from tilewright_kernels.log_softmax import LogSoftmax, log_softmax, log_softmax_reference
 from tilewright_kernels.memory_patterns import vector_add, vector_add_reference
 from tilewright_kernels.packed_position_ids import (
@@ -77,6 +81,7 @@ __all__ = [
     "GeGLU",
     "LayerNorm",
     "LinearCrossEntropyLoss",
+    "LinearLogProb",
     "LogSoftmax",
     "OperatorReport",
     "RMSNorm",

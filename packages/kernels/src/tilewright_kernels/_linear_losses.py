@@ -128,5 +128,7 @@ def check_linear(
     check_same_device(**{"input": input, "weight": weight, target_name: target, "bias": bias})
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap is {softcap}; it must be a positive number, or None for no cap")
+    if chunk_bytes is not None and not isinstance(chunk_bytes, int):
+        raise TypeError(f"chunk_bytes is {chunk_bytes!r}; it must be whole: give int(chunk_bytes)")
     if chunk_bytes is not None and chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}; it must be 1 or more, or None")

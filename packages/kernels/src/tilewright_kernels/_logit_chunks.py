@@ -128,7 +128,7 @@ def chunk_rows(
     Args:
         tokens: of all chunks together.
         width: of the hidden states.
-        row_bytes: of one token's logits.
+        row_bytes: of one token's logits in the workspace.
         chunk_bytes: None takes a fifth of the logits, and no more than ROUNDED_SUMS chunks.
         processors: multiprocessors of the device.
     """
@@ -151,7 +151,7 @@ def chunk_rows(
 
 
 def _rows(x: Tensor, head: Head, chunk_bytes: int | None) -> int:
-    row_bytes = len(head.weight) * x.element_size()
+    row_bytes = cdiv(len(head.weight) * x.element_size(), LINE_BYTES) * LINE_BYTES
     processors = num_programs(x.device, per_sm=1)
     return chunk_rows(len(x), x.shape[-1], row_bytes, chunk_bytes, processors)
 

@@ -105,6 +105,7 @@ def _scaled(grad: Tensor, dloss: Tensor) -> Tensor:
     if type(grad) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
         return grad * dloss
     _scale_in_place(grad, dloss)
+    torch.autograd.graph.increment_version(grad)
     return grad
 
 

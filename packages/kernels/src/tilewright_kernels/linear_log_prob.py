@@ -9,6 +9,7 @@ matrix products, for what each log p counts in the loss is only known in backwar
 
 from typing import Literal, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -101,3 +102,32 @@ def linear_log_prob(
     options = (ignore_index, 0.0, 0.0, softcap, chunk_bytes, return_mean_logits)
     losses, means = _losses(input, weight, bias, labels, *options)
     return (-losses, means) if return_mean_logits else -losses
+
+
+class LinearLogProb(torch.nn.Module):
+    """`linear_log_prob` with its options; the weight is an argument of forward and no parameter.
+
+    Args:
+        ignore_index: labels of this value give 0.
+        softcap: as in `linear_log_prob`.
+        chunk_bytes: as in `linear_log_prob`.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        *,
+        softcap: float | None = None,
+        chunk_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.ignore_index, self.softcap, self.chunk_bytes = ignore_index, softcap, chunk_bytes
+
+    def forward(
+        self, input: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Log-probabilities of hidden states [..., H], weight [V, H], labels [...], bias [V]."""
+        return linear_log_prob(
+            input, weight, labels, bias=bias, ignore_index=self.ignore_index,
+            softcap=self.softcap, chunk_bytes=self.chunk_bytes,
+        )  # fmt: skip
