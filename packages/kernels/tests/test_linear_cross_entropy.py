@@ -54,6 +54,12 @@ def make(tokens, width, classes, dtype=torch.float32, device="cpu", seed=0):
     return x, weight, target.to(device), bias
 
 
+def budget(rows, classes, dtype):
+    """Bytes for the logits of some rows, each of whole lines."""
+    line = _logit_chunks.LINE_BYTES
+    return rows * -(-classes * dtype.itemsize // line) * line
+
+
 def check(x, weight, target, bias=None, chunk_bytes=None, **options):
     check_against_float64(
         partial(linear_cross_entropy, chunk_bytes=chunk_bytes, **options),
@@ -113,7 +119,7 @@ def test_one_option_at_a_time(option, device, small_tiles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_number_of_chunks(dtype, rows, device):
     x, weight, target, bias = make((36,), 8, 12, dtype, device)
-    check(x, weight, target, bias, chunk_bytes=rows * _logit_chunks.LINE_BYTES)
+    check(x, weight, target, bias, chunk_bytes=budget(rows, 12, dtype))
 
 
 def test_a_chunk_holds_a_token_at_least(device):
@@ -273,7 +279,7 @@ def test_loss_gradient_layouts(device):
 def test_any_shape_and_chunk(tokens, width, classes, chunk, dtype, options):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = make((tokens,), width, classes, dtype, device)
-    check(*inputs, chunk_bytes=chunk * classes * dtype.itemsize, **options)
+    check(*inputs, chunk_bytes=budget(chunk, classes, dtype), **options)
 
 
 # Every entry of a small Jacobian, and a projection of one whose rows take several tiles.
@@ -283,7 +289,8 @@ def test_gradcheck(reduction, tokens, classes, fast_mode, device, request):
     if fast_mode:
         request.getfixturevalue("small_tiles")
     x, weight, target, bias = make((tokens,), 1, classes, torch.float64, device)
-    options = {"reduction": reduction, "chunk_bytes": 2 * classes * 8, **EVERYTHING}
+    chunk_bytes = budget(2, classes, torch.float64)
+    options = {"reduction": reduction, "chunk_bytes": chunk_bytes, **EVERYTHING}
     check_gradients(
         lambda x, w, b: linear_cross_entropy(x, w, target, b, **options),
         (x, weight, bias),
@@ -356,7 +363,7 @@ def test_every_element_is_written_and_bits_repeat(dtype, reduction, device):
     x, weight, target, bias = make((20,), 5, 21, dtype, device)
 
     def run():
-        options = {"reduction": reduction, "chunk_bytes": 2 * 21 * dtype.itemsize}
+        options = {"reduction": reduction, "chunk_bytes": budget(2, 21, dtype)}
         loss = linear_cross_entropy(x, weight, target, bias, **options).sum()
         return loss, *torch.autograd.grad(3.0 * loss, (x, weight, bias))
 
@@ -381,7 +388,7 @@ def test_no_synchronization():
 
     def step():
         for reduction, rows in product(("mean", "none"), (32, 6)):
-            options: dict[str, Any] = {"reduction": reduction, "chunk_bytes": rows * 200}
+            options: dict[str, Any] = {"reduction": reduction, "chunk_bytes": rows * 256}
             (linear_cross_entropy(*inputs, **options).sum() / 3).backward()
 
     with use_backend("triton"):
@@ -457,7 +464,7 @@ def test_matches_float64_at_real_widths(shape, dtype):
     with torch.no_grad():
         weight /= width**0.5
     for rows in (tokens, 256, 20):
-        chunk_bytes = rows * classes * dtype.itemsize
+        chunk_bytes = budget(rows, classes, dtype)
         check(x, weight, target, bias, chunk_bytes=chunk_bytes, reduction="none")
         losses = linear_cross_entropy(x, weight, target, reduction="none", chunk_bytes=chunk_bytes)
         loss = linear_cross_entropy(x, weight, target, reduction="sum", chunk_bytes=chunk_bytes)
