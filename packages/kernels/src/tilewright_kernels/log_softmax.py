@@ -2,11 +2,9 @@
 
     y = z - log Σ eᶻ,  z = x - max(x)          dx = dy - eʸ · Σ dy
 
-Here are the definition, the registration and the public names; the kernels and how they walk are
-in `_softmax`.
+Here are the definition and the public names; launches are in `_softmax`, kernels in
+`_softmax_kernels`.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,53 +14,14 @@ from tilewright_kernels._operator import Operator
 
 _OP = Operator("log_softmax")
 
+_forward = _softmax.register(_OP, log=True)
+
 
 def log_softmax_reference(
     input: Tensor, dim: int = -1, *, dtype: torch.dtype | None = None, causal: bool = False
 ) -> Tensor:
     """The definition in plain torch; arguments as `log_softmax`."""
-    if not causal:
-        return torch.log_softmax(input, dim, dtype)
-    hidden = torch.ones(input.shape[-2:], dtype=torch.bool, device=input.device).triu(1)
-    y = torch.log_softmax(input.masked_fill(hidden, -torch.inf), dim, dtype)
-    return torch.where(hidden, y.detach(), y)
-
-
-def _backward_fake(dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype, causal: bool) -> Tensor:
-    return torch.empty_like(y, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-@_OP.function(fake=_backward_fake)
-def log_softmax_backward(
-    dy: Tensor, y: Tensor, dim: int, dtype: torch.dtype, causal: bool
-) -> Tensor:
-    """Launch the backward: dx in dtype, which input had."""
-    dx = _backward_fake(dy, y, dim, dtype, causal)
-    _softmax.softmax_backward(_OP, dy, y, dx, dim, causal=causal, log=True)
-    return dx
-
-
-def _forward_fake(x: Tensor, dim: int, dtype: torch.dtype, causal: bool) -> Tensor:
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, ctx.dim, _, ctx.causal = inputs
-    ctx.dtype = x.dtype
-    ctx.save_for_backward(output)
-
-
-def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-    (y,) = ctx.saved_tensors
-    return log_softmax_backward(dy, y, ctx.dim, ctx.dtype, ctx.causal), None, None, None
-
-
-@_OP.function(fake=_forward_fake, setup_context=_save, backward=_grads)
-def log_softmax_forward(x: Tensor, dim: int, dtype: torch.dtype, causal: bool) -> Tensor:
-    """Launch the forward: y in dtype."""
-    y = _forward_fake(x, dim, dtype, causal)
-    _softmax.softmax_forward(_OP, x, y, dim, causal=causal, log=True)
-    return y
+    return _softmax.reference(torch.log_softmax, input, dim, dtype, causal)
 
 
 def log_softmax(
@@ -91,7 +50,7 @@ def log_softmax(
     x, dim, dtype = _softmax.checked(input, dim, dtype, causal)
     if not _OP.uses_triton(x):
         return log_softmax_reference(x, dim, dtype=dtype, causal=causal)
-    return log_softmax_forward(x, dim, dtype, causal)
+    return _forward(x, dim, dtype, causal)
 
 
 class LogSoftmax(torch.nn.LogSoftmax):
