@@ -129,7 +129,8 @@ def accumulator(dtype: torch.dtype) -> Any:
 def as_rows(x: torch.Tensor, width: int) -> torch.Tensor:
     """View x as [rows, width] with unit stride along a row, copying only where no view exists.
 
-    Kernels take the row stride, so slices, transposed batches and expanded rows cost no copy.
+    Kernels take one row stride, so slices and expanded rows cost no copy. Rows at two distances, as
+    after x.transpose(0, 1) of three dimensions, are no such view and are copied.
     """
     if x.dim() == 2 and x.stride(1) == 1 and x.shape[1] == width:
         return x
