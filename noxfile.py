@@ -44,11 +44,14 @@ def source_path(packages: list[str] | tuple[str, ...]) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(ours + others)}
 
 
-def sync(session: nox.Session, package: str | None, *groups: str) -> dict[str, str]:
-    """Install what `package` declares (None: all six) and the groups; return variables to set."""
+def sync(
+    session: nox.Session, package: str | None, *groups: str, extras: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Install what `package` (None: all six) declares, groups, extras; return variables to set."""
     if session.venv_backend == "none":
         return source_path(closure(package) if package else PACKAGES)
     which = ["--package", f"tilewright-{package}"] if package else ["--all-packages"]
+    which += [f"--extra={extra}" for extra in extras]
     uv_sync(session, *which, *(f"--group={group}" for group in groups))
     return {}
 
@@ -196,7 +199,8 @@ def isolated(session: nox.Session, package: str) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run the benchmarks and save the run; `-- compare BASELINE` sets two runs side by side."""
-    env = sync(session, "bench", "bench")
+    # Peers run on a GPU only; elsewhere they would be downloaded to be skipped.
+    env = sync(session, "bench", "bench", extras=("peers",) if HAS_GPU else ())
     if session.posargs and session.posargs[0] in ("compare", "save", "show", "roofline", "docs"):
         session.run("python", "-m", "tilewright_bench", *session.posargs, env=env)
         return
