@@ -58,13 +58,15 @@ class Operator:
     def launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         """`kernel[grid](*args, **meta)` on the device of the first argument, and count it.
 
+        That is a tensor, or a tensor descriptor, which has its tensor as `base`.
+
         Triton launches on the current device, whatever the tensors say, so the device is set where
         they differ. An empty grid launches nothing.
         """
         if 0 in grid:
             return
         self._done.launches += 1
-        device = args[0].get_device()
+        device = getattr(args[0], "base", args[0]).get_device()
         if device < 0:  # the CPU: the interpreter
             kernel[grid](*args, **meta)
         elif device == torch.cuda.current_device():

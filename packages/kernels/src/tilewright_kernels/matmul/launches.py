@@ -1,0 +1,305 @@
+"""How a product is launched: which rung, which tiles, and batches of any strides.
+
+`launch_matmul` is what the operators call that need a product: `matmul` itself, `linear`, the fused
+ones. It writes into memory that it is given and computes nothing else.
+"""
+
+from functools import cache
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from tilewright_kernels import _math
+from tilewright_kernels._launch import cdiv, next_power_of_2, num_programs
+from tilewright_kernels._operator import Operator, accumulator
+from tilewright_kernels._triton import HAS_TRITON
+from tilewright_kernels.matmul.grouped import matmul_grouped_kernel
+from tilewright_kernels.matmul.naive import matmul_naive_kernel
+from tilewright_kernels.matmul.persistent import matmul_persistent_kernel
+from tilewright_kernels.matmul.pipelined import matmul_pipelined_kernel
+
+if HAS_TRITON:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+Algorithm = Literal["naive", "grouped", "pipelined", "persistent"]
+Activation = Literal["relu", "gelu", "silu", "relu_squared"]
+Precision = Literal["tf32", "ieee"]
+
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+_FUNCTIONS: dict[str | None, Any] = {None: None} | {
+    name + suffix: getattr(_math, name + suffix) for name in ACTIVATIONS for suffix in ("", "_grad")
+}
+"""Device functions by name; backward takes the derivatives."""
+
+
+class Tile(NamedTuple):
+    """A tile of the result, the step along K, and how the program is built."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    num_stages: int
+    num_warps: int
+    PARTS: int = 1
+
+
+# Bytes of an element -> tile. Halves of 128 x 256 take two warpgroups 64 x 256 each.
+TILES: dict[str, dict[int, Tile]] = {
+    "naive": {
+        2: Tile(128, 128, 64, 1, 1, 8),
+        4: Tile(128, 128, 32, 1, 1, 8),
+        8: Tile(32, 32, 16, 1, 1, 4),
+    },
+    "grouped": {
+        2: Tile(128, 128, 64, 8, 1, 8),
+        4: Tile(128, 128, 32, 8, 1, 8),
+        8: Tile(32, 32, 16, 8, 1, 4),
+    },
+    "pipelined": {
+        2: Tile(128, 256, 64, 8, 3, 8),
+        4: Tile(128, 128, 32, 8, 3, 8),
+        8: Tile(32, 32, 16, 8, 2, 4),
+    },
+    "persistent": {
+        2: Tile(128, 256, 64, 8, 3, 8, 2),
+        4: Tile(128, 128, 32, 8, 3, 8, 1),
+    },
+}
+
+
+@cache
+def tile_for(algorithm: str, M: int, N: int, K: int, element_size: int) -> Tile:
+    """The rung's tile, made smaller where the matrices are."""
+    tile = TILES[algorithm][element_size]
+    block_m, block_n, block_k = (
+        min(block, max(16, next_power_of_2(size)))
+        for block, size in zip(tile[:3], (M, N, K), strict=True)
+    )
+    parts = tile.PARTS if block_n >= 128 else 1
+    num_warps = tile.num_warps if block_m * block_n >= 128 * 128 else min(4, tile.num_warps)
+    return tile._replace(
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PARTS=parts, num_warps=num_warps
+    )
+
+
+def launch_matmul(
+    operator: Operator,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    factor: Tensor | None = None,
+    scale: float = 1.0,
+    accumulate: bool = False,
+    algorithm: str | None = None,
+    precision: str | None = None,
+) -> None:
+    """out = activation(scale · A·B + bias) + residual, or · factor; added to out if accumulate.
+
+    Args:
+        operator: whose launch it is.
+        a: [*, M, K] of any strides, expanded ones too; read in place.
+        b: [*, K, N] of a's dtype.
+        out: [*, M, N] of any dtype and strides.
+        bias: [N] or None.
+        activation: a name of ACTIVATIONS, one with _grad after it for its derivative, or None.
+        residual: [*, M, N], added at the end, or None.
+        factor: [*, M, N], multiplied at the end, or None; not together with a residual.
+        scale: multiplies the product, in the accumulator's type.
+        accumulate: add to what out holds, as for a gradient.
+        algorithm: a name of ALGORITHMS, or None for the best that takes these operands.
+        precision: of float32 operands; None follows torch.backends.cuda.matmul.allow_tf32.
+    """
+    assert residual is None or factor is None
+    if out.numel() == 0:
+        return
+    if a.dtype == torch.float64 and scale != 1.0:
+        a, scale = a * scale, 1.0  # a kernel's floating-point arguments are float32
+    other = factor if residual is None else residual
+    batch = out.shape[:-2]
+    a, b = a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
+    if other is not None:
+        other = other.expand_as(out)
+    constants = {
+        "ACTIVATION": _FUNCTIONS[activation],
+        "MULTIPLY": factor is not None,
+        "ACCUMULATE": accumulate,
+        "ACC": accumulator(a.dtype),
+        "PRECISION": _precision(a.dtype, precision),
+    }
+    epilogue = (None if bias is None else bias.contiguous(), None if scale == 1.0 else scale)
+    _launch_batches(operator, [a, b, out, other], epilogue, constants, algorithm)
+
+
+def _launch_batches(
+    operator: Operator,
+    tensors: list[Tensor | None],
+    epilogue: tuple[Tensor | None, float | None],
+    constants: dict[str, Any],
+    algorithm: str | None,
+) -> None:
+    """Bring the batch to [outer, inner], with a launch for each matrix of what is left over."""
+    tensors = _merge_batch(tensors)
+    out = tensors[2]
+    assert out is not None
+    if out.dim() > 4:
+        for i in range(out.shape[0]):
+            one = [None if t is None else t[i] for t in tensors]
+            _launch_batches(operator, one, epilogue, constants, algorithm)
+        return
+    while out.dim() < 4:
+        tensors = [None if t is None else t[None] for t in tensors]
+        out = tensors[2]
+        assert out is not None
+    a, b, out, other = tensors
+    assert a is not None
+    assert b is not None
+    assert out is not None
+    usable = _describable(*tensors)
+    if constants["ACCUMULATE"] and out.dtype != torch.float32:
+        usable = False  # the memory would round what is added before it adds
+    if algorithm == "persistent" and not usable:
+        algorithm = "pipelined"
+    if algorithm is None:
+        algorithm = "persistent" if usable else "pipelined"
+    launch = _launch_persistent if algorithm == "persistent" else _launch_pointers
+    launch(operator, a, b, out, other, epilogue, constants, algorithm)
+
+
+def _merge_batch(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Drop dimensions of one matrix; make two neighbours one where every tensor allows it.
+
+    Last, a batch of A with one B for all is one taller matrix, where A and out allow it.
+    """
+    given = [t for t in tensors if t is not None]
+    for dim in range(given[0].dim() - 3, -1, -1):
+        if given[0].shape[dim] == 1:
+            tensors = [None if t is None else t.squeeze(dim) for t in tensors]
+            given = [t for t in tensors if t is not None]
+        elif dim + 1 < given[0].dim() - 2 and all(_mergeable(t, dim) for t in given):
+            tensors = [None if t is None else t.flatten(dim, dim + 1) for t in tensors]
+            given = [t for t in tensors if t is not None]
+    a, b, out, other = tensors
+    assert a is not None
+    assert b is not None
+    assert out is not None
+    if out.dim() == 3 and b.stride(0) == 0:
+        rows = [t for t in (a, out, other) if t is not None]
+        if all(_mergeable(t, 0) for t in rows):
+            a, out = a.flatten(0, 1), out.flatten(0, 1)
+            return [a, b[0], out, None if other is None else other.flatten(0, 1)]
+    return tensors
+
+
+def _mergeable(x: Tensor, dim: int) -> bool:
+    """Whether x.flatten(dim, dim + 1) is a view."""
+    return x.shape[dim + 1] == 1 or x.stride(dim) == x.shape[dim + 1] * x.stride(dim + 1)
+
+
+def _launch_pointers(
+    operator: Operator, a: Tensor, b: Tensor, out: Tensor, other: Tensor | None,
+    epilogue: tuple[Tensor | None, float | None], constants: dict[str, Any], algorithm: str,
+) -> None:  # fmt: skip
+    """Launch one of the first three rungs over [outer, inner, …] operands."""
+    outer, inner, M, N = out.shape
+    K = a.shape[-1]
+    tile = tile_for(algorithm, M, N, K, a.element_size())
+    kernel, options = {
+        "naive": (matmul_naive_kernel, {}),
+        "grouped": (matmul_grouped_kernel, {"GROUP_M": tile.GROUP_M}),
+        "pipelined": (
+            matmul_pipelined_kernel, {"GROUP_M": tile.GROUP_M, "NUM_STAGES": tile.num_stages}
+        ),
+    }[algorithm]  # fmt: skip
+    operator.launch(
+        kernel, (cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N), outer * inner),
+        a, b, out, other, *epilogue, M, N, K, inner, *a.stride(), *b.stride(), *out.stride(),
+        *((0, 0, 0, 0) if other is None else other.stride()),
+        **constants, **options, EVEN_K=K % tile.BLOCK_K == 0,
+        BLOCK_M=tile.BLOCK_M, BLOCK_N=tile.BLOCK_N, BLOCK_K=tile.BLOCK_K,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def _launch_persistent(
+    operator: Operator, a: Tensor, b: Tensor, out: Tensor, other: Tensor | None,
+    epilogue: tuple[Tensor | None, float | None], constants: dict[str, Any], algorithm: str,
+) -> None:  # fmt: skip
+    """Launch the fourth rung over [outer, inner, …] operands that `_describable` has seen."""
+    outer, inner, M, N = out.shape
+    K = a.shape[-1]
+    tile = tile_for(algorithm, M, N, K, a.element_size())
+    batched = outer * inner > 1
+    part = [tile.BLOCK_M, tile.BLOCK_N // tile.PARTS]
+    a_desc, a_transposed = _describe(a, [tile.BLOCK_M, tile.BLOCK_K], batched)
+    b_desc, b_transposed = _describe(b, [tile.BLOCK_K, tile.BLOCK_N], batched)
+    other_desc = None if other is None else _describe(other, part, batched)[0]
+    tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N) * outer * inner
+    operator.launch(
+        matmul_persistent_kernel, (min(tiles, num_programs(a.device, per_sm=1)),),
+        a_desc, b_desc, _describe(out, part, batched)[0], other_desc, *epilogue,
+        M, N, K, outer * inner, inner,
+        **_varies("A", a), **_varies("B", b), **_varies("OTHER", out if other is None else other),
+        A_TRANSPOSED=a_transposed, B_TRANSPOSED=b_transposed, BATCHED=batched, **constants,
+        **tile._asdict(),
+    )  # fmt: skip
+
+
+def _varies(name: str, x: Tensor) -> dict[str, int]:
+    """Whether an operand has a matrix of its own along each dimension of the batch."""
+    outer, inner = x.stride()[:2]
+    return {f"{name}_OUTER": int(outer != 0), f"{name}_INNER": int(inner != 0)}
+
+
+def _describable(a: Tensor | None, b: Tensor | None, out: Tensor | None, other: Any) -> bool:
+    """Whether tensor descriptors can describe all operands."""
+    assert a is not None
+    assert b is not None
+    assert out is not None
+    if a.element_size() == 8 or a.shape[-1] == 0:
+        return False
+    if not all(_aligned(x) or _aligned(x.mT) for x in (a, b)):
+        return False
+    return _aligned(out) and (other is None or _aligned(other))
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether the last dimension is adjacent, and the base and all other strides 16 bytes apart."""
+    size = x.element_size()
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride * size % 16 == 0 for stride in x.stride()[:-1])
+        and x.stride(-2) >= x.shape[-1]
+        and x.shape[-1] * size >= 16
+    )
+
+
+def _describe(x: Tensor, block: list[int], batched: bool) -> tuple[Any, bool]:
+    """A tensor descriptor of [outer, inner, rows, cols] or of its transpose, and which it is."""
+    transposed = not _aligned(x)
+    if transposed:
+        x, block = x.mT, block[::-1]
+    if not batched:
+        return TensorDescriptor(x, list(x.shape[2:]), list(x.stride()[2:]), block), transposed
+    sizes = [1 if stride == 0 else n for n, stride in zip(x.shape, x.stride(), strict=True)]
+    row = x.stride(2)
+    strides = [row if stride == 0 else stride for stride in x.stride()]
+    return TensorDescriptor(x, sizes, strides, [1, 1, *block]), transposed
+
+
+def _precision(dtype: torch.dtype, asked: str | None) -> str:
+    """How tl.dot multiplies: it matters for float32 alone."""
+    if dtype != torch.float32:
+        return "ieee"
+    if asked is not None:
+        return asked
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
