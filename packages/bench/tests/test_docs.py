@@ -91,6 +91,20 @@ def test_an_operator_without_a_baseline_is_not_measured_yet(root, kind):
     assert stale(root, "h200") == []
 
 
+def test_bars_of_a_family_are_held_against_its_baseline(root):
+    page = root / "docs" / "page.md"
+    page.write_text(marked("bars: norms", "bars: softmax"))
+    update(root, "h200")
+    norms, softmax = page.read_text().split("<!-- bench-docs bars: softmax -->")
+    place, bar = "`rms_norm` 16384×4096 bf16 forward", "share of the ceiling ≥ 95 %"
+    assert f"| {place} | {bar} | 95.3 % of copy | yes |" in norms
+    assert "not measured. One NVIDIA H200 (driver 580.1)" in norms
+    assert f"| {place.replace('rms_norm', 'softmax')} | {bar} | not measured | |" in softmax
+    assert "0 met, 0 missed" in softmax
+    page.write_text(page.read_text().replace("| 95.3 % of copy | yes |", "| 95.3 % of copy | no |"))
+    assert stale(root, "h200") == ["docs/page.md:7: differs from the baselines"]
+
+
 def test_the_roofline_comes_from_the_measured_ceilings(root):
     page = root / "docs" / "bench.md"
     page.write_text(marked("roofline"))
@@ -131,8 +145,10 @@ def test_what_differs_from_the_baselines_is_stale(root, write_run, info):
     [
         ("table: softmaxx", r"docs/page.md:1: no benchmark measures an operator 'softmaxx' \(did"),
         ("plot: zzz", r"\(log_softmax, rms_norm, softmax, swiglu\)"),
-        ("tabel: rms_norm", "'tabel' is none of table, plot, summary, roofline"),
+        ("tabel: rms_norm", "'tabel' is none of table, plot, summary, bars, roof"),
         ("plot", "name at least one operator, as in plot: rms_norm"),
+        ("bars", "name at least one family, as in bars: norms"),
+        ("bars: norm", r"there are no bars for a family 'norm' \(did you mean 'norms'\?\)"),
         ("summary: rms_norm/8x8", "has no 'rms_norm/8x8', but 16384x4096-bf16/fwd, 16384x4096-bf1"),
     ],
 )

@@ -6,6 +6,7 @@ what it would change. Kinds of markers, with operators as in `Case.operator`:
     table: rms_norm …               every measurement of these operators
     plot: rms_norm …                a bar chart for each: docs/images/<operator>.svg
     summary: rms_norm/16384x4096/fwd …      one line each, a column a provider
+    bars: norms …                   what a family must reach (`tilewright_bench.bars`), met or not
     roofline                        docs/images/roofline.svg
 
 An operator that has a benchmark but no baseline yet is said to be not measured yet.
@@ -18,12 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright_bench import plots, roofline
+from tilewright_bench.bars import BARS
 from tilewright_bench.discovery import operators_in
+from tilewright_bench.judge import judge
 from tilewright_bench.pages import Marker, filled
 from tilewright_bench.plots import Plot
 from tilewright_bench.rows import Row, groups_of, rows_of
 from tilewright_bench.saved import BASELINES, SavedRun, SavedRunError, baselines_of
-from tilewright_bench.tables import EVENTS, full_table, summary_table
+from tilewright_bench.tables import (
+    EVENTS,
+    bars_summary,
+    bars_table,
+    full_table,
+    summary_table,
+)
 
 NOT_MEASURED = "Not measured yet."
 
@@ -79,22 +88,29 @@ class Figures:
             "table": self._tables,
             "plot": self._plots,
             "summary": self._summary,
+            "bars": self._bars,
             "roofline": self._roofline,
         }
         if marker.kind not in kinds:
             raise marker.error(f"{marker.kind!r} is none of {', '.join(kinds)}")
         if not marker.items and marker.kind != "roofline":
-            raise marker.error(f"name at least one operator, as in {marker.kind}: rms_norm")
+            what = "family, as in bars: norms"
+            if marker.kind != "bars":
+                what = f"operator, as in {marker.kind}: rms_norm"
+            raise marker.error(f"name at least one {what}")
         for item in marker.items:
-            self._check_operator(marker, item.split("/")[0])
+            self._check_name(marker, item.split("/")[0])
         return kinds[marker.kind](marker)
 
-    def _check_operator(self, marker: Marker, operator: str) -> None:
-        if operator in self._known:
+    def _check_name(self, marker: Marker, name: str) -> None:
+        known, lack = self._known, "no benchmark measures an operator"
+        if marker.kind == "bars":
+            known, lack = BARS.keys(), "there are no bars for a family"
+        if name in known:
             return
-        close = difflib.get_close_matches(operator, self._known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else ", ".join(sorted(self._known))
-        raise marker.error(f"no benchmark measures an operator {operator!r} ({hint})")
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else ", ".join(sorted(known))
+        raise marker.error(f"{lack} {name!r} ({hint})")
 
     def _each(self, marker: Marker, content: Callable[[Source], str]) -> str:
         """Content of each operator of a marker, under its name where there are several."""
@@ -144,6 +160,16 @@ class Figures:
             return NOT_MEASURED
         text = f"{summary_table(chosen)}\n\n{self._provenance(sources)}"
         return text + (f" {', '.join(missing)}: {NOT_MEASURED.lower()}" if missing else "")
+
+    def _bars(self, marker: Marker) -> str:
+        parts = []
+        for family in marker.items:
+            named = {operator for bar in BARS[family] for operator in bar.operators}
+            sources = [self._sources[name] for name in sorted(named & self._sources.keys())]
+            verdicts = judge(BARS[family], [row for source in sources for row in source.rows])
+            text = f"{bars_table(verdicts)}\n\n{bars_summary(verdicts)}"
+            parts.append(f"{text} {self._provenance(sources)}".rstrip())
+        return "\n\n".join(parts)
 
     def _roofline(self, marker: Marker) -> str:
         saved = self._root / roofline.FOLDER / f"{self._device}.json"

@@ -1,7 +1,10 @@
 """Tables of measurements in Markdown, for documentation pages."""
 
+import math
 from collections.abc import Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
+from tilewright_bench.judge import AT_MOST, Bar, Verdict
 from tilewright_bench.report import quantity
 from tilewright_bench.rows import OURS, Row, groups_of
 
@@ -59,6 +62,30 @@ def summary_table(groups: Sequence[Sequence[Row]]) -> str:
     return _markdown(lines)
 
 
+def bars_table(verdicts: Sequence[Verdict]) -> str:
+    """A line a verdict, the figure beside the bar."""
+    lines, place = [("case", "bar", "measured", "met"), ("---", "---", "---:", "---")], None
+    for verdict in verdicts:
+        lines.append(
+            (
+                "" if verdict.place == place else _place_text(verdict),
+                _bar_text(verdict.bar),
+                _measured_text(verdict),
+                {None: "", True: "yes", False: "**no**"}[verdict.met],
+            )
+        )
+        place = verdict.place
+    return _markdown(lines)
+
+
+def bars_summary(verdicts: Sequence[Verdict]) -> str:
+    """How many bars are met, missed and not measured."""
+    met, missed, unknown = (
+        sum(verdict.met is value for verdict in verdicts) for value in (True, False, None)
+    )
+    return f"{met} met, {missed} missed, {unknown} not measured."
+
+
 def case_text(case: str) -> str:
     """16384x4096-bf16 as pages write it: 16384×4096 bf16."""
     return case.replace("x", "×").replace("-", " ")
@@ -75,6 +102,59 @@ def share_text(row: Row) -> str:
     """The share of the ceiling, which is named where it is not a copy."""
     text = f"{row.share * 100:.0f} %"
     return text if row.ceiling == "copy" else f"{text} of {row.ceiling}"
+
+
+def _place_text(verdict: Verdict) -> str:
+    words = [", ".join(f"`{operator}`" for operator in verdict.operators)]
+    words += [case_text(verdict.case)] if verdict.case else []
+    words += [DIRECTIONS[verdict.direction]] if verdict.direction else []
+    return " ".join(words)
+
+
+def _bar_text(bar: Bar) -> str:
+    if bar.quantity == "runs":
+        return "runs"
+    peers = [NAMES.get(peer, peer) for peer in bar.peers]
+    beside = f"× {peers[0]}" if len(peers) == 1 else f"× the best of {', '.join(peers)}"
+    text = {
+        "share": f"share of the ceiling ≥ {bar.limit * 100:g} %",
+        "speed": f"speed ≥ {bar.limit:g}{beside}",
+        "host": f"host time ≤ {bar.limit:g}{beside}",
+        "memory": f"extra memory ≤ {bar.limit:g}{beside}",
+    }[bar.quantity]
+    over = {
+        "each": "{}",
+        "least": "{} in all cases",
+        "mean": "geometric mean of {}",
+        "quarter": "{} in a quarter of the cases",
+    }[bar.over]
+    return over.format(text) + (", within the spread" if bar.noise else "")
+
+
+def _measured_text(verdict: Verdict) -> str:
+    """Rounded towards a miss, so that no figure looks better than it was judged."""
+    bar, value = verdict.bar, verdict.value
+    if value is None:
+        return "not measured"
+    if bar.over == "quarter":
+        return f"{value:.0%} of {len(verdict.figures)} cases".replace("%", " %")
+    if bar.quantity == "runs":
+        return f"{quantity(value * 1e6)} µs"
+    beside = verdict.figures[0].beside
+    if bar.quantity == "share":
+        text = f"{_rounded(value * 100, 1, bar)} % of {beside}"
+    else:
+        text = f"{_rounded(value, 3 if bar.noise else 2, bar)}×"
+        text += f" {NAMES.get(beside, beside)}" if len(bar.peers) > 1 else ""
+    return text + (f", spread {verdict.figures[0].spread * 100:.1f} %" if bar.noise else "")
+
+
+def _rounded(value: float, digits: int, bar: Bar) -> str:
+    if math.isinf(value):
+        return "∞"
+    towards = ROUND_CEILING if bar.quantity in AT_MOST else ROUND_FLOOR
+    # Nine digits: as 0.953 and not what the float next to it is, 0.95299….
+    return str(Decimal(f"{value:.9g}").quantize(Decimal(1).scaleb(-digits), towards))
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:

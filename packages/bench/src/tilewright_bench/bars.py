@@ -1,0 +1,205 @@
+"""The bars of this project, by family: what its operators must reach on one H200, in bfloat16.
+
+Shares of a copy tell how near an operator is to the memory's speed; ratios to peers are for what no
+copy describes. Missed bars stay in the list. What no benchmark can measure (gradients within
+tolerance at any number of chunks, memory after an error) is tested instead.
+"""
+
+from tilewright_bench.judge import Bar
+
+_PEERS = ("torch", "compile", "liger")
+_NORMS = ("rms_norm", "layer_norm", "add_rms_norm")
+_ACTIVATIONS = ("swiglu", "geglu", "relu", "gelu", "silu")
+_BOTH = ("fwd", "bwd")
+
+
+def _bf16(*shapes: str) -> tuple[str, ...]:
+    return tuple(f"{shape}-bf16" for shape in shapes)
+
+
+_ROWS = _bf16("32768x1024", "16384x4096", "4096x16384")
+_WIDE = _bf16("512x262144")
+_SMALL = _bf16("256x1024")
+_LOGITS = _bf16("16384x32768", "8192x131072")
+_PROJECTIONS = _bf16("16384x1536x32768", "16384x4096x131072")
+
+
+def _no_slower_than_eager(*operators: str, cases: tuple[str, ...] = _SMALL) -> Bar:
+    """On small inputs, where launches and synchronization cost more than bytes."""
+    return Bar(
+        operators=operators,
+        cases=cases,
+        directions=_BOTH,
+        quantity="speed",
+        limit=1.0,
+        peers=("torch",),
+        noise=True,
+    )
+
+
+BARS: dict[str, tuple[Bar, ...]] = {
+    "norms": (
+        Bar(operators=_NORMS, cases=_ROWS, directions=("fwd",), quantity="share", limit=0.95),
+        Bar(
+            operators=_NORMS,
+            cases=_ROWS,
+            directions=("fwd",),
+            quantity="speed",
+            limit=1.0,
+            peers=("compile", "liger"),
+            noise=True,
+        ),
+        Bar(operators=_NORMS, cases=_ROWS, directions=("bwd",), quantity="share", limit=0.85),
+        Bar(
+            operators=_NORMS,
+            cases=_bf16("16384x4096"),
+            directions=("bwd",),
+            quantity="speed",
+            limit=1.5,
+            peers=_PEERS,
+        ),
+        Bar(operators=_NORMS, cases=_WIDE, directions=("fwd",), quantity="runs"),
+        _no_slower_than_eager(*_NORMS),
+        Bar(
+            operators=("rms_norm",),
+            cases=_bf16("1x4096"),
+            directions=("fwd+bwd",),
+            quantity="host",
+            limit=1.3,
+            peers=("torch",),
+        ),
+    ),
+    "softmax": (
+        Bar(
+            operators=("softmax",),
+            cases=_bf16("16384x4096", "4096x32768"),
+            directions=_BOTH,
+            quantity="share",
+            limit=0.95,
+        ),
+        Bar(
+            operators=("softmax",),
+            cases=_bf16("16384x4096", "4096x32768"),
+            directions=("fwd",),
+            quantity="speed",
+            limit=1.7,
+            peers=("torch", "compile"),
+        ),
+        _no_slower_than_eager("softmax", "log_softmax"),
+    ),
+    "activations": (
+        Bar(
+            operators=_ACTIVATIONS,
+            cases=_bf16("16384x8192"),
+            directions=_BOTH,
+            quantity="share",
+            limit=0.97,
+        ),
+        Bar(
+            operators=("dropout",),
+            cases=_bf16("16384x8192"),
+            directions=_BOTH,
+            quantity="share",
+            limit=0.85,
+        ),
+        _no_slower_than_eager(*_ACTIVATIONS, "dropout", "reglu", "relu_squared", "dropout_add"),
+    ),
+    "positions": (
+        Bar(
+            operators=("apply_rotary_emb",),
+            cases=_bf16("8x4096x16x8x128"),
+            directions=_BOTH,
+            quantity="share",
+            limit=0.95,
+        ),
+        Bar(
+            operators=("apply_rotary_emb",),
+            cases=_bf16("8x4096x16x8x128"),
+            directions=_BOTH,
+            quantity="speed",
+            limit=1.02,
+            peers=("liger",),
+        ),
+        # q and k together are 256 x 1024 elements.
+        _no_slower_than_eager("apply_rotary_emb", cases=_bf16("1x256x8x8x64")),
+    ),
+    "losses": (
+        *(
+            Bar(
+                operators=("cross_entropy",),
+                cases=_LOGITS,
+                directions=("fwd+bwd",),
+                quantity="speed",
+                limit=limit,
+                peers=(peer,),
+            )
+            for peer, limit in (("compile", 1.4), ("torch", 4.0))
+        ),
+        _no_slower_than_eager("cross_entropy"),
+        *(
+            Bar(
+                operators=("linear_cross_entropy",),
+                cases=_PROJECTIONS,
+                directions=("fwd+bwd",),
+                quantity="speed",
+                limit=limit,
+                peers=(peer,),
+            )
+            for peer, limit in (("compile", 1.0), ("liger", 1.12))
+        ),
+        # The results are the gradients, that of the weight among them.
+        Bar(
+            operators=("linear_cross_entropy",),
+            cases=_PROJECTIONS,
+            directions=("fwd+bwd",),
+            quantity="memory",
+            limit=0.25,
+            peers=("compile",),
+        ),
+    ),
+    "matmul": (
+        # Over all shapes and all three products: forward, input gradient, weight gradient.
+        *(
+            Bar(
+                operators=("linear",),
+                directions=("fwd", "bwd"),
+                quantity="speed",
+                limit=limit,
+                peers=("torch",),
+                over=over,
+            )
+            for over, limit in (("mean", 0.95), ("least", 0.88), ("quarter", 1.0))
+        ),
+        Bar(
+            operators=("gated_mlp",),
+            directions=("fwd+bwd",),
+            quantity="speed",
+            limit=1.05,
+            peers=("compile",),
+        ),
+        # What forward saves is part of what both together need beyond inputs and results.
+        Bar(
+            operators=("gated_mlp",),
+            directions=("fwd+bwd",),
+            quantity="memory",
+            limit=1.0,
+            peers=("compile",),
+        ),
+        Bar(
+            operators=("symmetric_matmul",),
+            cases=_bf16("16x1536x4096", "4x4096x4096"),
+            directions=("fwd",),
+            quantity="speed",
+            limit=1.5,
+            peers=("torch",),
+        ),
+        Bar(
+            operators=("symmetric_matmul",),
+            cases=_bf16("16x1536x1536"),
+            directions=("fwd",),
+            quantity="speed",
+            limit=1.2,
+            peers=("torch",),
+        ),
+    ),
+}

@@ -1,0 +1,192 @@
+"""Bars, and whether what was measured reaches them.
+
+A bar is what operators must reach at some shapes: a share of the ceiling, or a speed, a host time
+or an amount of memory beside that of peers in the same run. It is data (`tilewright_bench.bars`),
+so that a page can show all of them with their figures, those that are missed too.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tilewright_bench.case import Direction
+from tilewright_bench.rows import OURS, Row, groups_of
+
+Quantity = Literal["share", "speed", "host", "memory", "runs"]
+Over = Literal["each", "least", "mean", "quarter"]
+Group = tuple[str, str, str]
+
+AT_MOST: tuple[Quantity, ...] = ("host", "memory")
+"""Quantities that a bar bounds from above."""
+
+QUARTER = 0.25
+
+_COSTS: dict[Quantity, Callable[[Row], float | None]] = {
+    "speed": lambda row: row.median,
+    "host": lambda row: row.host_us,
+    "memory": lambda row: row.extra_bytes,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """What some operators must reach.
+
+    Attributes:
+        operators: whose.
+        cases: shape and dtype as in `str(Case)`; none for all that were measured.
+        directions: which of them.
+        quantity: "share" of the ceiling; "speed", "host" time of a call or "memory" beyond inputs
+            and results, each ÷ that of the best peer; "runs" asks for a measurement alone.
+        limit: the least value, the greatest of "host" and "memory".
+        peers: providers that ours is compared with. All must have been measured.
+        over: "each" case; the "least" of all cases, their geometric "mean", or a "quarter" of them.
+        noise: whether a value that misses by less than its spread counts as equal.
+    """
+
+    operators: tuple[str, ...]
+    cases: tuple[str, ...] = ()
+    directions: tuple[Direction, ...]
+    quantity: Quantity
+    limit: float = 0.0
+    peers: tuple[str, ...] = ()
+    over: Over = "each"
+    noise: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("quantity", self.quantity, get_args(Quantity)),
+            ("over", self.over, get_args(Over)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is none of {', '.join(map(repr, known))}")
+        needed = "" if self.quantity in _COSTS else "no "
+        if bool(self.peers) != (self.quantity in _COSTS):
+            raise ValueError(f"{self.quantity!r} needs {needed}peers, and {self.peers} are given")
+        if self.over != "each" and (self.quantity in AT_MOST or self.noise):
+            raise ValueError(f"over {self.over!r} is for shares and speeds, without noise")
+
+    def holds(self, value: float, spread: float = 0.0) -> bool:
+        """Whether a value reaches the limit."""
+        if self.quantity in AT_MOST:
+            return value <= self.limit * (1 + spread)
+        return value * (1 + spread) >= self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One value of a bar's quantity.
+
+    Attributes:
+        value: the share, the ratio or, for "runs", seconds.
+        spread: interquartile range ÷ median, the larger of ours and the peer's.
+        beside: the best of the bar's peers, or the ceiling that a share is of.
+    """
+
+    value: float
+    spread: float
+    beside: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A bar at one place.
+
+    Attributes:
+        bar: what was asked for.
+        operators: of whom; one, or all of the bar's if it is over several cases.
+        case: where; "" if over several or if none was measured.
+        direction: of the case; "" if over several.
+        figures: all values that the bar looks at; none if one of them was not measured.
+    """
+
+    bar: Bar
+    operators: tuple[str, ...]
+    case: str = ""
+    direction: str = ""
+    figures: tuple[Figure, ...]
+
+    @property
+    def place(self) -> tuple[tuple[str, ...], str, str]:
+        """Where it is passed."""
+        return self.operators, self.case, self.direction
+
+    @property
+    def value(self) -> float | None:
+        """What is held against the limit, the share of cases for a quarter; None: not measured."""
+        values = [figure.value for figure in self.figures]
+        if not values:
+            return None
+        if self.bar.over == "mean":
+            return math.exp(math.fsum(map(math.log, values)) / len(values))
+        if self.bar.over == "quarter":
+            return sum(map(self.bar.holds, values)) / len(values)
+        return min(values)
+
+    @property
+    def met(self) -> bool | None:
+        """None where something was not measured."""
+        if self.value is None:
+            return None
+        if self.bar.over == "quarter":
+            return self.value >= QUARTER
+        return self.bar.holds(self.value, self.figures[0].spread if self.bar.noise else 0.0)
+
+
+def judge(bars: Iterable[Bar], rows: Iterable[Row]) -> list[Verdict]:
+    """Verdicts, those of one operator and then of one case together, else in the order of bars."""
+    groups = {group[0].group: group for group in groups_of(rows)}
+    verdicts = [verdict for bar in bars for verdict in _verdicts(bar, groups)]
+    operators = list(dict.fromkeys(verdict.operators for verdict in verdicts))
+    places = list(dict.fromkeys(verdict.place for verdict in verdicts))
+    return sorted(verdicts, key=lambda v: (operators.index(v.operators), places.index(v.place)))
+
+
+def _verdicts(bar: Bar, groups: Mapping[Group, Sequence[Row]]) -> list[Verdict]:
+    found: list[Verdict] = []
+    for operator in bar.operators:
+        for direction in bar.directions:
+            there = [case for o, case, d in groups if (o, d) == (operator, direction)]
+            # Without any case there is still a verdict: that nothing was measured.
+            for case in bar.cases or there or [""]:
+                figure = _figure(bar, groups.get((operator, case, direction), ()))
+                verdict = Verdict(
+                    bar=bar,
+                    operators=(operator,),
+                    case=case,
+                    direction=direction,
+                    figures=() if figure is None else (figure,),
+                )
+                found.append(verdict)
+    if bar.over == "each":
+        return found
+    complete = all(verdict.figures for verdict in found)
+    figures = tuple(figure for verdict in found for figure in verdict.figures)
+    return [Verdict(bar=bar, operators=bar.operators, figures=figures if complete else ())]
+
+
+def _figure(bar: Bar, group: Sequence[Row]) -> Figure | None:
+    """The value of one case and direction; None if ours or a peer was not measured."""
+    rows = {row.provider: row for row in group}
+    if OURS not in rows or any(peer not in rows for peer in bar.peers):
+        return None
+    ours = rows[OURS]
+    if bar.quantity in ("share", "runs"):
+        value = ours.share if bar.quantity == "share" else ours.median
+        return Figure(value=value, spread=ours.spread, beside=ours.ceiling)
+    costs = {name: _COSTS[bar.quantity](rows[name]) for name in (OURS, *bar.peers)}
+    known = {name: cost for name, cost in costs.items() if cost is not None}
+    if len(known) < len(costs):
+        return None
+    best = min(bar.peers, key=lambda name: known[name])
+    over, under = (OURS, best) if bar.quantity in AT_MOST else (best, OURS)
+    spread = max(ours.spread, rows[best].spread)
+    return Figure(value=_ratio(known[over], known[under]), spread=spread, beside=best)
+
+
+def _ratio(over: float, under: float) -> float:
+    """Defined for nothing ÷ nothing, which memory often is."""
+    if under:
+        return over / under
+    return math.inf if over else 1.0
