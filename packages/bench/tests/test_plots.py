@@ -1,7 +1,10 @@
 import dataclasses
 import re
+from itertools import pairwise
 
 import pytest
+from matplotlib import style
+from matplotlib.figure import Figure
 
 from tilewright_bench import plots
 from tilewright_bench.plots import Roofline, bars, digest, digest_in, draw
@@ -102,5 +105,35 @@ def test_a_roofline_names_its_ceilings_and_families(tmp_path):
     path = tmp_path / "roofline.svg"
     draw(ROOFLINE, path)
     svg = path.read_text()
-    for text in ("fp16, bf16 712 TFLOP/s", "memory 4200 GB/s", "linear-cross-entropy", "backward"):
+    for text in ("fp16 712, bf16 700", "fp32 50", "linear-cross-entropy", "backward"):
         assert f">{text}<" in svg, text
+
+
+@pytest.mark.parametrize(
+    ("cache", "labels"),
+    [(8000.0, ["L2 8000, memory 4200 GB/s"]), (9000.0, ["L2 9000 GB/s", "memory 4200 GB/s"])],
+)
+def test_bandwidths_near_one_another_share_a_label(tmp_path, cache, labels):
+    path = tmp_path / "roofline.svg"
+    bandwidths = (("L2", cache), ("memory", 4200.0))
+    draw(dataclasses.replace(ROOFLINE, bandwidths=bandwidths), path)
+    assert re.findall(r">([^<]*GB/s)<", path.read_text()) == labels
+
+
+def test_labels_of_rates_lie_beside_the_axes_and_apart():
+    rates = (("fp8", 1330.0), ("bf16", 680.0), ("fp16", 660.0), ("tf32", 353.0), ("fp32", 51.0))
+    figure = Figure()
+    with style.context(plots.STYLE):
+        plots._draw_roofline(dataclasses.replace(ROOFLINE, rates=rates), figure)
+        figure.draw_without_rendering()
+    (axes,) = figure.axes
+    labels = [text for text in axes.texts if "GB/s" not in text.get_text()]
+    assert [text.get_text() for text in labels] == [
+        "fp8 1330",
+        "bf16 680, fp16 660",
+        "tf32 353",
+        "fp32 51",
+    ]
+    boxes = [text.get_window_extent() for text in labels]
+    assert all(box.x0 > axes.bbox.x1 for box in boxes)
+    assert all(above.y0 >= below.y1 for above, below in pairwise(boxes))

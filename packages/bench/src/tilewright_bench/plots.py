@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STYLE = Path(__file__).with_name("tilewright.mplstyle")
 
-DRAWING = 2
+DRAWING = 3
 """The version of the code that draws: one more with each change of what it draws."""
 
 FILLS: dict[str, Literal["full", "none", "left"]] = {
@@ -205,18 +205,20 @@ def _draw_roofline(plot: Roofline, figure: "Figure") -> None:
     axes = figure.subplots()
     left, right = 0.1, 10_000.0
     top = max(rate for _, rate in plot.rates)
-    for name, gb_per_s in plot.bandwidths:
+    for _, gb_per_s in plot.bandwidths:
         slope = gb_per_s / 1e3  # TFLOP/s at one FLOP per byte
         end = min(top / slope, right)
         axes.plot([left, end], [left * slope, end * slope], color="0.5", linewidth=1)
-        _along(axes, f"{name} {gb_per_s:.0f} GB/s", left * 1.15, left * 1.15 * slope, 1)
     slopes = [gb_per_s / 1e3 for _, gb_per_s in plot.bandwidths]
     for _, rate in plot.rates:
         axes.plot([rate / max(slopes), right], [rate, rate], color="0.5", linewidth=1)
-    for names, rate in _near_one_another(plot.rates):
-        at = (1.2 * rate / min(slopes), rate)
-        text = f"{', '.join(names)} {rate:.0f} TFLOP/s"
-        axes.annotate(text, at, xytext=(0, 2), textcoords="offset points", fontsize=7)
+    # Where no operator can lie: above the slanted lines, and beside the axes.
+    for names, gb_per_s in _near_one_another(plot.bandwidths, 2.0):
+        at = left * 1.3, 1.35 * left * 1.3 * gb_per_s / 1e3
+        _along_the_slope(axes, f"{names} GB/s", *at)
+    for names, rate in _near_one_another(plot.rates, 1.6):
+        style = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        axes.annotate(names, (1, rate), (5, 0), **style, va="center", fontsize=7)
     families = tuple({family: None for family, *_ in plot.points})
     # Colours repeat after eight families, with another marker.
     styles: dict[str, dict[str, Any]] = {
@@ -248,29 +250,27 @@ def _draw_roofline(plot: Roofline, figure: "Figure") -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
 
 
-def _along(axes: "Axes", text: str, x: float, y: float, slope: float) -> None:
-    """Text along a line of a slope in decades per decade."""
-    axes.annotate(
-        text,
-        (x, y),
-        xytext=(0, 3),
-        textcoords="offset points",
-        rotation=math.degrees(math.atan(slope)),
-        rotation_mode="anchor",
-        transform_rotates_text=True,
-        fontsize=7,
-    )
+def _along_the_slope(axes: "Axes", text: str, x: float, y: float) -> None:
+    """Text along y ∝ x, a line of one slope wherever it lies between logarithmic axes."""
+    degrees = math.degrees(math.atan2(y, x))
+    style: dict[str, Any] = {"rotation_mode": "anchor", "transform_rotates_text": True}
+    axes.text(x, y, text, rotation=degrees, fontsize=7, **style)
 
 
-def _near_one_another(rates: Sequence[tuple[str, float]]) -> list[tuple[list[str], float]]:
-    """Rates whose labels would overlap, as one: their names and the highest."""
-    clusters: list[tuple[list[str], float]] = []
-    for name, rate in sorted(rates, key=lambda item: -item[1]):
-        if clusters and rate > 0.85 * clusters[-1][1]:
-            clusters[-1][0].append(name)
+def _near_one_another(
+    ceilings: Sequence[tuple[str, float]], factor: float
+) -> list[tuple[str, float]]:
+    """Labels and the highest values; one label for those that lie within a factor of it."""
+    clusters: list[list[tuple[str, float]]] = []
+    for name, value in sorted(ceilings, key=lambda item: -item[1]):
+        if clusters and value * factor > clusters[-1][0][1]:
+            clusters[-1].append((name, value))
         else:
-            clusters.append(([name], rate))
-    return clusters
+            clusters.append([(name, value)])
+    return [
+        (", ".join(f"{name} {value:.0f}" for name, value in cluster), cluster[0][1])
+        for cluster in clusters
+    ]
 
 
 def _wrapped(text: str, width: int = 14) -> str:
