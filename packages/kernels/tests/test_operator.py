@@ -1,6 +1,7 @@
 """What every operator is made of, on a small operator of the test's own."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -142,3 +143,31 @@ def test_vmap_and_tracing_go_through_the_dispatcher(device):
     x = torch.randn(2, 3, device=device)
     torch.testing.assert_close(torch.func.vmap(double)(x), 2 * x)
     assert "tilewright" in make_fx(double)(x).code
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_many_output_gradients_at_once_are_taken_apart(device):
+    x = torch.randn(5, device=device, requires_grad=True)
+    y = double(x)
+    dys = torch.randn(3, 5, device=device)
+    with count_launches() as launches:
+        (dx,) = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+    assert torch.equal(dx, 2 * dys)
+    assert launches["double"] == 3
+    jacobian = torch.autograd.functional.jacobian(double, x, vectorize=True)
+    assert torch.equal(jacobian, 2 * torch.eye(5, device=device))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_after_a_batch_of_gradients_eager_skips_the_dispatcher_again(device, monkeypatch):
+    x = torch.randn(5, device=device, requires_grad=True)
+    y = double(x)
+    with monkeypatch.context() as patched:
+        patched.setattr(DOUBLE, "launch", Mock(side_effect=RuntimeError("no launch")))
+        with pytest.raises(RuntimeError, match="no launch"):
+            torch.autograd.grad(y, x, torch.ones(3, 5, device=device), is_grads_batched=True)
+    profile = torch.autograd.profiler.profile()
+    with profile:
+        torch.autograd.grad(double(x), x, torch.ones(5, device=device))
+    events: Any = profile.function_events
+    assert "tilewright::double" not in {event.name for event in events}

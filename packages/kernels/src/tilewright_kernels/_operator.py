@@ -15,6 +15,7 @@ opaque node for torch.compile; in eager it is called directly, because the dispa
 115 µs a call, more than most kernels take.
 """
 
+import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -177,7 +178,17 @@ def _needs_dispatcher(operator: str, args: tuple[Any, ...]) -> bool:
                 f"{operator} has no forward-mode derivative; "
                 f"use_backend({operator}='torch') runs its reference, which has one"
             )
-    return transform is not None or torch._C._len_torch_dispatch_stack() > 0
+    looked_at = transform is not None or torch._C._len_torch_dispatch_stack() > 0
+    return looked_at or _batch.differentiating
+
+
+class _Batch(threading.local):
+    """Whether this thread is in a backward of many output gradients at once."""
+
+    differentiating = False
+
+
+_batch = _Batch()
 
 
 def _once(operator: str, backward_formula: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +202,15 @@ def _once(operator: str, backward_formula: Callable[..., Any]) -> Callable[..., 
                 f"{operator} is differentiable once, and create_graph=True asks for more; "
                 f"use_backend({operator}='torch') runs its reference, which has all derivatives"
             )
-        return backward_formula(ctx, *grad_outputs)
+        # is_grads_batched=True gives tensors without storage; the dispatcher takes them apart.
+        is_batched = torch._C._functorch.is_legacy_batchedtensor
+        if not any(isinstance(grad, torch.Tensor) and is_batched(grad) for grad in grad_outputs):
+            return backward_formula(ctx, *grad_outputs)
+        _batch.differentiating = True
+        try:
+            return backward_formula(ctx, *grad_outputs)
+        finally:
+            _batch.differentiating = False
 
     return backward
 
