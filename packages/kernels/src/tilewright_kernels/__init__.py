@@ -51,7 +51,9 @@ from tilewright_kernels.gated_activations import (
     swiglu,
     swiglu_reference,
 )
+from tilewright_kernels.gated_mlp import GatedMLP, gated_mlp, gated_mlp_reference
 from tilewright_kernels.layer_norm import LayerNorm, layer_norm, layer_norm_reference
+from tilewright_kernels.linear import Linear, linear, linear_reference
 from tilewright_kernels.linear_cross_entropy import (
     LinearCrossEntropyLoss,
     linear_cross_entropy,
@@ -63,6 +65,7 @@ from tilewright_kernels.linear_log_prob import (
     linear_log_prob_reference,
 )
 from tilewright_kernels.log_softmax import LogSoftmax, log_softmax, log_softmax_reference
+from tilewright_kernels.matmul import matmul, matmul_reference
 from tilewright_kernels.memory_patterns import vector_add, vector_add_reference
 from tilewright_kernels.packed_position_ids import (
     packed_position_ids,
@@ -71,6 +74,7 @@ from tilewright_kernels.packed_position_ids import (
 from tilewright_kernels.rms_norm import RMSNorm, rms_norm, rms_norm_reference
 from tilewright_kernels.rotary_embedding import RotaryEmbedding, rotary_table
 from tilewright_kernels.softmax import Softmax, softmax, softmax_reference
+from tilewright_kernels.symmetric_matmul import symmetric_matmul, symmetric_matmul_reference
 
 __all__ = [
     "GELU",
@@ -78,8 +82,10 @@ __all__ = [
     "BackendReport",
     "CrossEntropyLoss",
     "Dropout",
+    "GatedMLP",
     "GeGLU",
     "LayerNorm",
+    "Linear",
     "LinearCrossEntropyLoss",
     "LinearLogProb",
     "LogSoftmax",
@@ -104,18 +110,24 @@ __all__ = [
     "dropout_add",
     "dropout_add_reference",
     "dropout_reference",
+    "gated_mlp",
+    "gated_mlp_reference",
     "geglu",
     "geglu_reference",
     "gelu",
     "gelu_reference",
     "layer_norm",
     "layer_norm_reference",
+    "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "linear_log_prob",
     "linear_log_prob_reference",
+    "linear_reference",
     "log_softmax",
     "log_softmax_reference",
+    "matmul",
+    "matmul_reference",
     "packed_position_ids",
     "packed_position_ids_reference",
     "parse_backends",
@@ -134,6 +146,8 @@ __all__ = [
     "softmax_reference",
     "swiglu",
     "swiglu_reference",
+    "symmetric_matmul",
+    "symmetric_matmul_reference",
     "use_backend",
     "vector_add",
     "vector_add_reference",

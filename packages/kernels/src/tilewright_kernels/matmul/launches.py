@@ -26,9 +26,9 @@ Algorithm = Literal["naive", "grouped", "pipelined", "persistent"]
 Activation = Literal["relu", "gelu", "silu", "relu_squared"]
 Precision = Literal["tf32", "ieee"]
 
-ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
-ACTIVATIONS: tuple[str, ...] = get_args(Activation)
-PRECISIONS: tuple[str, ...] = get_args(Precision)
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 _FUNCTIONS: dict[str | None, Any] = {None: None} | {
     name + suffix: getattr(_math, name + suffix) for name in ACTIVATIONS for suffix in ("", "_grad")
@@ -264,7 +264,8 @@ def _describable(a: Tensor | None, b: Tensor | None, out: Tensor | None, other: 
     assert a is not None
     assert b is not None
     assert out is not None
-    if a.element_size() == 8 or a.shape[-1] == 0:
+    wide = any(x is not None and x.dtype == torch.float64 for x in (a, out, other))
+    if wide or a.shape[-1] == 0:
         return False
     if not all(_aligned(x) or _aligned(x.mT) for x in (a, b)):
         return False
