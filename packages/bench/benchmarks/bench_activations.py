@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tilewright_bench import Case, Work, by_device, run, variants
+from tilewright_bench import Case, Work, by_device, normal_inputs, run, usual_providers, variants
 from tilewright_kernels import gelu, relu, relu_squared, silu
 
 SHAPES = by_device(gpu=[(16384, 8192), (256, 1024)], cpu=[(64, 256)])
@@ -24,37 +24,24 @@ FLOPS = {"relu": (1, 2), "gelu": (18, 21), "silu": (4, 8), "relu_squared": (2, 3
 
 
 def case(operator: str, rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
-    def make_inputs(device, generator):
-        options = {"device": device, "dtype": dtype, "generator": generator}
-        return (torch.randn(rows, width, **options).requires_grad_(),)
-
     size = rows * width
     forward, backward = FLOPS[operator]
     return Case(
         operator=operator,
         shape=(rows, width),
         dtype=dtype,
-        make_inputs=make_inputs,
+        make_inputs=normal_inputs((rows, width), dtype=dtype),
         reference=FUNCTIONS[operator][1],
         forward=Work(bytes=2 * size * dtype.itemsize, flops=forward * size),
         backward=Work(bytes=3 * size * dtype.itemsize, flops=backward * size),
     )
 
 
-def providers(operator: str):
-    ours, eager = FUNCTIONS[operator]
-    return {
-        "tilewright": lambda: ours,
-        "torch": lambda: eager,
-        "compile": lambda: torch.compile(eager, dynamic=False),
-    }
-
-
 CASES = [
     (case(operator, *shape), variant)
     for operator in FUNCTIONS
     for shape in SHAPES
-    for variant in variants(providers(operator))
+    for variant in variants(usual_providers(*FUNCTIONS[operator]))
 ]
 
 

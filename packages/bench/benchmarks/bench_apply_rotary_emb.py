@@ -8,7 +8,7 @@ angle twice and rounded to the activations' dtype; ours stay float32.
 import pytest
 import torch
 
-from tilewright_bench import Case, Variant, Work, by_device, run, variants
+from tilewright_bench import Case, Variant, Work, by_device, run, usual_providers, variants
 from tilewright_kernels import apply_rotary_emb, apply_rotary_emb_reference, rotary_table
 
 SHAPES = by_device(
@@ -73,12 +73,7 @@ def case(
     )
 
 
-PROVIDERS = {
-    "tilewright": lambda: ours,
-    "torch": lambda: eager,
-    "compile": lambda: torch.compile(eager, dynamic=False),
-    "liger": liger,
-}
+PROVIDERS = usual_providers(ours, eager, liger=liger)
 
 
 @pytest.mark.parametrize("variant", variants(PROVIDERS), ids=str)

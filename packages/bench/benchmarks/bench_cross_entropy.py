@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tilewright_bench import Case, Variant, Work, by_device, run, variants
+from tilewright_bench import Case, Variant, Work, by_device, run, usual_providers, variants
 from tilewright_kernels import cross_entropy
 
 SHAPES = by_device(gpu=[(16384, 32768), (8192, 131072), (256, 1024)], cpu=[(16, 512)])
@@ -48,12 +48,7 @@ def case(tokens: int, vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> C
     )
 
 
-PROVIDERS = {
-    "tilewright": lambda: cross_entropy,
-    "torch": lambda: eager,
-    "compile": lambda: torch.compile(eager, dynamic=False),
-    "liger": liger,
-}
+PROVIDERS = usual_providers(cross_entropy, eager, liger=liger)
 
 
 @pytest.mark.parametrize("variant", variants(PROVIDERS, ("fwd", "bwd", "fwd+bwd")), ids=str)

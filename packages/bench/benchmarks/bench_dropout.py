@@ -11,7 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tilewright_bench import Case, Variant, Work, by_device, default_device, run, variants
+from tilewright_bench import (
+    Case,
+    Variant,
+    Work,
+    by_device,
+    default_device,
+    run,
+    usual_providers,
+    variants,
+)
 from tilewright_bench.evaluate import Oracle, error_limit
 from tilewright_kernels import dropout, dropout_add, dropout_add_reference, dropout_reference
 
@@ -59,19 +68,11 @@ def check_masks(case: Case, variant: Variant) -> None:
     assert verdict.error <= error_limit(case.dtype)
 
 
-def providers(operator: str):
-    return {
-        "tilewright": lambda: OURS[operator],
-        "torch": lambda: EAGER[operator],
-        "compile": lambda: torch.compile(EAGER[operator], dynamic=False),
-    }
-
-
 CASES = [
     (case(operator, *shape), variant)
     for operator in OURS
     for shape in SHAPES
-    for variant in variants(providers(operator))
+    for variant in variants(usual_providers(OURS[operator], EAGER[operator]))
 ]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tilewright_bench import Case, Work, by_device, run, variants
+from tilewright_bench import Case, Work, by_device, normal_inputs, run, usual_providers, variants
 from tilewright_kernels import geglu, reglu, swiglu
 
 SHAPES = by_device(
@@ -37,19 +37,14 @@ def liger():
 
 def case(operator: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Case:
     rows, *joint, width = shape
-
-    def make_inputs(device, generator):
-        sizes = [2 * width] if joint else [width, width]
-        options = {"device": device, "dtype": dtype, "generator": generator}
-        return tuple(torch.randn(rows, n, **options).requires_grad_() for n in sizes)
-
+    sizes = [(rows, 2 * width)] if joint else [(rows, width)] * 2
     size = rows * width
     forward, backward = FLOPS[operator]
     return Case(
         operator=operator,
         shape=shape,
         dtype=dtype,
-        make_inputs=make_inputs,
+        make_inputs=normal_inputs(*sizes, dtype=dtype),
         reference=eager(operator),
         forward=Work(bytes=3 * size * dtype.itemsize, flops=forward * size),
         backward=Work(bytes=5 * size * dtype.itemsize, flops=backward * size),
@@ -57,13 +52,9 @@ def case(operator: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Cas
 
 
 def providers(operator: str):
-    found = {
-        "tilewright": lambda: FUNCTIONS[operator][0],
-        "torch": lambda: eager(operator),
-        "compile": lambda: torch.compile(eager(operator), dynamic=False),
-    }
     # Liger's geglu is the tanh form, which is another function; it has no reglu.
-    return {**found, "liger": liger} if operator == "swiglu" else found
+    others = {"liger": liger} if operator == "swiglu" else {}
+    return usual_providers(FUNCTIONS[operator][0], eager(operator), **others)
 
 
 CASES = [

@@ -8,7 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tilewright_bench import Case, Variant, Work, by_device, run, variants
+from tilewright_bench import (
+    Case,
+    Variant,
+    Work,
+    by_device,
+    normal_inputs,
+    run,
+    skip_rows_that_liger_refuses,
+    usual_providers,
+    variants,
+)
 from tilewright_kernels import layer_norm
 
 EPS = 1e-5
@@ -16,7 +26,6 @@ SHAPES = by_device(
     gpu=[(32768, 1024), (16384, 4096), (4096, 16384), (512, 262144), (256, 1024)],
     cpu=[(64, 256)],
 )
-LIGER_MAX_WIDTH = 65536
 
 
 def ours(x, weight, bias):
@@ -33,19 +42,12 @@ def liger():
 
 
 def case(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
-    def make_inputs(device, generator):
-        options = {"device": device, "dtype": dtype, "generator": generator}
-        x = torch.randn(rows, width, **options).requires_grad_()
-        weight = torch.randn(width, **options).requires_grad_()
-        bias = torch.randn(width, **options).requires_grad_()
-        return x, weight, bias
-
     size = rows * width
     return Case(
         operator="layer_norm",
         shape=(rows, width),
         dtype=dtype,
-        make_inputs=make_inputs,
+        make_inputs=normal_inputs((rows, width), (width,), (width,), dtype=dtype),
         reference=eager,
         # Σx, - mean, its square and sum, · r, · w, + b; backward: - mean, · r, dy · w, its sum, its
         # product with x̂ and sum, dx (four), dw (two), db.
@@ -54,17 +56,11 @@ def case(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
     )
 
 
-PROVIDERS = {
-    "tilewright": lambda: ours,
-    "torch": lambda: eager,
-    "compile": lambda: torch.compile(eager, dynamic=False),
-    "liger": liger,
-}
+PROVIDERS = usual_providers(ours, eager, liger=liger)
 
 
 @pytest.mark.parametrize("variant", variants(PROVIDERS), ids=str)
 @pytest.mark.parametrize("case", [case(*shape) for shape in SHAPES], ids=str)
 def bench_layer_norm(benchmark, case: Case, variant: Variant):
-    if variant.provider == "liger" and case.shape[1] > LIGER_MAX_WIDTH:
-        pytest.skip(f"Liger refuses rows wider than {LIGER_MAX_WIDTH}")
+    skip_rows_that_liger_refuses(case, variant)
     run(benchmark, case, variant)

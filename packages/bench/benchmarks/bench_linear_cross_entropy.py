@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tilewright_bench import Case, Variant, Work, by_device, run, variants
+from tilewright_bench import Case, Variant, Work, by_device, run, usual_providers, variants
 from tilewright_kernels import linear_cross_entropy
 
 SHAPES = by_device(
@@ -56,12 +56,7 @@ def case(tokens: int, width: int, classes: int, dtype: torch.dtype = torch.bfloa
     )
 
 
-PROVIDERS = {
-    "tilewright": lambda: linear_cross_entropy,
-    "torch": lambda: eager,
-    "compile": lambda: torch.compile(eager, dynamic=False),
-    "liger": liger,
-}
+PROVIDERS = usual_providers(linear_cross_entropy, eager, liger=liger)
 
 
 # Gradients that are computed in forward leave no backward to compare.

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tilewright_bench import Case, Variant, Work, by_device, run, variants
+from tilewright_bench import Case, Variant, Work, by_device, run, usual_providers, variants
 from tilewright_kernels import linear_log_prob
 
 SHAPES = by_device(gpu=[(16384, 1536, 32768)], cpu=[(16, 32, 512)])
@@ -47,11 +47,7 @@ def case(tokens: int, width: int, classes: int, dtype: torch.dtype = torch.bfloa
     )
 
 
-PROVIDERS = {
-    "tilewright": lambda: linear_log_prob,
-    "torch": lambda: eager,
-    "compile": lambda: torch.compile(eager, dynamic=False),
-}
+PROVIDERS = usual_providers(linear_log_prob, eager)
 
 
 @pytest.mark.parametrize("variant", variants(PROVIDERS, ("fwd", "fwd+bwd")), ids=str)

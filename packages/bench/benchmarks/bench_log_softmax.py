@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from tilewright_bench import Case, Variant, Work, by_device, run, variants
+from tilewright_bench import (
+    Case,
+    Variant,
+    Work,
+    by_device,
+    normal_inputs,
+    run,
+    usual_providers,
+    variants,
+)
 from tilewright_kernels import log_softmax
 
 SHAPES = by_device(
@@ -21,16 +30,12 @@ def eager(x):
 
 
 def case(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
-    def make_inputs(device, generator):
-        options = {"device": device, "dtype": dtype, "generator": generator}
-        return (torch.randn(rows, width, **options).requires_grad_(),)
-
     size = rows * width
     return Case(
         operator="log_softmax",
         shape=(rows, width),
         dtype=dtype,
-        make_inputs=make_inputs,
+        make_inputs=normal_inputs((rows, width), dtype=dtype),
         reference=eager,
         # Maximum, x - max, exp, sum, - log sum; backward: sum, exp, · sum, subtraction.
         forward=Work(bytes=2 * size * dtype.itemsize, flops=5 * size),
@@ -38,11 +43,7 @@ def case(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
     )
 
 
-PROVIDERS = {
-    "tilewright": lambda: ours,
-    "torch": lambda: eager,
-    "compile": lambda: torch.compile(eager, dynamic=False),
-}
+PROVIDERS = usual_providers(ours, eager)
 
 
 @pytest.mark.parametrize("variant", variants(PROVIDERS), ids=str)

@@ -7,7 +7,7 @@ columns. Forward only: the gradients are copies, or views that move nothing.
 import pytest
 import torch
 
-from tilewright_bench import Case, Work, by_device, run, variants
+from tilewright_bench import Case, Work, by_device, run, usual_providers, variants
 from tilewright_kernels import memory_patterns as patterns
 
 DTYPE = torch.float32
@@ -79,11 +79,7 @@ def case(operator: str, *shape: int) -> Case:
 def providers(operator: str):
     if operator not in BEST_OF_A_KIND:
         return {"tilewright": lambda: ours(operator)}
-    return {
-        "tilewright": lambda: ours(operator),
-        "torch": lambda: plain_torch(operator),
-        "compile": lambda: torch.compile(plain_torch(operator), dynamic=False),
-    }
+    return usual_providers(ours(operator), plain_torch(operator))
 
 
 CASES = [

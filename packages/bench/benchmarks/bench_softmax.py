@@ -3,15 +3,23 @@
 import pytest
 import torch
 
-from tilewright_bench import Case, Variant, Work, by_device, run, variants
+from tilewright_bench import (
+    Case,
+    Variant,
+    Work,
+    by_device,
+    normal_inputs,
+    run,
+    skip_rows_that_liger_refuses,
+    usual_providers,
+    variants,
+)
 from tilewright_kernels import softmax
 
 SHAPES = by_device(
     gpu=[(16384, 4096), (4096, 32768), (512, 262144), (256, 1024)],
     cpu=[(64, 256)],
 )
-
-LIGER_MAX_WIDTH = 65536
 
 
 def ours(x):
@@ -28,16 +36,12 @@ def liger():
 
 
 def case(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
-    def make_inputs(device, generator):
-        options = {"device": device, "dtype": dtype, "generator": generator}
-        return (torch.randn(rows, width, **options).requires_grad_(),)
-
     size = rows * width
     return Case(
         operator="softmax",
         shape=(rows, width),
         dtype=dtype,
-        make_inputs=make_inputs,
+        make_inputs=normal_inputs((rows, width), dtype=dtype),
         reference=eager,
         # Maximum, x - max, exp, sum, · 1/sum; backward: y · dy, sum, dy - sum, · y.
         forward=Work(bytes=2 * size * dtype.itemsize, flops=5 * size),
@@ -45,17 +49,11 @@ def case(rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Case:
     )
 
 
-PROVIDERS = {
-    "tilewright": lambda: ours,
-    "torch": lambda: eager,
-    "compile": lambda: torch.compile(eager, dynamic=False),
-    "liger": liger,
-}
+PROVIDERS = usual_providers(ours, eager, liger=liger)
 
 
 @pytest.mark.parametrize("variant", variants(PROVIDERS), ids=str)
 @pytest.mark.parametrize("case", [case(*shape) for shape in SHAPES], ids=str)
 def bench_softmax(benchmark, case: Case, variant: Variant):
-    if variant.provider == "liger" and case.shape[1] > LIGER_MAX_WIDTH:
-        pytest.skip(f"Liger refuses rows wider than {LIGER_MAX_WIDTH}")
+    skip_rows_that_liger_refuses(case, variant)
     run(benchmark, case, variant)

@@ -10,6 +10,7 @@ from tilewright_bench.environment import by_device, default_device
 from tilewright_bench.measure import run
 from tilewright_bench.measurement import Measurement
 from tilewright_bench.stopwatch import Rotation, Samples, time_interleaved
+from tilewright_bench.usual import normal_inputs, skip_rows_that_liger_refuses, usual_providers
 
 __all__ = [
     "Case",
@@ -21,7 +22,10 @@ __all__ = [
     "Work",
     "by_device",
     "default_device",
+    "normal_inputs",
     "run",
+    "skip_rows_that_liger_refuses",
     "time_interleaved",
+    "usual_providers",
     "variants",
 ]
