@@ -100,20 +100,28 @@ class use_backend:
         _choices.update(self._former)
 
 
-def decide(operator: str, device: str, unsupported: str | None = None) -> Decision:
+def setting(operator: str) -> str:
+    """The backend that is chosen for an operator now."""
+    return _choices.get(operator, _choices[_DEFAULT])
+
+
+def decide(
+    operator: str, device: str, unsupported: str | None = None, torch_is_better: str | None = None
+) -> Decision:
     """The backend for one call.
 
     Args:
         operator: its name.
         device: type of the device that the tensors are on, as in `tensor.device.type`.
         unsupported: why the kernel cannot take these inputs, or None if it can.
+        torch_is_better: why auto does without a kernel that could take them, or None.
 
     Raises:
         ValueError: backend triton was asked for and cannot run here.
     """
     if _unchecked:
         check_environment()
-    choice = _choices.get(operator, _choices[_DEFAULT])
+    choice = setting(operator)
     if choice == "torch":
         return Decision("torch", "asked for", False)
     obstacle = unsupported
@@ -129,6 +137,8 @@ def decide(operator: str, device: str, unsupported: str | None = None) -> Decisi
             )
         return Decision("triton", "asked for", False)
     if obstacle is None and device == "cuda":
+        if torch_is_better is not None:
+            return Decision("torch", f"auto: {torch_is_better}", False)
         return Decision("triton", "auto: the tensors are on cuda", False)
     return Decision(
         "torch", f"auto: {obstacle or f'the tensors are on {device}'}", device == "cuda"
@@ -211,7 +221,7 @@ def backend_report(*, reset: bool = False) -> BackendReport:
         rows.append(
             OperatorReport(
                 operator=name,
-                setting=_choices.get(name, _choices[_DEFAULT]),
+                setting=setting(name),
                 triton=by_backend["triton"],
                 torch=by_backend["torch"],
                 launches=done.launches,

@@ -45,14 +45,23 @@ class Operator:
         self.name = name
         self._done = _backend.register(name)
 
-    def uses_triton(self, x: torch.Tensor, unsupported: str | None = None) -> bool:
+    @property
+    def setting(self) -> str:
+        """The backend that is chosen for it now: auto, triton or torch."""
+        return _backend.setting(self.name)
+
+    def uses_triton(
+        self, x: torch.Tensor, unsupported: str | None = None, torch_is_better: str | None = None
+    ) -> bool:
         """Choose the backend for one call and record the choice.
 
         Args:
             x: the tensor whose device decides.
             unsupported: why the kernel cannot take these inputs, or None if it can.
+            torch_is_better: why auto does without a kernel that could take them, such as that
+                torch is measured to be faster at this shape, or None.
         """
-        decision = _backend.decide(self.name, x.device.type, unsupported)
+        decision = _backend.decide(self.name, x.device.type, unsupported, torch_is_better)
         _backend.record(self.name, decision)
         return decision.backend == "triton"
 
@@ -82,6 +91,7 @@ class Operator:
         fake: Callable[..., Any],
         setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
         backward: Callable[..., Any] | None = None,
+        mutates: tuple[str, ...] = (),
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Register a function that launches kernels, with its gradient if it has one.
 
@@ -90,11 +100,14 @@ class Operator:
             setup_context: `(ctx, inputs, output)`, saves what backward needs.
             backward: `(ctx, *grad_outputs)`, returns one gradient (or None) an input. Calls
                 registered functions and plain torch only. It is differentiable once.
+            mutates: names of the arguments that the function writes into.
         """
 
         def register(launcher: Callable[..., Any]) -> Callable[..., Any]:
             qualname = f"{_NAMESPACE}::{launcher.__name__}"
-            torch.library.define(qualname, torch.library.infer_schema(launcher, mutates_args=()))
+            torch.library.define(
+                qualname, torch.library.infer_schema(launcher, mutates_args=mutates)
+            )
             torch.library.impl(qualname, ("cpu", "cuda"), launcher)
             torch.library.register_fake(qualname, fake)
             registered = getattr(getattr(torch.ops, _NAMESPACE), launcher.__name__).default

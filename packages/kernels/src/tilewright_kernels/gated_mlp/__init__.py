@@ -1,0 +1,14 @@
+"""The gated MLP of decoders with its gated unit inside the products.
+
+Read `functional` for the formula, its gradient and what is kept between them, then `_gate_up` (the
+forward's kernel) and `_gate_up_grad` (the backward's).
+"""
+
+from tilewright_kernels.gated_mlp.functional import (
+    GatedActivation,
+    GatedMLP,
+    gated_mlp,
+    gated_mlp_reference,
+)
+
+__all__ = ["GatedActivation", "GatedMLP", "gated_mlp", "gated_mlp_reference"]

@@ -1,0 +1,62 @@
+"""Tiles of the two kernels, and which operands tensor descriptors can describe."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewright_kernels._launch import next_power_of_2
+from tilewright_kernels._triton import HAS_TRITON
+
+if HAS_TRITON:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Tile(NamedTuple):
+    """A tile of the result, the step along K, and how the program is built."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    num_stages: int
+    num_warps: int
+
+
+def tile_for(tiles: dict[int, Tile], M: int, N: int, K: int, element_size: int) -> Tile:
+    """The tile for elements of this many bytes, made smaller where the matrices are."""
+    tile = tiles[element_size]
+    block_m, block_n, block_k = (
+        min(block, max(16, next_power_of_2(size)))
+        for block, size in zip(tile[:3], (M, N, max(K, 1)), strict=True)
+    )
+    num_warps = tile.num_warps if block_m * block_n >= 128 * 128 else min(4, tile.num_warps)
+    return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps)
+
+
+def describable(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all can have tensor descriptors, and are of 16-bit numbers.
+
+    A descriptor wants adjacent rows of elements, 16 bytes at least, at multiples of 16 bytes.
+    """
+    return x.element_size() == 2 and all(
+        t is None
+        or (
+            t.stride(1) == 1
+            and t.data_ptr() % 16 == 0
+            and t.stride(0) % 8 == 0
+            and t.stride(0) >= t.shape[1] >= 8
+        )
+        for t in (x, *others)
+    )
+
+
+def describe(x: Tensor | None, block: list[int]) -> Any:
+    """A tensor descriptor for tiles of this shape."""
+    return None if x is None else TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: it matters for float32 alone, where torch's switch is followed."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
