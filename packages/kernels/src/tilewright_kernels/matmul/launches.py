@@ -18,11 +18,12 @@ from tilewright_kernels.matmul.grouped import matmul_grouped_kernel
 from tilewright_kernels.matmul.naive import matmul_naive_kernel
 from tilewright_kernels.matmul.persistent import matmul_persistent_kernel
 from tilewright_kernels.matmul.pipelined import matmul_pipelined_kernel
+from tilewright_kernels.matmul.stream_k import matmul_stream_k_kernel
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-Algorithm = Literal["naive", "grouped", "pipelined", "persistent"]
+Algorithm = Literal["naive", "grouped", "pipelined", "persistent", "stream_k"]
 Activation = Literal["relu", "gelu", "silu", "relu_squared"]
 Precision = Literal["tf32", "ieee"]
 
@@ -69,7 +70,14 @@ TILES: dict[str, dict[int, Tile]] = {
         2: Tile(128, 256, 64, 8, 3, 8, 2),
         4: Tile(128, 128, 32, 8, 3, 8, 1),
     },
+    "stream_k": {
+        2: Tile(128, 256, 64, 8, 3, 8, 2),
+        4: Tile(128, 128, 32, 8, 3, 8, 1),
+    },
 }
+
+STREAM_K_STEPS = 16
+"""Steps along K that sharing the last tiles must save to be worth its traffic."""
 
 
 @cache
@@ -166,12 +174,12 @@ def _launch_batches(
     usable = _describable(*tensors)
     if constants["ACCUMULATE"] and out.dtype != torch.float32:
         usable = False  # the memory would round what is added before it adds
-    if algorithm == "persistent" and not usable:
+    if algorithm in (None, "persistent", "stream_k"):
+        if usable:
+            _launch_descriptors(operator, a, b, out, other, epilogue, constants, algorithm)
+            return
         algorithm = "pipelined"
-    if algorithm is None:
-        algorithm = "persistent" if usable else "pipelined"
-    launch = _launch_persistent if algorithm == "persistent" else _launch_pointers
-    launch(operator, a, b, out, other, epilogue, constants, algorithm)
+    _launch_pointers(operator, a, b, out, other, epilogue, constants, algorithm)
 
 
 def _merge_batch(tensors: list[Tensor | None]) -> list[Tensor | None]:
@@ -229,28 +237,55 @@ def _launch_pointers(
     )  # fmt: skip
 
 
-def _launch_persistent(
+def _launch_descriptors(
     operator: Operator, a: Tensor, b: Tensor, out: Tensor, other: Tensor | None,
-    epilogue: tuple[Tensor | None, float | None], constants: dict[str, Any], algorithm: str,
+    epilogue: tuple[Tensor | None, float | None], constants: dict[str, Any], algorithm: str | None,
 ) -> None:  # fmt: skip
-    """Launch the fourth rung over [outer, inner, …] operands that `_describable` has seen."""
+    """Launch the fourth or fifth rung over operands that `_describable` has seen."""
     outer, inner, M, N = out.shape
     K = a.shape[-1]
-    tile = tile_for(algorithm, M, N, K, a.element_size())
+    tile = tile_for(algorithm or "persistent", M, N, K, a.element_size())
+    tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N) * outer * inner
+    steps = cdiv(K, tile.BLOCK_K)
+    programs = num_programs(a.device, per_sm=1)
+    if algorithm is None:
+        algorithm = rung_for(tiles, steps, programs)
     batched = outer * inner > 1
     part = [tile.BLOCK_M, tile.BLOCK_N // tile.PARTS]
     a_desc, a_transposed = _describe(a, [tile.BLOCK_M, tile.BLOCK_K], batched)
     b_desc, b_transposed = _describe(b, [tile.BLOCK_K, tile.BLOCK_N], batched)
+    out_desc, _ = _describe(out, part, batched)
     other_desc = None if other is None else _describe(other, part, batched)[0]
-    tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N) * outer * inner
+    descriptors = a_desc, b_desc, out_desc, other_desc
+    sizes = M, N, K, outer * inner, inner
+    options = constants | tile._asdict() | _varies("A", a) | _varies("B", b)
+    options |= _varies("OTHER", out if other is None else other)
+    options |= {"A_TRANSPOSED": a_transposed, "B_TRANSPOSED": b_transposed, "BATCHED": batched}
+    if algorithm == "persistent":
+        grid = (min(tiles, programs),)
+        operator.launch(
+            matmul_persistent_kernel, grid, *descriptors, *epilogue, *sizes, **options
+        )  # fmt: skip
+        return
+    shared = tiles % programs
+    parts = out.new_empty((2 * programs, tile.BLOCK_M * tile.BLOCK_N), dtype=torch.float32)
     operator.launch(
-        matmul_persistent_kernel, (min(tiles, num_programs(a.device, per_sm=1)),),
-        a_desc, b_desc, _describe(out, part, batched)[0], other_desc, *epilogue,
-        M, N, K, outer * inner, inner,
-        **_varies("A", a), **_varies("B", b), **_varies("OTHER", out if other is None else other),
-        A_TRANSPOSED=a_transposed, B_TRANSPOSED=b_transposed, BATCHED=batched, **constants,
-        **tile._asdict(),
+        matmul_stream_k_kernel, (programs,), *descriptors,
+        parts, out.new_zeros(shared, dtype=torch.int32), *epilogue, *sizes,
+        tiles - shared, cdiv(shared * steps, programs), **options,
     )  # fmt: skip
+
+
+def rung_for(tiles: int, steps: int, programs: int) -> Algorithm:
+    """The fourth rung, or the fifth where that shortens the last wave by enough.
+
+    Args:
+        tiles: of the result.
+        steps: along K.
+        programs: that run at one time.
+    """
+    idle = -tiles % programs / programs
+    return "stream_k" if idle * steps > STREAM_K_STEPS else "persistent"
 
 
 def _varies(name: str, x: Tensor) -> dict[str, int]:
@@ -273,28 +308,36 @@ def _describable(a: Tensor | None, b: Tensor | None, out: Tensor | None, other: 
 
 
 def _aligned(x: Tensor) -> bool:
-    """Whether the last dimension is adjacent, and the base and all other strides 16 bytes apart."""
-    size = x.element_size()
+    """Whether columns are adjacent, and all else lies at multiples of 16 bytes."""
+    unit = 16 // x.element_size()
+    *batch, rows, cols = x.shape
     return (
         x.stride(-1) == 1
+        and cols >= unit
+        and (rows == 1 or x.stride(-2) >= cols)
         and x.data_ptr() % 16 == 0
-        and all(stride * size % 16 == 0 for stride in x.stride()[:-1])
-        and x.stride(-2) >= x.shape[-1]
-        and x.shape[-1] * size >= 16
+        and all(n == 1 or stride % unit == 0 for n, stride in zip(batch, x.stride(), strict=False))
+        and (rows == 1 or x.stride(-2) % unit == 0)
     )
 
 
 def _describe(x: Tensor, block: list[int], batched: bool) -> tuple[Any, bool]:
-    """A tensor descriptor of [outer, inner, rows, cols] or of its transpose, and which it is."""
+    """A tensor descriptor of [outer, inner, rows, cols] or of its transpose, and which it is.
+
+    Along a dimension of the batch that x is expanded over, it has one matrix.
+    """
     transposed = not _aligned(x)
     if transposed:
         x, block = x.mT, block[::-1]
-    if not batched:
-        return TensorDescriptor(x, list(x.shape[2:]), list(x.stride()[2:]), block), transposed
-    sizes = [1 if stride == 0 else n for n, stride in zip(x.shape, x.stride(), strict=True)]
-    row = x.stride(2)
-    strides = [row if stride == 0 else stride for stride in x.stride()]
-    return TensorDescriptor(x, sizes, strides, [1, 1, *block]), transposed
+    if batched:
+        block = [1, 1, *block]
+    used = list(zip(x.shape, x.stride(), strict=True))[-len(block) :]
+    unit = 16 // x.element_size()
+    anything = cdiv(x.shape[-1], unit) * unit
+    sizes = [1 if stride == 0 else n for n, stride in used]
+    strides = [anything if n == 1 or stride == 0 else stride for n, stride in used]
+    strides[-1] = 1
+    return TensorDescriptor(x, sizes, strides, block), transposed
 
 
 def _precision(dtype: torch.dtype, asked: str | None) -> str:

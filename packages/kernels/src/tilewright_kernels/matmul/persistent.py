@@ -9,10 +9,11 @@ written.
 
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.matmul.tiles import (
+    columns,
     dot_descriptors,
     epilogue,
     store_descriptor,
-    tile_in_groups,
+    tile_in_batch,
 )
 
 
@@ -33,25 +34,18 @@ def matmul_persistent_kernel(
     batch. PARTS is 2 where the result is written in two halves: the buffer that the accelerator
     writes from is then half as large, and shared memory has room for another stage.
     """
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles * batch, tl.num_programs(0), flatten=True):
-        outer, within = 0, 0
-        tile = index
-        if BATCHED:
-            outer, within = index // tiles // inner, index // tiles % inner
-            tile = index % tiles
-        m, n = tile_in_groups(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * batch
+    PART_N: tl.constexpr = BLOCK_N // PARTS
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        outer, within, m, n = tile_in_batch(
+            index, M, N, inner, BATCHED, BLOCK_M, BLOCK_N, GROUP_M
+        )  # fmt: skip
         acc = dot_descriptors(
             a_desc, b_desc, m, n, K,
             outer * A_OUTER, within * A_INNER, outer * B_OUTER, within * B_INNER,
             A_TRANSPOSED, B_TRANSPOSED, BATCHED, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        PART_N: tl.constexpr = BLOCK_N // PARTS
-        if PARTS == 1:
-            parts = (acc,)
-        else:
-            halves = acc.reshape(BLOCK_M, 2, PART_N).permute(0, 2, 1)
-            parts = halves.split()
+        parts = columns(acc, PARTS)
         for part in tl.static_range(PARTS):
             col = n * BLOCK_N + part * PART_N
             cols = col + tl.arange(0, PART_N)

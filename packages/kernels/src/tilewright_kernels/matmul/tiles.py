@@ -51,6 +51,24 @@ def batch_offset(batch, inner, outer_stride, inner_stride):
 
 
 @triton.jit
+def tile_in_batch(
+    index, M, N, inner,
+    BATCHED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Matrix (outer, inner) and tile (m, n), counted through the matrices one after another."""
+    tile = index
+    matrix_outer = 0
+    matrix_inner = 0
+    if BATCHED:
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        tile = index % tiles
+        matrix_outer = index // tiles // inner
+        matrix_inner = index // tiles % inner
+    m, n = tile_in_groups(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    return matrix_outer, matrix_inner, m, n
+
+
+@triton.jit
 def dot_pointers(
     a_ptr, b_ptr, m, n, M, N, K, a_m_stride, a_k_stride, b_k_stride, b_n_stride,
     ACC: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
@@ -113,8 +131,22 @@ def dot_descriptors(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tile (m, n) of A·B, read through tensor descriptors, which fill with zeros past every end."""
+    return dot_descriptor_steps(
+        a_desc, b_desc, m, n, 0, tl.cdiv(K, BLOCK_K), a_outer, a_inner, b_outer, b_inner,
+        A_TRANSPOSED, B_TRANSPOSED, BATCHED, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def dot_descriptor_steps(
+    a_desc, b_desc, m, n, begin, end, a_outer, a_inner, b_outer, b_inner,
+    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, BATCHED: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The part of tile (m, n) of A·B that steps begin to end - 1 along K add up to."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for k in tl.range(0, tl.cdiv(K, BLOCK_K)):
+    for k in tl.range(begin, end):
         a = load_tile(
             a_desc, a_outer, a_inner, m * BLOCK_M, k * BLOCK_K,
             BATCHED, A_TRANSPOSED, BLOCK_M, BLOCK_K,
@@ -125,6 +157,17 @@ def dot_descriptors(
         )  # fmt: skip
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc
+
+
+@triton.jit
+def columns(acc, PARTS: tl.constexpr):
+    """The left and the right half of a tile, or the tile itself where PARTS is 1."""
+    if PARTS == 1:
+        parts = (acc,)
+    else:
+        PART_N: tl.constexpr = acc.shape[1] // 2
+        parts = acc.reshape(acc.shape[0], 2, PART_N).permute(0, 2, 1).split()
+    return parts
 
 
 @triton.jit
