@@ -1,0 +1,422 @@
+"""X·Xᵀ at half the work: the result is symmetric, so only its lower triangle is computed.
+
+    Y = α · X·Xᵀ + β · C          C symmetric, as Y is
+    dX = α · (dY + dYᵀ) · X          dC = β · dY
+
+Newton–Schulz iterations are made of it. For a symmetric A, A² is A·Aᵀ, so that their polynomial
+b·A + c·A² is `symmetric_matmul(a, alpha=c, beta=b, c=a)`: one kernel, no intermediate matrix.
+
+A product of [M, K] takes M²·K floating-point operations instead of 2·M²·K; X moves in and Y out. A
+block of the result below the diagonal is written twice, once transposed; blocks on the diagonal
+take their upper half from their lower. So Y is symmetric to the bit, whatever the rounding. Sums
+are float32 (float64 for float64), scaled and added to C before the one rounding.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewright_kernels._launch import cdiv, next_power_of_2, num_programs
+from tilewright_kernels._operator import (
+    Operator,
+    accumulator,
+    check_floating,
+    check_same_device,
+)
+from tilewright_kernels._triton import HAS_TRITON, tl, triton
+from tilewright_kernels.matmul.tiles import dot_descriptors, dot_pointers
+
+if HAS_TRITON:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+_OP = Operator("symmetric_matmul")
+
+
+class Tile(NamedTuple):
+    """A way to launch the kernel with descriptors.
+
+    Attributes:
+        BLOCK: rows and columns of a block of the result.
+        WIDE: whether two neighbouring blocks are computed as one tile.
+        BLOCK_K: step along K.
+        num_stages: steps of K that are in shared memory or on their way there.
+        num_warps: warps of a program.
+        per_sm: programs on a multiprocessor.
+        time: that a program takes for a block, relative to the other tiles.
+    """
+
+    BLOCK: int
+    WIDE: bool
+    BLOCK_K: int
+    num_stages: int
+    num_warps: int
+    per_sm: int
+    time: float
+
+
+# Bytes of an element -> tiles to choose from. On an H200 in bfloat16, wide tiles are best where
+# each multiprocessor gets several, blocks of 128 where it gets one (1 x 1536 x 4096: 24 µs against
+# 43), and blocks of 64 where most would get none (1 x 768 x 3072: 10 µs against 19).
+TILES: dict[int, tuple[Tile, ...]] = {
+    2: (
+        Tile(128, True, 64, 4, 8, 1, 6.3),
+        Tile(128, False, 64, 6, 8, 1, 7.2),
+        Tile(64, False, 128, 3, 4, 2, 6.6),
+    ),
+    4: (Tile(128, True, 32, 3, 8, 1, 1.0),),
+}
+# Bytes of an element -> launch of the kernel with pointers.
+POINTER_TILES: dict[int, dict[str, int]] = {
+    2: {"BLOCK": 128, "BLOCK_K": 64, "num_stages": 3, "num_warps": 8},
+    4: {"BLOCK": 64, "BLOCK_K": 32, "num_stages": 3, "num_warps": 4},
+    8: {"BLOCK": 32, "BLOCK_K": 16, "num_stages": 2, "num_warps": 4},
+}
+
+
+def symmetric_matmul_reference(
+    x: Tensor, *, alpha: float = 1.0, beta: float = 0.0, c: Tensor | None = None
+) -> Tensor:
+    """The definition in plain torch, of the whole matrix; arguments as `symmetric_matmul`."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = alpha * (wide @ wide.mT)
+    if c is not None and beta != 0:
+        y = y + beta * c.to(y.dtype)
+    return y.to(x.dtype)
+
+
+@triton.jit
+def _integer_sqrt(n):
+    """The largest r with r² <= n, for 0 <= n < 2³¹.
+
+    float32 is exact to 2²⁴ only: past that its root may be one too small or too large.
+    """
+    root = tl.sqrt(n.to(tl.float32)).to(tl.int32)
+    root = tl.where(root * root > n, root - 1, root)
+    return tl.where((root + 1) * (root + 1) <= n, root + 1, root)
+
+
+@triton.jit
+def _block_of_triangle(index):
+    """Row and column of a block in a triangle counted row after row: 0; 1 2; 3 4 5; …
+
+    Row m begins at m·(m + 1)/2.
+    """
+    m = (_integer_sqrt(8 * index + 1) - 1) // 2
+    return m, index - m * (m + 1) // 2
+
+
+@triton.jit
+def _wide_tile_of_triangle(index):
+    """Row in blocks, and column in pairs of blocks, of a wide tile in a triangle.
+
+    Row m has m + 1 blocks: in odd rows an even number, in even rows the last one, on the diagonal,
+    is in no wide tile. So rows 2p and 2p + 1 have p and p + 1 wide tiles, and p² stand before them.
+    """
+    p = _integer_sqrt(index)
+    within = index - p * p
+    lower_row = within >= p
+    return 2 * p + lower_row.to(tl.int32), tl.where(lower_row, within - p, within)
+
+
+@triton.jit
+def _symmetric_matmul_pointers_kernel(
+    x_ptr, c_ptr, y_ptr,
+    # float64, so that they are exact there.
+    # pyrefly: ignore[not-a-type]
+    alpha: tl.float64, beta: tl.float64,
+    M, K,
+    x_batch_stride, x_m_stride, x_k_stride, c_batch_stride, c_m_stride, c_n_stride,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """A BLOCK x BLOCK block of the lower triangle and its mirror image; any strides, any sizes."""
+    tiles_m = tl.cdiv(M, BLOCK)
+    per_matrix = tiles_m * (tiles_m + 1) // 2
+    batch = (tl.program_id(0) // per_matrix).to(tl.int64)
+    m, n = _block_of_triangle(tl.program_id(0) % per_matrix)
+    x_ptr += batch * x_batch_stride
+    acc = dot_pointers(
+        x_ptr, x_ptr, m, n, M, M, K, x_m_stride, x_k_stride, x_k_stride, x_m_stride,
+        ACC, PRECISION, EVEN_K, BLOCK, BLOCK, BLOCK_K, NUM_STAGES,
+    )  # fmt: skip
+    y = acc * tl.full((), alpha, ACC)
+    rows = (m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    cols = (n * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
+    lower = (rows < M) & (cols <= rows)
+    if c_ptr is not None:
+        c_ptr += batch * c_batch_stride
+        c = tl.load(c_ptr + rows * c_m_stride + cols * c_n_stride, mask=lower, other=0.0)
+        y += tl.full((), beta, ACC) * c.to(ACC)
+    y = y.to(y_ptr.dtype.element_ty)
+    y_ptr += batch * M * M
+    tl.store(y_ptr + rows * M + cols, y, mask=lower)
+    tl.store(y_ptr + cols * M + rows, y, mask=lower)
+
+
+@triton.jit
+def _store_block(
+    acc, c_desc, y_desc, alpha, beta, batch, row, col, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write α · acc + β · C at (row, col) and its mirror image at (col, row)."""
+    y = acc * alpha
+    if c_desc is not None:
+        y += beta * c_desc.load([batch, 0, row, col]).reshape(BLOCK, BLOCK).to(acc.dtype)
+    y = y.to(y_desc.dtype)
+    if row == col:
+        i = tl.arange(0, BLOCK)
+        y = tl.where(i[:, None] >= i[None, :], y, y.T)
+        y_desc.store([batch, 0, row, col], y.reshape(1, 1, BLOCK, BLOCK))
+    else:
+        y_desc.store([batch, 0, row, col], y.reshape(1, 1, BLOCK, BLOCK))
+        y_desc.store([batch, 0, col, row], y.T.reshape(1, 1, BLOCK, BLOCK))
+
+
+@triton.jit
+def _symmetric_matmul_descriptors_kernel(
+    x_desc, wide_desc, c_desc, y_desc,
+    # pyrefly: ignore[not-a-type]
+    alpha: tl.float64, beta: tl.float64,
+    batches, M, K,
+    TRANSPOSED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Walk the lower triangles of all matrices, in single blocks and in wide tiles of two.
+
+    A wide tile reads a quarter less for each product than a square one, and together with every
+    second block of the diagonal wide tiles make up a triangle without waste.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    alpha, beta = tl.full((), alpha, ACC), tl.full((), beta, ACC)
+    tiles_m = tl.cdiv(M, BLOCK)
+    wide_each = tiles_m * tiles_m // 4 if WIDE else 0
+    num_wide = batches * wide_each
+    single_each = tiles_m * (tiles_m + 1) // 2 - 2 * wide_each
+    num_single = batches * single_each
+
+    # Programs that get one wide tile less than others take the single blocks, two each, where that
+    # is enough for all of them.
+    behind = programs - num_wide % programs
+    first = (program + behind) % programs
+    step = programs
+    if num_single <= 2 * behind:
+        first = tl.where(first < behind, first, num_single)
+        step = behind
+    for index in tl.range(first, num_single, step):
+        batch, block = index // single_each, index % single_each
+        if WIDE:
+            m, n = 2 * block, 2 * block
+        else:
+            m, n = _block_of_triangle(block)
+        acc = dot_descriptors(
+            x_desc, x_desc, m, n, K, batch, 0, batch, 0, TRANSPOSED, not TRANSPOSED, True,
+            ACC, PRECISION, BLOCK, BLOCK, BLOCK_K,
+        )  # fmt: skip
+        _store_block(acc, c_desc, y_desc, alpha, beta, batch, m * BLOCK, n * BLOCK, BLOCK)
+
+    for index in tl.range(program, num_wide, programs):
+        batch = index // wide_each
+        m, n = _wide_tile_of_triangle(index % wide_each)
+        acc = dot_descriptors(
+            x_desc, wide_desc, m, n, K, batch, 0, batch, 0, TRANSPOSED, not TRANSPOSED, True,
+            ACC, PRECISION, BLOCK, 2 * BLOCK, BLOCK_K,
+        )  # fmt: skip
+        left, right = acc.reshape(BLOCK, 2, BLOCK).permute(0, 2, 1).split()
+        row, col = m * BLOCK, n * 2 * BLOCK
+        _store_block(left, c_desc, y_desc, alpha, beta, batch, row, col, BLOCK)
+        _store_block(right, c_desc, y_desc, alpha, beta, batch, row, col + BLOCK, BLOCK)
+
+
+def _fake(x: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-2]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, _, ctx.alpha, ctx.beta = inputs
+    ctx.save_for_backward(x)
+
+
+def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (x,) = ctx.saved_tensors
+    dx = dc = None
+    if ctx.needs_input_grad[0]:
+        dx = (dy + dy.mT).mul_(ctx.alpha) @ x
+    if ctx.needs_input_grad[1]:
+        dc = ctx.beta * dy
+    return dx, dc, None, None
+
+
+@_OP.function(fake=_fake, setup_context=_save, backward=_grads)
+def symmetric_matmul_forward(x: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """α · X·Xᵀ + β · C as a new tensor [*, M, M]."""
+    y = _fake(x, c, alpha, beta)
+    if y.numel() > 0:
+        _launch(x, None if beta == 0 else c, y, alpha, beta)
+    return y
+
+
+def _launch(x: Tensor, c: Tensor | None, y: Tensor, alpha: float, beta: float) -> None:
+    """Bring the batch to one dimension; where that is no view, launch for each of its first."""
+    try:
+        x_3d, y_3d = _as_3d(x), _as_3d(y)
+        c_3d = None if c is None else _as_3d(c)
+    except RuntimeError:
+        for i in range(len(y)):
+            _launch(x[i], None if c is None else c[i], y[i], alpha, beta)
+        return
+    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    constants = {
+        "ACC": accumulator(x.dtype),
+        "PRECISION": precision if x.dtype == torch.float32 else "ieee",
+    }
+    fits = _fits_descriptors(x_3d, c_3d, y_3d, constants["PRECISION"])
+    launch = _launch_descriptors if fits else _launch_pointers
+    launch(x_3d, c_3d, y_3d, alpha, beta, constants)
+
+
+def _as_3d(x: Tensor) -> Tensor:
+    """A view of x as [batch, rows, cols]; RuntimeError where there is none."""
+    return x.view(x.shape[:-2].numel(), *x.shape[-2:])
+
+
+def _launch_pointers(
+    x: Tensor, c: Tensor | None, y: Tensor, alpha: float, beta: float, constants: dict[str, Any]
+) -> None:
+    batches, M, K = x.shape
+    tile = POINTER_TILES[x.element_size()]
+    block = min(tile["BLOCK"], max(16, next_power_of_2(M)))
+    block_k = min(tile["BLOCK_K"], max(16, next_power_of_2(K))) if K else 16
+    tiles_m = cdiv(M, block)
+    _OP.launch(
+        _symmetric_matmul_pointers_kernel, (batches * tiles_m * (tiles_m + 1) // 2,),
+        x, c, y, alpha, beta, M, K, *x.stride(), *((0, 0, 0) if c is None else c.stride()),
+        EVEN_K=K % block_k == 0, BLOCK=block, BLOCK_K=block_k, NUM_STAGES=tile["num_stages"],
+        num_warps=tile["num_warps"], num_stages=tile["num_stages"], **constants,
+    )  # fmt: skip
+
+
+def _launch_descriptors(
+    x: Tensor, c: Tensor | None, y: Tensor, alpha: float, beta: float, constants: dict[str, Any]
+) -> None:
+    batches, M, K = x.shape
+    one_per_sm = num_programs(x.device, per_sm=1)
+    tile = _choose(TILES[x.element_size()], batches, M, one_per_sm)
+    transposed = not _describable(x)
+    rows, cols = (tile.BLOCK_K, tile.BLOCK) if transposed else (tile.BLOCK, tile.BLOCK_K)
+    matrix = x.mT if transposed else x
+    x_desc = _describe(matrix, rows, cols)
+    wide_desc = x_desc
+    if tile.WIDE:
+        wide = (rows, 2 * cols) if transposed else (2 * rows, cols)
+        wide_desc = _describe(matrix, *wide)
+    _OP.launch(
+        _symmetric_matmul_descriptors_kernel, (one_per_sm * tile.per_sm,), x_desc, wide_desc,
+        None if c is None else _describe(c, tile.BLOCK, tile.BLOCK),
+        _describe(y, tile.BLOCK, tile.BLOCK), alpha, beta, batches, M, K, TRANSPOSED=transposed,
+        BLOCK=tile.BLOCK, WIDE=tile.WIDE, BLOCK_K=tile.BLOCK_K,
+        num_stages=tile.num_stages, num_warps=tile.num_warps, **constants,
+    )  # fmt: skip
+
+
+@cache
+def _choose(tiles: tuple[Tile, ...], batches: int, M: int, multiprocessors: int) -> Tile:
+    """The tile with which the program that has most to do is done first."""
+
+    def time(tile: Tile) -> float:
+        programs = multiprocessors * tile.per_sm
+        rows = cdiv(M, tile.BLOCK)
+        blocks = cdiv(batches * rows * (rows + 1) // 2, programs)
+        if tile.WIDE:
+            blocks = max(blocks, 2 * cdiv(batches * (rows * rows // 4), programs))
+        return blocks * tile.time
+
+    return min(tiles, key=time)
+
+
+def _fits_descriptors(x: Tensor, c: Tensor | None, y: Tensor, precision: str) -> bool:
+    """Whether the tensor memory accelerator can fetch and write these matrices.
+
+    The tensor cores take float32 as tf32 alone, and with K adjacent in memory.
+    """
+    if x.element_size() == 4:
+        readable = precision == "tf32" and _describable(x)
+    else:
+        readable = x.element_size() == 2 and (_describable(x) or _describable(x.mT))
+    return readable and _describable(y) and (c is None or _describable(c))
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether [batch, rows, cols] has adjacent columns and all else at multiples of 16 bytes."""
+    batches, _, cols = x.shape
+    batch_stride, row_stride, col_stride = x.stride()
+    size = x.element_size()
+    return (
+        (col_stride == 1 and cols * size >= 16 and x.data_ptr() % 16 == 0)
+        and (row_stride >= cols and row_stride * size % 16 == 0)
+        and (batches == 1 or (batch_stride > 0 and batch_stride * size % 16 == 0))
+    )
+
+
+def _describe(x: Tensor, rows: int, cols: int) -> Any:
+    """A descriptor of x as [batch, 1, …], in tiles of rows x cols."""
+    batch_stride = x.stride(1) if x.shape[0] == 1 else x.stride(0)
+    return TensorDescriptor(
+        x, [x.shape[0], 1, *x.shape[1:]], [batch_stride, batch_stride, *x.stride()[1:]],
+        [1, 1, rows, cols],
+    )  # fmt: skip
+
+
+def symmetric_matmul(
+    x: Tensor, *, alpha: float = 1.0, beta: float = 0.0, c: Tensor | None = None
+) -> Tensor:
+    """alpha · X·Xᵀ + beta · C, of which only the lower triangle is computed.
+
+    b·A + c·A² of a symmetric A is `symmetric_matmul(a, alpha=c, beta=b, c=a)`. The small product of
+    a tall matrix, Xᵀ·X, is `symmetric_matmul(x.mT)`, which copies nothing.
+
+    Args:
+        x: [*, M, K] in float16, bfloat16, float32 or float64, any strides. float32 is multiplied
+            as tf32 where torch.backends.cuda.matmul.allow_tf32 says so.
+        alpha: scales the product.
+        beta: scales c, which is not read where beta is 0.
+        c: [*, M, M] of x's dtype, any strides, symmetric: only its lower triangle counts.
+
+    Returns:
+        [*, M, M], contiguous, and symmetric to the bit. Differentiable once, with respect to x and
+        c. Gradients are those of the formula above with each element of C on its own, as autograd
+        finds them for plain torch: dC = beta · dY.
+
+    Raises:
+        ValueError: x has less than two dimensions, c's shape is not [*, M, M], beta without c,
+            tensors on different devices.
+        TypeError: dtypes that are not floating point or differ, alpha or beta is a tensor.
+    """
+    _check(x, alpha, beta, c)
+    if not _OP.uses_triton(x):
+        return symmetric_matmul_reference(x, alpha=alpha, beta=beta, c=c)
+    return symmetric_matmul_forward(x, c, float(alpha), float(beta))
+
+
+def _check(x: Tensor, alpha: float, beta: float, c: Tensor | None) -> None:
+    check_floating("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [*, M, K], as in x[None]")
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name} is a tensor; give a Python number, as {name}.item()")
+    if c is None:
+        if beta != 0:
+            raise ValueError(f"beta is {beta} and there is no c to scale; give c, or beta=0")
+        return
+    shape = (*x.shape[:-1], x.shape[-2])
+    if c.shape != shape:
+        raise ValueError(
+            f"c has shape {tuple(c.shape)} and x {tuple(x.shape)}; c must be {shape}, for example "
+            f"c.expand({', '.join(map(str, shape))})"
+        )
+    if c.dtype != x.dtype:
+        raise TypeError(
+            f"x is {x.dtype} and c {c.dtype}; they must be equal, for example c.to({x.dtype})"
+        )
+    check_same_device(x=x, c=c)
