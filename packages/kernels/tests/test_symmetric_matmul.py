@@ -368,10 +368,13 @@ def test_more_than_two_to_the_31_elements(m):
 
 
 @pytest.mark.gpu
-def test_more_than_two_to_the_31_elements_of_x():
-    x = torch.randn(8, 2**28 + 64, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("k", [4096, 4097], ids=["descriptors", "pointers"])
+def test_more_than_two_to_the_31_elements_of_x(k):
+    x = torch.randn(1, 16, k, device="cuda", dtype=torch.bfloat16).repeat(2**15 + 1, 1, 1)
+    assert x.numel() > 2**31
     y = symmetric_matmul(x)
-    torch.testing.assert_close(y, x @ x.mT)
+    torch.testing.assert_close(y[-1], x[-1] @ x[-1].mT)
+    assert torch.equal(y, y[:1].expand_as(y))
 
 
 @pytest.mark.multigpu(2)

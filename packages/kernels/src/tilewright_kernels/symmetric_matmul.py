@@ -215,17 +215,18 @@ def _symmetric_matmul_descriptors_kernel(
         )  # fmt: skip
         _store_block(acc, c_desc, y_desc, alpha, beta, batch, m * BLOCK, n * BLOCK, BLOCK)
 
-    for index in tl.range(program, num_wide, programs):
-        batch = index // wide_each
-        m, n = _wide_tile_of_triangle(index % wide_each)
-        acc = dot_descriptors(
-            x_desc, wide_desc, m, n, K, batch, 0, batch, 0, TRANSPOSED, not TRANSPOSED, True,
-            ACC, PRECISION, BLOCK, 2 * BLOCK, BLOCK_K,
-        )  # fmt: skip
-        left, right = acc.reshape(BLOCK, 2, BLOCK).permute(0, 2, 1).split()
-        row, col = m * BLOCK, n * 2 * BLOCK
-        _store_block(left, c_desc, y_desc, alpha, beta, batch, row, col, BLOCK)
-        _store_block(right, c_desc, y_desc, alpha, beta, batch, row, col + BLOCK, BLOCK)
+    if WIDE:
+        for index in tl.range(program, num_wide, programs):
+            batch = index // wide_each
+            m, n = _wide_tile_of_triangle(index % wide_each)
+            acc = dot_descriptors(
+                x_desc, wide_desc, m, n, K, batch, 0, batch, 0, TRANSPOSED, not TRANSPOSED, True,
+                ACC, PRECISION, BLOCK, 2 * BLOCK, BLOCK_K,
+            )  # fmt: skip
+            left, right = acc.reshape(BLOCK, 2, BLOCK).permute(0, 2, 1).split()
+            row, col = m * BLOCK, n * 2 * BLOCK
+            _store_block(left, c_desc, y_desc, alpha, beta, batch, row, col, BLOCK)
+            _store_block(right, c_desc, y_desc, alpha, beta, batch, row, col + BLOCK, BLOCK)
 
 
 def _fake(x: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
