@@ -287,8 +287,8 @@ def test_every_measured_shape_decides_for_itself():
     for (in_features, out_features), measured in _linear_products._LINEAR_TABLE.items():
         x = torch.empty(16384, in_features, dtype=torch.bfloat16, device="meta")
         for name in PRODUCTS:
-            expected = name in measured and measured[name].ours > measured[name].cublas
-            assert is_faster(name, x, in_features, out_features) == expected
+            ours, cublas = measured[name]
+            assert is_faster(name, x, in_features, out_features) == (ours >= 1.01 * cublas)
 
 
 @pytest.mark.gpu
