@@ -56,33 +56,33 @@ def norm_fwd_kernel(
     cols = tl.arange(0, BLOCK_N)
     row_mask, col_mask, mask = _masks(rows, num_rows, cols, n_cols, ROWS, FULL)
     out = rows[:, None] * n_cols + cols[None, :]
-    h = tl.load(
-        x_ptr + rows[:, None] * x_row_stride + cols[None, :],
-        mask=mask, other=0.0, eviction_policy="evict_first",
-    )  # fmt: skip
+    h = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
     if residual_ptr is not None:
-        residual = tl.load(
-            residual_ptr + rows[:, None] * residual_row_stride + cols[None, :],
-            mask=mask, other=0.0, eviction_policy="evict_first",
-        )  # fmt: skip
+        residual_at = residual_ptr + rows[:, None] * residual_row_stride + cols[None, :]
+        residual = tl.load(residual_at, mask=mask, other=0.0)
         h = (h.to(ACC) + residual.to(ACC)).to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + out, h, mask=mask, eviction_policy="evict_first")
+        tl.store(h_ptr + out, h, mask=mask)
     row = h.to(ACC)
     if mean_ptr is None:
         weight = _load_vector(weight_ptr, cols, col_mask)  # on its way while the row is summed
         rstd = tl.rsqrt(tl.sum(row * row, axis=1) / n_cols + EPS)
-        row = convert_again(h, ACC)
+        if BLOCK_N >= LARGE_TILE:
+            row = convert_again(h, ACC)
     else:
         mean = tl.sum(row, axis=1) / n_cols
-        tl.store(mean_ptr + rows, mean, mask=row_mask)
         row = tl.where(mask, row - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(row * row, axis=1) / n_cols + EPS)
         weight = _load_vector(weight_ptr, cols, col_mask)  # no sooner: registers are short
-    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
+        if BLOCK_N >= LARGE_TILE:
+            row = convert_again(h, ACC) - mean[:, None]
     y = row * rstd[:, None] * _scale(weight.to(ACC), OFFSET)
     if bias_ptr is not None:
         y += _load_vector(bias_ptr, cols, col_mask).to(ACC)
-    tl.store(y_ptr + out, y, mask=mask, eviction_policy="evict_first")
+    tl.store(y_ptr + out, y, mask=mask)
+    # Last: to hand a number to the thread that stores it, all wait for each other.
+    if mean_ptr is not None:
+        tl.store(mean_ptr + rows, mean, mask=row_mask)
+    tl.store(rstd_ptr + rows, rstd, mask=row_mask)
 
 
 @triton.jit

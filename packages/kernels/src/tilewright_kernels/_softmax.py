@@ -26,13 +26,10 @@ MAX_TILE = 32768
 """Widest tile held in registers, in elements of 4 bytes."""
 
 PAIRS_FROM = 32768
-"""Tiles of so many elements are reduced once, as pairs of maximum and sum, smaller ones in steps.
+"""Tiles of so many elements are reduced once, as pairs of maximum and sum; smaller ones twice.
 
-What bounds a row of 64 KiB is how many of them a multiprocessor holds: with pairs it takes 32
-registers a thread at 32 warps (sm_90), which is two rows; in steps 47 to 64. Share of the copy
-speed on an H200, bfloat16, N = 32768: 0.82 with pairs, 0.64 in steps; a plainer kernel with pairs
-reached 0.95, and a persistent launch that buffers rows in shared memory 0.90. Shorter rows go in
-steps, which take fewer instructions: 0.94 at N = 4096.
+A lane that a multiprocessor holds once leaves it idle while it is reduced. Of 64 KiB it holds two
+if 64 registers a thread suffice for 16 warps, which they do only with pairs.
 """
 
 
@@ -69,8 +66,9 @@ def walk_for(lanes: int, width: int, itemsize: int, *, by_lanes: bool, backward:
         return Walk(1, 16384, 32, wide=True)
     tile = row_tile(width, elements=2048, elements_per_thread=16)
     if tile.BLOCK_N >= 4096 and not backward:
-        # N = 4096 on an H200: 1.01 of the copy speed with 32 elements a thread, 0.98 with 16.
-        return Walk(1, tile.BLOCK_N, tile.BLOCK_N // 1024)
+        # 32 elements a thread at N = 4096, then 64: 0.98, 0.97 and 0.95 of the copy speed at 4096,
+        # 16384 and 32768 on an H200; with half as many a thread 0.97, 0.94 and 0.91.
+        return Walk(1, tile.BLOCK_N, min(8, tile.BLOCK_N // 1024) if tile.BLOCK_N < 32768 else 16)
     return Walk(*tile)
 
 
@@ -89,16 +87,25 @@ def _launch_forward(
     grid = (outer * cdiv(lanes, walk.LANES),)
     args = x, y, *x.stride(), *y.stride(), lanes, width, num_queries
     meta = {
-        "LOG": log, "CAUSAL": causal, "ACC": accumulator(y.dtype), "LOWEST": torch.finfo(acc).min,
-        "LANES": walk.LANES, "BLOCK_N": walk.BLOCK_N, "VEC": min(8, walk.BLOCK_N),
-        "num_warps": walk.num_warps,
+        "LOG": log, "CAUSAL": causal, "ACC": accumulator(y.dtype),
+        "LANES": walk.LANES, "BLOCK_N": walk.BLOCK_N, "num_warps": walk.num_warps,
     }  # fmt: skip
     if walk.wide:
+        meta |= {"LOWEST": torch.finfo(acc).min, "VEC": min(8, walk.BLOCK_N)}
         op.launch(softmax_fwd_wide_kernel, grid, *args, **meta)
     else:
-        pairs = walk.LANES * walk.BLOCK_N >= PAIRS_FROM
-        alike = x.stride() == y.stride()
-        op.launch(softmax_fwd_kernel, grid, *args, PAIRS=pairs, ALIKE=alike, **meta)
+        tile = walk.LANES * walk.BLOCK_N
+        pairs = tile >= PAIRS_FROM
+        meta |= {
+            "FLAT": outer == 1,
+            "FULL": width == walk.BLOCK_N and lanes % walk.LANES == 0 and not causal and not pairs,
+            "PAIRS": pairs,
+            "AGAIN": tile < 16384 or pairs,
+            "ALIKE": x.stride() == y.stride(),
+        }
+        if pairs and log:  # takes 74 registers at 16 warps, of which two lanes leave room for 64
+            meta |= {"num_warps": 32, "maxnreg": 32}
+        op.launch(softmax_fwd_kernel, grid, *args, **meta)
 
 
 def _launch_backward(

@@ -12,13 +12,17 @@ dimension lanes are rows, elsewhere they are columns that lie side by side, and 
 it is. A tile of whole lanes waits in registers from its maximum to its result. Wider lanes are
 walked twice, the second time backwards, from what the first walk has just left in the caches.
 
-Maximum and sum are taken online (Milakov & Gimelshein 2018, arXiv:1805.02867): VEC neighbours, one
-load of one thread, have a maximum and a sum of their own, and a lane joins them at the end.
+A lane in registers has its maximum and then its sum. Where that leaves the memory idle, and in wide
+lanes, both are taken at once, online (Milakov & Gimelshein 2018, arXiv:1805.02867): parts of a lane
+have a maximum and a sum of their own, which are joined.
 """
 
 from tilewright_kernels._math import exp
 from tilewright_kernels._registers import convert_again
 from tilewright_kernels._triton import tl, triton
+
+LOWEST_FLOAT32 = tl.constexpr(-3.4028234663852886e38)
+"""The lowest finite float32."""
 
 
 @triton.jit
@@ -26,29 +30,28 @@ def softmax_fwd_kernel(
     x_ptr, y_ptr,
     x_outer_stride, x_lane_stride, x_col_stride, y_outer_stride, y_lane_stride, y_col_stride,
     num_lanes, n_cols, num_queries,
-    LOG: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr, LOWEST: tl.constexpr,
-    LANES: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr,
-    PAIRS: tl.constexpr, ALIKE: tl.constexpr,
+    LOG: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
+    LANES: tl.constexpr, BLOCK_N: tl.constexpr,
+    FLAT: tl.constexpr, FULL: tl.constexpr, PAIRS: tl.constexpr,
+    AGAIN: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """y for a tile of LANES whole lanes; x once in, y once out."""
-    outer, lanes = _lanes_of_program(num_lanes, LANES)
-    lanes, cols = lanes[:, None, None], _grouped(BLOCK_N, VEC)
+    outer, lanes = _lanes_of_program(num_lanes, LANES, FLAT)
+    lanes, cols = lanes[:, None], tl.arange(0, BLOCK_N)[None, :]
     inside, seen = _masks(outer, lanes, cols, num_lanes, n_cols, num_queries, CAUSAL)
     x_at = _at(x_ptr, outer, lanes, cols, x_outer_stride, x_lane_stride, x_col_stride)
-    x = tl.load(x_at, mask=seen, other=-float("inf"))
+    x = tl.load(x_at, mask=seen | FULL, other=-float("inf"))
     if PAIRS:
-        peaks, totals = tl.reduce((x.to(ACC), tl.full(x.shape, 1.0, dtype=ACC)), 2, _pair)
-        peak, total = tl.reduce((peaks, totals), 1, _pair)
-        # inf - inf is NaN: what a maximum of inf makes of the lane.
-        peak, total = (peak + (peak - peak))[:, None, None], total[:, None, None]
+        peak, total = tl.reduce((x.to(ACC), tl.full(x.shape, 1.0, dtype=ACC)), 1, _pair)
+        peak, total = peak[:, None], total[:, None]
     else:
-        peaks = tl.full([LANES, BLOCK_N // VEC], LOWEST, dtype=ACC)
-        peaks, totals = _online(peaks, 0.0, x.to(ACC))
-        peak, total = _joined(peaks, totals)
-    if ALIKE:  # in as few registers: see PAIRS_FROM
+        peak = tl.max(x.to(ACC), axis=1)[:, None]
+        total = tl.sum(tl.exp(x.to(ACC) - peak), axis=1)[:, None]
+    row = convert_again(x, ACC) if AGAIN else x.to(ACC)
+    if ALIKE:  # in as few registers
         y_outer_stride, y_lane_stride, y_col_stride = x_outer_stride, x_lane_stride, x_col_stride
     y_at = _at(y_ptr, outer, lanes, cols, y_outer_stride, y_lane_stride, y_col_stride)
-    tl.store(y_at, _result(convert_again(x, ACC), peak, total, LOG), mask=inside)
+    tl.store(y_at, _result(row, peak, total, LOG), mask=inside | FULL)
 
 
 @triton.jit
@@ -144,11 +147,13 @@ def softmax_bwd_wide_kernel(
 
 
 @triton.jit
-def _lanes_of_program(num_lanes, LANES: tl.constexpr):
-    """Outer index and lanes [LANES] of this program."""
+def _lanes_of_program(num_lanes, LANES: tl.constexpr, FLAT: tl.constexpr = False):
+    """Outer index and lanes [LANES] of this program; FLAT spares a division if outer is 0 alone."""
+    tile, lanes = tl.program_id(0), tl.arange(0, LANES)
+    if FLAT:
+        return 0, tile * LANES + lanes
     lane_tiles = tl.cdiv(num_lanes, LANES)
-    tile = tl.program_id(0)
-    return tile // lane_tiles, tile % lane_tiles * LANES + tl.arange(0, LANES)
+    return tile // lane_tiles, tile % lane_tiles * LANES + lanes
 
 
 @triton.jit
@@ -164,17 +169,19 @@ def _at(ptr, outer, lanes, cols, outer_stride, lane_stride, col_stride):
 
     Each lane's pointer first: an int64 offset for every element would take its registers.
     """
-    lane_ptr = ptr + outer.to(tl.int64) * outer_stride + lanes.to(tl.int64) * lane_stride
+    lane_ptr = ptr + tl.cast(outer, tl.int64) * outer_stride + lanes.to(tl.int64) * lane_stride
     return lane_ptr + cols.to(tl.int64) * col_stride
 
 
 @triton.jit
 def _masks(outer, lanes, cols, num_lanes, n_cols, num_queries, CAUSAL: tl.constexpr):
     """What of a tile lies in the tensor, and what of that takes part: key <= query if CAUSAL."""
-    inside = (lanes < num_lanes) & (cols < n_cols)
+    inside = cols < n_cols
+    if lanes.shape[0] > 1:  # a program has one lane, or its last ones may not exist
+        inside = (lanes < num_lanes) & inside
     if not CAUSAL:
         return inside, inside
-    query = (outer.to(tl.int64) * num_lanes + lanes) % num_queries
+    query = (tl.cast(outer, tl.int64) * num_lanes + lanes) % num_queries
     return inside, inside & (cols <= query)
 
 
@@ -192,13 +199,12 @@ def _online(peaks, totals, x):
 
 @triton.jit
 def _pair(peak, total, other_peak, other_total):
-    """Maximum and sum of two parts of a lane. Equal maxima, of which two may be -inf, need no e⁰.
+    """Maximum and sum of two parts of a lane, in one reduction where two maxima and sums take two.
 
-    One reduction where `_online` and `_joined` take three.
+    The maximum is never below the lowest finite number: see `_online`.
     """
-    scale = tl.where(peak == other_peak, 1.0, exp(-tl.abs(peak - other_peak)))
-    joined = tl.where(peak > other_peak, total + other_total * scale, other_total + total * scale)
-    return tl.maximum(peak, other_peak, propagate_nan=tl.PropagateNan.ALL), joined
+    highest = tl.maximum(tl.maximum(peak, other_peak), LOWEST_FLOAT32)
+    return highest, total * exp(peak - highest) + other_total * exp(other_peak - highest)
 
 
 @triton.jit
@@ -211,9 +217,12 @@ def _joined(peaks, totals):
 
 @triton.jit
 def _result(x, peak, total, LOG: tl.constexpr):
-    """y or log y; NaN where the sum is 0, by 0 · inf or -inf - -inf."""
+    """y or log y; NaN where the sum is 0, by 0 · inf or -inf - -inf.
+
+    tl.exp, not `exp`: with that one ptxas takes 128 registers for a row of 32768, which has 64.
+    """
     z = x - peak
-    return z - tl.log(total) if LOG else exp(z) * (1.0 / total)
+    return z - tl.log(total) if LOG else tl.exp(z) * (1.0 / total)
 
 
 @triton.jit
