@@ -64,10 +64,10 @@ def dropout_reference(
     input: Tensor, p: float = 0.5, training: bool = True, *, seed: int | Tensor | None = None
 ) -> Tensor:
     """The definition in plain torch, bit for bit the kernel's mask; arguments as `dropout`."""
-    _check_seed(seed, input)
+    check_seed(seed, input)
     if not training or _keeps_all(p):
         return input
-    seed, kept = _as_seed(seed, input).to(input.device), _kept(p)
+    seed, kept = as_seed(seed, input).to(input.device), kept_words(p)
     counters = torch.arange(cdiv(input.numel(), 4), device=input.device)
     words = philox_reference(seed, counters).view(-1)[: input.numel()].view(input.shape)
     x = input if input.dtype == torch.float64 else input.float()
@@ -87,13 +87,13 @@ def dropout_add_reference(
     return (dropout_reference(x, p, training, seed=seed) + residual).to(input.dtype).contiguous()
 
 
-def _kept(p: float) -> int:
+def kept_words(p: float) -> int:
     """How many of 2³² equally likely words keep an element."""
     return round((1 - p) * 2**32)
 
 
 def _keeps_all(p: float) -> bool:
-    return _kept(p) == 2**32
+    return kept_words(p) == 2**32
 
 
 def _scale(kept: int) -> float:
@@ -101,7 +101,7 @@ def _scale(kept: int) -> float:
 
 
 @triton.jit
-def _philox(seed, counter):
+def philox(seed, counter):
     """Four words of 32 random bits for each uint64 counter: Philox4x32-10 with the seed as key.
 
     `tl.randint4x` gives the same words, but takes two multiplications for the halves of a product:
@@ -154,7 +154,7 @@ def _dropout_kernel(
         full &= n_cols % 4 == 0
 
     x = load(x_ptr + rows * x_row_stride + cols, mask, full)
-    w0, w1, w2, w3 = _philox(seed, counters.to(tl.uint64))
+    w0, w1, w2, w3 = philox(seed, counters.to(tl.uint64))
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, BLOCK_N)
     kept = kept.to(tl.uint32)
     scale = 4294967296.0 / tl.maximum(kept, 1).to(ACC)
@@ -257,14 +257,14 @@ def dropout(
         TypeError: input is not floating point, seed is neither an integer nor a tensor.
     """
     check_floating("input", input)
-    _check_probability(p)
-    _check_seed(seed, input)
+    check_probability(p)
+    check_seed(seed, input)
     if not training or _keeps_all(p):
         return input
-    seed = _as_seed(seed, input)
+    seed = as_seed(seed, input)
     if not _DROPOUT.uses_triton(input):
         return dropout_reference(input, p, seed=seed)
-    return dropout_forward(input, seed, _kept(p))
+    return dropout_forward(input, seed, kept_words(p))
 
 
 def dropout_add(
@@ -292,15 +292,15 @@ def dropout_add(
         TypeError: dtypes that differ or are not floating point; or as for `dropout`.
     """
     check_floating("input", input)
-    _check_probability(p)
+    check_probability(p)
     _check_residual(input, residual)
-    _check_seed(seed, input)
+    check_seed(seed, input)
     if not training or _keeps_all(p):
         return (input + residual).contiguous()
-    seed = _as_seed(seed, input)
+    seed = as_seed(seed, input)
     if not _DROPOUT_ADD.uses_triton(input):
         return dropout_add_reference(input, residual, p, seed=seed)
-    return dropout_add_forward(input, residual, seed, _kept(p))
+    return dropout_add_forward(input, residual, seed, kept_words(p))
 
 
 class Dropout(torch.nn.Dropout):
@@ -315,7 +315,7 @@ class Dropout(torch.nn.Dropout):
         return dropout(input, self.p, self.training)
 
 
-def _as_seed(seed: int | Tensor | None, input: Tensor) -> Tensor:
+def as_seed(seed: int | Tensor | None, input: Tensor) -> Tensor:
     """The seed as a 0-d int64 tensor, on the CPU or on input's device."""
     if seed is None:
         recorded = torch.compiler.is_compiling() or (
@@ -325,7 +325,7 @@ def _as_seed(seed: int | Tensor | None, input: Tensor) -> Tensor:
     return seed if isinstance(seed, Tensor) else torch.tensor(index(seed), device="cpu")
 
 
-def _check_seed(seed: int | Tensor | None, input: Tensor) -> None:
+def check_seed(seed: int | Tensor | None, input: Tensor) -> None:
     if seed is None:
         return
     if not isinstance(seed, Tensor):
@@ -340,7 +340,7 @@ def _check_seed(seed: int | Tensor | None, input: Tensor) -> None:
         )
 
 
-def _check_probability(p: float) -> None:
+def check_probability(p: float) -> None:
     if not 0 <= p <= 1:
         raise ValueError(f"p is {p}; it is the probability of a zero, between 0 and 1")
 

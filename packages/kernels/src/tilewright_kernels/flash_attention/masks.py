@@ -1,0 +1,180 @@
+"""Which key a query sees: the mask as two numbers, in plain torch and in the kernels.
+
+Causality and a sliding window say the same kind of thing: query i, whose own place among the keys
+is i + shift, sees the keys from `left` before that place to `right` after it. A causal mask is
+right = 0. So kernels know no causality, only `left` and `right`, each of which may be missing.
+
+    shift = T_k - T_q (bottom-right: the last query stands at the last key) or 0 (top-left)
+
+Dropout is here too, as the other thing that a tile of probabilities is multiplied with and that
+forward, backward and the reference must agree on: `keep` is its device function.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tilewright_kernels._triton import tl, triton
+from tilewright_kernels.dropout import kept_words, philox, philox_reference
+
+UNLIMITED = -1
+
+_FAR = 2**29
+"""As good as unlimited, and added to a length it stays within int32."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What a query sees, as the user says it.
+
+    Args:
+        causal: no key after the query's own place.
+        bottom_right: the last query stands at the last key; else the first at the first.
+        left: keys seen before the query's own place, -1 for all.
+        right: keys seen after it, -1 for all.
+    """
+
+    causal: bool = False
+    bottom_right: bool = False
+    left: int = UNLIMITED
+    right: int = UNLIMITED
+
+    def shift(self, len_q: int, len_k: int) -> int:
+        """The first query's own place among the keys; negative where there are fewer keys."""
+        return len_k - len_q if self.bottom_right else 0
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(left, right) with causality in it, -1 where there is no limit: what kernels take."""
+        left, right = (UNLIMITED if n < 0 or n > _FAR else n for n in (self.left, self.right))
+        return left, 0 if self.causal else right
+
+    @property
+    def hides(self) -> bool:
+        """Whether there is a mask at all."""
+        return self.window != (UNLIMITED, UNLIMITED)
+
+    def visible(self, len_q: int, len_k: int, device: torch.device | None = None) -> Tensor:
+        """The mask written out: [len_q, len_k] bool, true where the query sees the key."""
+        place = torch.arange(len_q, device=device)[:, None] + self.shift(len_q, len_k)
+        key = torch.arange(len_k, device=device)[None, :]
+        left, right = self.window
+        seen = torch.ones(len_q, len_k, dtype=torch.bool, device=device)
+        if left != UNLIMITED:
+            seen &= key >= place - left
+        if right != UNLIMITED:
+            seen &= key <= place + right
+        return seen
+
+
+@triton.jit
+def shift_of(len_q, len_k, BOTTOM_RIGHT: tl.constexpr):
+    """The first query's own place among the keys."""
+    shift = len_k * 0
+    if BOTTOM_RIGHT:
+        shift = len_k - len_q
+    return shift
+
+
+@triton.jit
+def visible(
+    query, key, len_k, shift, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Where a query sees a key that there is.
+
+    query and key are indices whose shapes broadcast: [:, None] and [None, :], or the other way
+    round for a tile of keys by queries.
+    """
+    seen = key < len_k
+    if HAS_LEFT:
+        seen = seen & (key >= query + (shift - left))
+    if HAS_RIGHT:
+        seen = seen & (key <= query + (shift + right))
+    return seen
+
+
+@triton.jit
+def key_blocks(
+    first_query, last_query, len_k, shift, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The keys that matter to the queries first_query … last_query (both included).
+
+    Returns:
+        (begin, full_begin, full_end, end), multiples of BLOCK_N, each at least the one before.
+        Blocks in [full_begin, full_end) are seen whole by every query and end within len_k. Blocks
+        in [begin, full_begin) and [full_end, end) need `visible`. No other block is seen at all.
+    """
+    return _blocks(
+        first_query + shift, last_query + shift, len_k, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+
+
+@triton.jit
+def query_blocks(
+    first_key, last_key, len_q, shift, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The queries that matter to the keys first_key … last_key (both included); see `key_blocks`.
+
+    `visible` knows nothing of len_q: rows past it are the caller's, by what it loads for them.
+    """
+    return _blocks(
+        first_key - shift, last_key - shift, len_q, right, left, HAS_RIGHT, HAS_LEFT, BLOCK_M
+    )
+
+
+@triton.jit
+def _blocks(
+    first, last, length, before, after,
+    HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Blocks of [0, length) that some, and that all, of the windows around first … last cover."""
+    begin, full_begin = length * 0, length * 0
+    end, full_end = length, length
+    if HAS_BEFORE:
+        begin = tl.maximum(first - before, 0)
+        full_begin = tl.maximum(last - before, 0)
+    if HAS_AFTER:
+        end = tl.maximum(tl.minimum(last + after + 1, length), 0)
+        full_end = tl.maximum(tl.minimum(first + after + 1, length), 0)
+    begin = begin // BLOCK * BLOCK
+    end = tl.maximum(tl.cdiv(end, BLOCK) * BLOCK, begin)
+    full_begin = tl.minimum(tl.cdiv(full_begin, BLOCK) * BLOCK, end)
+    full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def keep(seed, head, query, key, num_queries, num_keys, kept):
+    """Where dropout keeps a probability, and lets it through times 2³² / kept.
+
+    Args:
+        seed: int64 scalar.
+        head: index of the sequence times the number of query heads, plus that of the query head.
+        query: indices of queries within the sequence, [:, None].
+        key: indices of keys within the sequence, [None, :].
+        num_queries: T_q, or max_seqlen_q where sequences are packed.
+        num_keys: T_k, or max_seqlen_k.
+        kept: of 2³² equally likely words, how many keep: dropout's `kept_words(dropout_p)`.
+    """
+    row = head.to(tl.int64) * num_queries + query
+    word, _, _, _ = philox(seed, (row * num_keys + key).to(tl.uint64))
+    return word < kept.to(tl.uint32)
+
+
+def keep_reference(
+    seed: Tensor, heads: int, len_q: int, len_k: int, dropout_p: float, *,
+    first_head: int = 0, num_queries: int | None = None, num_keys: int | None = None,
+) -> Tensor:  # fmt: skip
+    """`keep` in plain torch: [heads, len_q, len_k] bool, for the heads from first_head on."""
+    device = seed.device
+    head = torch.arange(first_head, first_head + heads, device=device)[:, None, None]
+    query = torch.arange(len_q, device=device)[:, None]
+    key = torch.arange(len_k, device=device)
+    row = head * (len_q if num_queries is None else num_queries) + query
+    counter = row * (len_k if num_keys is None else num_keys) + key
+    words = philox_reference(seed, counter.flatten())[:, 0].view(counter.shape)
+    return words < kept_words(dropout_p)
