@@ -154,6 +154,30 @@ def test_batches(input, other, algorithm, device):
     )
 
 
+@pytest.mark.parametrize("shape", [(33, 48, 210), (16, 96, 400), (100, 40, 90), (16, 32, 999)])
+def test_stream_k_of_many_parts(shape, device, monkeypatch):
+    # Four programs on the CPU, 1 to 3 tiles after whole waves, bands that end in short ones.
+    monkeypatch.setattr(launches, "LEAST_STEPS", 0)
+    a, b = operands(*shape, dtype=torch.float32, device=device)
+    bias = randn(shape[1], dtype=torch.float32, device=device, seed=3).requires_grad_()
+
+    def rung(f, **more):
+        return lambda a, b, bias: f(a, b, bias=bias, activation="relu", **more)
+
+    check_against_float64(
+        rung(matmul, algorithm="stream_k", precision="ieee"), rung(matmul_reference),
+        [a, b, bias], operator="matmul",
+    )  # fmt: skip
+
+
+def test_stretches_cover_all_steps():
+    for shared, steps, programs in itertools.product((1, 60, 72, 131), (1, 2, 24, 256), (132,)):
+        stretch = launches.stretch_for(shared, steps, programs)
+        assert stretch * programs >= shared * steps
+        assert stretch <= steps
+        assert steps % stretch == 0 or min(steps, launches.LEAST_STEPS) <= steps % stretch
+
+
 def test_heads_are_read_in_place(device):
     # [B, T, H, D] as [B, H, T, D]: a batch whose two dimensions have no common stride.
     q = randn(2, 9, 3, 8, dtype=torch.float32, device=device).requires_grad_()

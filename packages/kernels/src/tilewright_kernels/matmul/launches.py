@@ -18,7 +18,10 @@ from tilewright_kernels.matmul.grouped import matmul_grouped_kernel
 from tilewright_kernels.matmul.naive import matmul_naive_kernel
 from tilewright_kernels.matmul.persistent import matmul_persistent_kernel
 from tilewright_kernels.matmul.pipelined import matmul_pipelined_kernel
-from tilewright_kernels.matmul.stream_k import matmul_stream_k_kernel
+from tilewright_kernels.matmul.stream_k import (
+    matmul_stream_k_kernel,
+    matmul_stream_k_sum_kernel,
+)
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -76,8 +79,14 @@ TILES: dict[str, dict[int, Tile]] = {
     },
 }
 
-STREAM_K_STEPS = 16
+STREAM_K_STEPS = 32
 """Steps along K that sharing the last tiles must save to be worth its traffic."""
+
+LEAST_STEPS = 8
+"""Steps along K that a part of a tile must have to be worth being written and read again."""
+
+SUM_ROWS = 16
+"""Rows of a tile that one program of the second kernel of stream-K adds up."""
 
 
 @cache
@@ -268,12 +277,34 @@ def _launch_descriptors(
         )  # fmt: skip
         return
     shared = tiles % programs
-    parts = out.new_empty((2 * programs, tile.BLOCK_M * tile.BLOCK_N), dtype=torch.float32)
+    stretch = stretch_for(shared, steps, programs)
+    slots = cdiv(steps, stretch) * shared + programs
+    parts = out.new_empty((slots * tile.BLOCK_M, tile.BLOCK_N), dtype=torch.float32)
     operator.launch(
         matmul_stream_k_kernel, (programs,), *descriptors,
-        parts, out.new_zeros(shared, dtype=torch.int32), *epilogue, *sizes,
-        tiles - shared, cdiv(shared * steps, programs), **options,
+        TensorDescriptor.from_tensor(parts, part), *epilogue, *sizes, tiles // programs, stretch,
+        **options,
     )  # fmt: skip
+    rows = min(SUM_ROWS, tile.BLOCK_M)
+    names = "ACTIVATION", "MULTIPLY", "ACCUMULATE", "ACC", "BLOCK_M", "BLOCK_N", "BLOCK_K"
+    operator.launch(
+        matmul_stream_k_sum_kernel, (shared, tile.BLOCK_M // rows),
+        parts, out, other, *epilogue, M, N, K, inner, tiles - shared, shared, stretch,
+        *out.stride(), *((0, 0, 0, 0) if other is None else other.stride()),
+        BATCHED=batched, **{name: options[name] for name in names}, GROUP_M=tile.GROUP_M,
+        ROWS=rows, num_warps=4,
+    )  # fmt: skip
+
+
+def stretch_for(shared: int, steps: int, programs: int) -> int:
+    """Steps that each program takes of the tiles after the last whole wave, evenly or nearly so.
+
+    A last band of a few steps would be many parts of little work each, so the bands before it are
+    made a little higher instead.
+    """
+    stretch = max(1, cdiv(shared * steps, programs))
+    bands = steps // stretch
+    return cdiv(steps, bands) if 0 < steps - bands * stretch < LEAST_STEPS else stretch
 
 
 def rung_for(tiles: int, steps: int, programs: int) -> Algorithm:
