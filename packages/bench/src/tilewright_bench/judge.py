@@ -22,6 +22,10 @@ AT_MOST: tuple[Quantity, ...] = ("host", "memory")
 
 QUARTER = 0.25
 
+RUN_TO_RUN = 0.01
+"""By so much two runs of one kernel on one device differ, whose samples agree to 0.2 %: where its
+tensors lie in memory, and how warm it is, is chosen once a run."""
+
 _COSTS: dict[Quantity, Callable[[Row], float | None]] = {
     "speed": lambda row: row.median,
     "host": lambda row: row.host_us,
@@ -80,7 +84,7 @@ class Figure:
 
     Attributes:
         value: the share, the ratio or, for "runs", seconds.
-        spread: interquartile range ÷ median, the larger of ours and the peer's.
+        spread: interquartile range ÷ median, the larger of ours and the peer's; RUN_TO_RUN at least.
         beside: the best of the bar's peers, or the ceiling that a share is of.
     """
 
@@ -174,14 +178,14 @@ def _figure(bar: Bar, group: Sequence[Row]) -> Figure | None:
     ours = rows[OURS]
     if bar.quantity in ("share", "runs"):
         value = ours.share if bar.quantity == "share" else ours.median
-        return Figure(value=value, spread=ours.spread, beside=ours.ceiling)
+        return Figure(value=value, spread=max(ours.spread, RUN_TO_RUN), beside=ours.ceiling)
     costs = {name: _COSTS[bar.quantity](rows[name]) for name in (OURS, *bar.peers)}
     known = {name: cost for name, cost in costs.items() if cost is not None}
     if len(known) < len(costs):
         return None
     best = min(bar.peers, key=lambda name: known[name])
     over, under = (OURS, best) if bar.quantity in AT_MOST else (best, OURS)
-    spread = max(ours.spread, rows[best].spread)
+    spread = max(ours.spread, rows[best].spread, RUN_TO_RUN)
     return Figure(value=_ratio(known[over], known[under]), spread=spread, beside=best)
 
 
