@@ -15,6 +15,7 @@ from tilewright_kernels import (
     gated_mlp_reference,
     use_backend,
 )
+from tilewright_kernels.gated_mlp import _gate_up, _gate_up_grad
 from tilewright_kernels.testing import (
     FLOATING,
     check_against_float64,
@@ -299,6 +300,18 @@ def test_auto_leaves_wide_numbers_to_torch():
 @pytest.mark.parametrize(("rows", "hidden", "width"), REAL_SHAPES, ids=str)
 def test_matches_float64_at_real_shapes(rows, hidden, width, dtype, recompute):
     check(*make(rows, hidden, width, dtype, "cuda"), recompute=recompute)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_each_kernel_at_several_tiles_a_program(activation, dtype, monkeypatch):
+    # More tiles than multiprocessors, partial ones at both edges; then what other GPUs run.
+    tensors = make((4200,), 264, 2056, dtype, "cuda")
+    check(*tensors, activation)
+    monkeypatch.setattr(_gate_up, "is_hopper", lambda _: False)
+    monkeypatch.setattr(_gate_up_grad, "is_hopper", lambda _: False)
+    check(*tensors, activation)
 
 
 @pytest.mark.gpu

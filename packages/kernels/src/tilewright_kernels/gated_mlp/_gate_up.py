@@ -14,7 +14,14 @@ from torch import Tensor
 from tilewright_kernels._launch import cdiv, num_programs
 from tilewright_kernels._operator import Operator, accumulator
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.gated_mlp._launch import Tile, describable, describe, precision, tile_for
+from tilewright_kernels.gated_mlp._launch import (
+    Tile,
+    describable,
+    describe,
+    is_hopper,
+    precision,
+    tile_for,
+)
 from tilewright_kernels.matmul.tiles import dot_pointers, store_pointers, tile_in_groups
 
 # A tile of gate and a tile of up, both of BLOCK_N columns.
@@ -108,6 +115,12 @@ def launch_gate_up(
         return
     gate, up = (None, None) if gate_up is None else gate_up.chunk(2, dim=1)
     if describable(x, w_gate_up, h, gate, up):
+        if is_hopper(x.device):
+            # Imported here: Gluon is there where Triton is, and this file must not need it.
+            from tilewright_kernels.gated_mlp._hopper import launch_gate_up_hopper
+
+            launch_gate_up_hopper(operator, x, w_gate_up, h, gate_up, function)
+            return
         tile = PERSISTENT_TILE
         out = [tile.BLOCK_M, tile.BLOCK_N]
         weights = w_gate_up.unflatten(0, (2, N))

@@ -13,7 +13,14 @@ from torch import Tensor
 from tilewright_kernels._launch import cdiv, num_programs
 from tilewright_kernels._operator import Operator, accumulator
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.gated_mlp._launch import Tile, describable, describe, precision, tile_for
+from tilewright_kernels.gated_mlp._launch import (
+    Tile,
+    describable,
+    describe,
+    is_hopper,
+    precision,
+    tile_for,
+)
 from tilewright_kernels.matmul.tiles import dot_pointers, store_pointers, tile_in_groups
 
 PERSISTENT_TILE = Tile(128, 256, 64, 8, 4, 8)
@@ -118,7 +125,13 @@ def launch_gate_up_grad(
         return
     gate, up = gate_up.chunk(2, dim=1)
     dgate, dup = (None, None) if dgate_up is None else dgate_up.chunk(2, dim=1)
-    if dgate is not None and K > 0 and describable(dy, w_down, gate, up, dgate, dup, h):
+    if dgate_up is not None and describable(dy, w_down, gate, up, dgate, dup, h):
+        if is_hopper(dy.device):
+            # Imported here: Gluon is there where Triton is, and this file must not need it.
+            from tilewright_kernels.gated_mlp._hopper import launch_gate_up_grad_hopper
+
+            launch_gate_up_grad_hopper(operator, dy, w_down, gate_up, dgate_up, h, function, slope)
+            return
         tile = PERSISTENT_TILE
         part = [tile.BLOCK_M, tile.BLOCK_N // PARTS]
         tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)

@@ -1,5 +1,6 @@
 """Tiles of the two kernels, and which operands tensor descriptors can describe."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,12 @@ def tile_for(tiles: dict[int, Tile], M: int, N: int, K: int, element_size: int) 
     )
     num_warps = tile.num_warps if block_m * block_n >= 128 * 128 else min(4, tile.num_warps)
     return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps)
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernels of `_hopper` run there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def describable(x: Tensor, *others: Tensor | None) -> bool:
