@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tilewright_kernels._elementwise import as_walked, tiles
 from tilewright_kernels._launch import cdiv, next_power_of_2, num_programs
 from tilewright_kernels._operator import (
     Operator,
@@ -25,8 +26,12 @@ from tilewright_kernels._operator import (
     check_floating,
     check_same_device,
 )
-from tilewright_kernels._triton import HAS_TRITON, tl, triton
-from tilewright_kernels.matmul.tiles import dot_descriptors, dot_pointers
+from tilewright_kernels._symmetric_matmul_kernels import (
+    round_to_tf32_kernel,
+    symmetric_matmul_descriptors_kernel,
+    symmetric_matmul_pointers_kernel,
+)
+from tilewright_kernels._triton import HAS_TRITON
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -86,149 +91,6 @@ def symmetric_matmul_reference(
     return y.to(x.dtype)
 
 
-@triton.jit
-def _integer_sqrt(n):
-    """The largest r with r² <= n, for 0 <= n < 2³¹.
-
-    float32 is exact to 2²⁴ only: past that its root may be one too small or too large.
-    """
-    root = tl.sqrt(n.to(tl.float32)).to(tl.int32)
-    root = tl.where(root * root > n, root - 1, root)
-    return tl.where((root + 1) * (root + 1) <= n, root + 1, root)
-
-
-@triton.jit
-def _block_of_triangle(index):
-    """Row and column of a block in a triangle counted row after row: 0; 1 2; 3 4 5; …
-
-    Row m begins at m·(m + 1)/2.
-    """
-    m = (_integer_sqrt(8 * index + 1) - 1) // 2
-    return m, index - m * (m + 1) // 2
-
-
-@triton.jit
-def _wide_tile_of_triangle(index):
-    """Row in blocks, and column in pairs of blocks, of a wide tile in a triangle.
-
-    Row m has m + 1 blocks: in odd rows an even number, in even rows the last one, on the diagonal,
-    is in no wide tile. So rows 2p and 2p + 1 have p and p + 1 wide tiles, and p² stand before them.
-    """
-    p = _integer_sqrt(index)
-    within = index - p * p
-    lower_row = within >= p
-    return 2 * p + lower_row.to(tl.int32), tl.where(lower_row, within - p, within)
-
-
-@triton.jit
-def _symmetric_matmul_pointers_kernel(
-    x_ptr, c_ptr, y_ptr,
-    # float64, so that they are exact there.
-    # pyrefly: ignore[not-a-type]
-    alpha: tl.float64, beta: tl.float64,
-    M, K,
-    x_batch_stride, x_m_stride, x_k_stride, c_batch_stride, c_m_stride, c_n_stride,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
-):  # fmt: skip
-    """A BLOCK x BLOCK block of the lower triangle and its mirror image; any strides, any sizes."""
-    tiles_m = tl.cdiv(M, BLOCK)
-    per_matrix = tiles_m * (tiles_m + 1) // 2
-    batch = (tl.program_id(0) // per_matrix).to(tl.int64)
-    m, n = _block_of_triangle(tl.program_id(0) % per_matrix)
-    x_ptr += batch * x_batch_stride
-    acc = dot_pointers(
-        x_ptr, x_ptr, m, n, M, M, K, x_m_stride, x_k_stride, x_k_stride, x_m_stride,
-        ACC, PRECISION, EVEN_K, BLOCK, BLOCK, BLOCK_K, NUM_STAGES,
-    )  # fmt: skip
-    y = acc * tl.full((), alpha, ACC)
-    rows = (m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
-    cols = (n * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
-    lower = (rows < M) & (cols <= rows)
-    if c_ptr is not None:
-        c_ptr += batch * c_batch_stride
-        c = tl.load(c_ptr + rows * c_m_stride + cols * c_n_stride, mask=lower, other=0.0)
-        y += tl.full((), beta, ACC) * c.to(ACC)
-    y = y.to(y_ptr.dtype.element_ty)
-    y_ptr += batch * M * M
-    tl.store(y_ptr + rows * M + cols, y, mask=lower)
-    tl.store(y_ptr + cols * M + rows, y, mask=lower)
-
-
-@triton.jit
-def _store_block(
-    acc, c_desc, y_desc, alpha, beta, batch, row, col, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write α · acc + β · C at (row, col) and its mirror image at (col, row)."""
-    y = acc * alpha
-    if c_desc is not None:
-        y += beta * c_desc.load([batch, 0, row, col]).reshape(BLOCK, BLOCK).to(acc.dtype)
-    y = y.to(y_desc.dtype)
-    if row == col:
-        i = tl.arange(0, BLOCK)
-        y = tl.where(i[:, None] >= i[None, :], y, y.T)
-        y_desc.store([batch, 0, row, col], y.reshape(1, 1, BLOCK, BLOCK))
-    else:
-        y_desc.store([batch, 0, row, col], y.reshape(1, 1, BLOCK, BLOCK))
-        y_desc.store([batch, 0, col, row], y.T.reshape(1, 1, BLOCK, BLOCK))
-
-
-@triton.jit
-def _symmetric_matmul_descriptors_kernel(
-    x_desc, wide_desc, c_desc, y_desc,
-    # pyrefly: ignore[not-a-type]
-    alpha: tl.float64, beta: tl.float64,
-    batches, M, K,
-    TRANSPOSED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Walk the lower triangles of all matrices, in single blocks and in wide tiles of two.
-
-    A wide tile reads a quarter less for each product than a square one, and together with every
-    second block of the diagonal wide tiles make up a triangle without waste.
-    """
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    alpha, beta = tl.full((), alpha, ACC), tl.full((), beta, ACC)
-    tiles_m = tl.cdiv(M, BLOCK)
-    wide_each = tiles_m * tiles_m // 4 if WIDE else 0
-    num_wide = batches * wide_each
-    single_each = tiles_m * (tiles_m + 1) // 2 - 2 * wide_each
-    num_single = batches * single_each
-
-    # Programs that get one wide tile less than others take the single blocks, two each, where that
-    # is enough for all of them.
-    behind = programs - num_wide % programs
-    first = (program + behind) % programs
-    step = programs
-    if num_single <= 2 * behind:
-        first = tl.where(first < behind, first, num_single)
-        step = behind
-    for index in tl.range(first, num_single, step):
-        batch, block = index // single_each, index % single_each
-        if WIDE:
-            m, n = 2 * block, 2 * block
-        else:
-            m, n = _block_of_triangle(block)
-        acc = dot_descriptors(
-            x_desc, x_desc, m, n, K, batch, 0, batch, 0, TRANSPOSED, not TRANSPOSED, True,
-            ACC, PRECISION, BLOCK, BLOCK, BLOCK_K,
-        )  # fmt: skip
-        _store_block(acc, c_desc, y_desc, alpha, beta, batch, m * BLOCK, n * BLOCK, BLOCK)
-
-    if WIDE:
-        for index in tl.range(program, num_wide, programs):
-            batch = index // wide_each
-            m, n = _wide_tile_of_triangle(index % wide_each)
-            acc = dot_descriptors(
-                x_desc, wide_desc, m, n, K, batch, 0, batch, 0, TRANSPOSED, not TRANSPOSED, True,
-                ACC, PRECISION, BLOCK, 2 * BLOCK, BLOCK_K,
-            )  # fmt: skip
-            left, right = acc.reshape(BLOCK, 2, BLOCK).permute(0, 2, 1).split()
-            row, col = m * BLOCK, n * 2 * BLOCK
-            _store_block(left, c_desc, y_desc, alpha, beta, batch, row, col, BLOCK)
-            _store_block(right, c_desc, y_desc, alpha, beta, batch, row, col + BLOCK, BLOCK)
-
-
 def _fake(x: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-2]))
 
@@ -252,26 +114,44 @@ def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def symmetric_matmul_forward(x: Tensor, c: Tensor | None, alpha: float, beta: float) -> Tensor:
     """α · X·Xᵀ + β · C as a new tensor [*, M, M]."""
     y = _fake(x, c, alpha, beta)
+    precision = "ieee"
+    if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        x, precision = _rounded_to_tf32(x), "tf32"
     if y.numel() > 0:
-        _launch(x, None if beta == 0 else c, y, alpha, beta)
+        _launch(x, None if beta == 0 else c, y, alpha, beta, precision)
     return y
 
 
-def _launch(x: Tensor, c: Tensor | None, y: Tensor, alpha: float, beta: float) -> None:
+def _rounded_to_tf32(x: Tensor) -> Tensor:
+    """A copy of x as the tensor cores should read it.
+
+    They drop what does not fit in tf32. That shifts every element towards zero, and the diagonal
+    of X·Xᵀ, a sum of squares, by 2⁻¹⁰ of its size: eight times the error of torch, which rounds.
+    """
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if y.numel() > 0:
+        source, target = as_walked(x, y)
+        grid, tile = tiles(*source.shape)
+        _OP.launch(
+            round_to_tf32_kernel, grid, source, target, source.stride(0), *source.shape,
+            **tile._asdict(),
+        )  # fmt: skip
+    return y
+
+
+def _launch(
+    x: Tensor, c: Tensor | None, y: Tensor, alpha: float, beta: float, precision: str
+) -> None:
     """Bring the batch to one dimension; where that is no view, launch for each of its first."""
     try:
         x_3d, y_3d = _as_3d(x), _as_3d(y)
         c_3d = None if c is None else _as_3d(c)
     except RuntimeError:
         for i in range(len(y)):
-            _launch(x[i], None if c is None else c[i], y[i], alpha, beta)
+            _launch(x[i], None if c is None else c[i], y[i], alpha, beta, precision)
         return
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    constants = {
-        "ACC": accumulator(x.dtype),
-        "PRECISION": precision if x.dtype == torch.float32 else "ieee",
-    }
-    fits = _fits_descriptors(x_3d, c_3d, y_3d, constants["PRECISION"])
+    constants = {"ACC": accumulator(x.dtype), "PRECISION": precision}
+    fits = _fits_descriptors(x_3d, c_3d, y_3d, precision)
     launch = _launch_descriptors if fits else _launch_pointers
     launch(x_3d, c_3d, y_3d, alpha, beta, constants)
 
@@ -290,7 +170,7 @@ def _launch_pointers(
     block_k = min(tile["BLOCK_K"], max(16, next_power_of_2(K))) if K else 16
     tiles_m = cdiv(M, block)
     _OP.launch(
-        _symmetric_matmul_pointers_kernel, (batches * tiles_m * (tiles_m + 1) // 2,),
+        symmetric_matmul_pointers_kernel, (batches * tiles_m * (tiles_m + 1) // 2,),
         x, c, y, alpha, beta, M, K, *x.stride(), *((0, 0, 0) if c is None else c.stride()),
         EVEN_K=K % block_k == 0, BLOCK=block, BLOCK_K=block_k, NUM_STAGES=tile["num_stages"],
         num_warps=tile["num_warps"], num_stages=tile["num_stages"], **constants,
@@ -312,7 +192,7 @@ def _launch_descriptors(
         wide = (rows, 2 * cols) if transposed else (2 * rows, cols)
         wide_desc = _describe(matrix, *wide)
     _OP.launch(
-        _symmetric_matmul_descriptors_kernel, (one_per_sm * tile.per_sm,), x_desc, wide_desc,
+        symmetric_matmul_descriptors_kernel, (one_per_sm * tile.per_sm,), x_desc, wide_desc,
         None if c is None else _describe(c, tile.BLOCK, tile.BLOCK),
         _describe(y, tile.BLOCK, tile.BLOCK), alpha, beta, batches, M, K, TRANSPOSED=transposed,
         BLOCK=tile.BLOCK, WIDE=tile.WIDE, BLOCK_K=tile.BLOCK_K,
@@ -344,7 +224,14 @@ def _fits_descriptors(x: Tensor, c: Tensor | None, y: Tensor, precision: str) ->
         readable = precision == "tf32" and _describable(x)
     else:
         readable = x.element_size() == 2 and (_describable(x) or _describable(x.mT))
-    return readable and _describable(y) and (c is None or _describable(c))
+    written = _describable(y) and (c is None or _describable(c))
+    return readable and written and _has_accelerator(x.device)
+
+
+@cache
+def _has_accelerator(device: torch.device) -> bool:
+    """Whether descriptors are the hardware's (Hopper and later) or interpreted."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _describable(x: Tensor) -> bool:
@@ -378,7 +265,7 @@ def symmetric_matmul(
 
     Args:
         x: [*, M, K] in float16, bfloat16, float32 or float64, any strides. float32 is multiplied
-            as tf32 where torch.backends.cuda.matmul.allow_tf32 says so.
+            as tf32 where torch.backends.cuda.matmul.allow_tf32 says so, for which it is copied.
         alpha: scales the product.
         beta: scales c, which is not read where beta is 0.
         c: [*, M, M] of x's dtype, any strides, symmetric: only its lower triangle counts.
