@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tilewright_kernels import matmul, matmul_reference, use_backend
 from tilewright_kernels._operator import Operator
+from tilewright_kernels._triton import INTERPRETED
 from tilewright_kernels.matmul import launch_matmul, launches
 from tilewright_kernels.testing import (
     FLOATING,
@@ -38,9 +39,7 @@ REAL_SHAPES = ((256, 512, 128), (1000, 776, 520), (4096, 1536, 1536), (130, 70, 
 @pytest.fixture(autouse=True)
 def small_tiles(request, monkeypatch):
     """Tiles of 16 on the CPU: several of them in matrices that the interpreter is quick with."""
-    if "device" in request.fixturenames and request.getfixturevalue("device").type == "cuda":
-        return
-    if request.node.get_closest_marker("gpu") is not None:
+    if not INTERPRETED:
         return
     small = {
         name: {size: tile._replace(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16) for size, tile in by.items()}
@@ -48,8 +47,7 @@ def small_tiles(request, monkeypatch):
     }
     monkeypatch.setattr(launches, "TILES", small)
     launches.tile_for.cache_clear()
-    yield
-    launches.tile_for.cache_clear()
+    request.addfinalizer(launches.tile_for.cache_clear)
 
 
 def dots(dtype, device):
