@@ -37,17 +37,16 @@ REAL_SHAPES = ((256, 512, 128), (1000, 776, 520), (4096, 1536, 1536), (130, 70, 
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(request, monkeypatch):
+def small_tiles(monkeypatch):
     """Tiles of 16 on the CPU: several of them in matrices that the interpreter is quick with."""
-    if not INTERPRETED:
-        return
-    small = {
-        name: {size: tile._replace(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16) for size, tile in by.items()}
-        for name, by in launches.TILES.items()
-    }
-    monkeypatch.setattr(launches, "TILES", small)
+    if INTERPRETED:
+        for tiles in launches.TILES.values():
+            for size, tile in tiles.items():
+                small = tile._replace(BLOCK_M=16, BLOCK_N=32, BLOCK_K=16)
+                monkeypatch.setitem(tiles, size, small)
     launches.tile_for.cache_clear()
-    request.addfinalizer(launches.tile_for.cache_clear)
+    yield
+    launches.tile_for.cache_clear()
 
 
 def dots(dtype, device):
