@@ -64,10 +64,10 @@ def dropout_reference(
     input: Tensor, p: float = 0.5, training: bool = True, *, seed: int | Tensor | None = None
 ) -> Tensor:
     """The definition in plain torch, bit for bit the kernel's mask; arguments as `dropout`."""
-    check_seed(seed, input)
+    _check_seed(seed, input)
     if not training or _keeps_all(p):
         return input
-    seed, kept = as_seed(seed, input).to(input.device), kept_words(p)
+    seed, kept = _as_seed(seed, input).to(input.device), kept_words(p)
     counters = torch.arange(cdiv(input.numel(), 4), device=input.device)
     words = philox_reference(seed, counters).view(-1)[: input.numel()].view(input.shape)
     x = input if input.dtype == torch.float64 else input.float()
@@ -258,10 +258,10 @@ def dropout(
     """
     check_floating("input", input)
     check_probability(p)
-    check_seed(seed, input)
+    _check_seed(seed, input)
     if not training or _keeps_all(p):
         return input
-    seed = as_seed(seed, input)
+    seed = _as_seed(seed, input)
     if not _DROPOUT.uses_triton(input):
         return dropout_reference(input, p, seed=seed)
     return dropout_forward(input, seed, kept_words(p))
@@ -294,10 +294,10 @@ def dropout_add(
     check_floating("input", input)
     check_probability(p)
     _check_residual(input, residual)
-    check_seed(seed, input)
+    _check_seed(seed, input)
     if not training or _keeps_all(p):
         return (input + residual).contiguous()
-    seed = as_seed(seed, input)
+    seed = _as_seed(seed, input)
     if not _DROPOUT_ADD.uses_triton(input):
         return dropout_add_reference(input, residual, p, seed=seed)
     return dropout_add_forward(input, residual, seed, kept_words(p))
@@ -315,7 +315,7 @@ class Dropout(torch.nn.Dropout):
         return dropout(input, self.p, self.training)
 
 
-def as_seed(seed: int | Tensor | None, input: Tensor) -> Tensor:
+def _as_seed(seed: int | Tensor | None, input: Tensor) -> Tensor:
     """The seed as a 0-d int64 tensor, on the CPU or on input's device."""
     if seed is None:
         recorded = torch.compiler.is_compiling() or (
@@ -325,7 +325,7 @@ def as_seed(seed: int | Tensor | None, input: Tensor) -> Tensor:
     return seed if isinstance(seed, Tensor) else torch.tensor(index(seed), device="cpu")
 
 
-def check_seed(seed: int | Tensor | None, input: Tensor) -> None:
+def _check_seed(seed: int | Tensor | None, input: Tensor) -> None:
     if seed is None:
         return
     if not isinstance(seed, Tensor):
@@ -341,6 +341,7 @@ def check_seed(seed: int | Tensor | None, input: Tensor) -> None:
 
 
 def check_probability(p: float) -> None:
+    """Raise unless p is between 0 and 1."""
     if not 0 <= p <= 1:
         raise ValueError(f"p is {p}; it is the probability of a zero, between 0 and 1")
 

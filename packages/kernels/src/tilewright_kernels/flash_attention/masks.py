@@ -10,13 +10,18 @@ Dropout is here too, as the other thing that a tile of probabilities is multipli
 forward, backward and the reference must agree on: `keep` is its device function.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.dropout import kept_words, philox, philox_reference
+
+Alignment = Literal["top_left", "bottom_right"]
 
 UNLIMITED = -1
 
@@ -40,6 +45,16 @@ class Mask:
     left: int = UNLIMITED
     right: int = UNLIMITED
 
+    def as_ints(self) -> list[int]:
+        """The mask as torch.library can pass it."""
+        return [int(self.causal), int(self.bottom_right), self.left, self.right]
+
+    @staticmethod
+    def of_ints(ints: Sequence[int]) -> "Mask":
+        """The mask that `as_ints` made them of."""
+        causal, bottom_right, left, right = ints
+        return Mask(bool(causal), bool(bottom_right), left, right)
+
     def shift(self, len_q: int, len_k: int) -> int:
         """The first query's own place among the keys; negative where there are fewer keys."""
         return len_k - len_q if self.bottom_right else 0
@@ -55,17 +70,57 @@ class Mask:
         """Whether there is a mask at all."""
         return self.window != (UNLIMITED, UNLIMITED)
 
+    def sees(self, place: Tensor, key: Tensor) -> Tensor:
+        """Whether a query at `place` among the keys sees `key`; indices that broadcast."""
+        left, right = self.window
+        shape = torch.broadcast_shapes(place.shape, key.shape)
+        seen = torch.ones(shape, dtype=torch.bool, device=key.device)
+        if left != UNLIMITED:
+            seen = seen & (key >= place - left)
+        if right != UNLIMITED:
+            seen = seen & (key <= place + right)
+        return seen
+
     def visible(self, len_q: int, len_k: int, device: torch.device | None = None) -> Tensor:
         """The mask written out: [len_q, len_k] bool, true where the query sees the key."""
-        place = torch.arange(len_q, device=device)[:, None] + self.shift(len_q, len_k)
-        key = torch.arange(len_k, device=device)[None, :]
+        query, key = torch.arange(len_q, device=device), torch.arange(len_k, device=device)
+        return self.sees(query[:, None] + self.shift(len_q, len_k), key[None, :])
+
+    def hides_all(self, len_q: int, len_k: int) -> bool:
+        """Whether some query may see no key: the first looks too far back, or the last too far."""
         left, right = self.window
-        seen = torch.ones(len_q, len_k, dtype=torch.bool, device=device)
-        if left != UNLIMITED:
-            seen &= key >= place - left
-        if right != UNLIMITED:
-            seen &= key <= place + right
-        return seen
+        first = self.shift(len_q, len_k)
+        early = right != UNLIMITED and first + right < 0
+        late = left != UNLIMITED and first + len_q - 1 - left > len_k - 1
+        return len_k == 0 or early or late
+
+
+def as_mask(
+    is_causal: bool, causal_alignment: Alignment, window_size: tuple[int, int] | None
+) -> Mask:
+    """What the public functions' arguments say.
+
+    Raises:
+        ValueError: an unknown alignment, or a window that is no pair of integers from -1 on.
+    """
+    if causal_alignment not in get_args(Alignment):
+        choices = " or ".join(get_args(Alignment))
+        raise ValueError(f"causal_alignment is {causal_alignment!r}; give {choices}")
+    left, right = (UNLIMITED, UNLIMITED) if window_size is None else _as_window(window_size)
+    return Mask(is_causal, causal_alignment == "bottom_right", left, right)
+
+
+def _as_window(window_size: Any) -> tuple[int, int]:
+    try:
+        left, right = (index(n) for n in window_size)
+    except (TypeError, ValueError):
+        left = right = -2
+    if left < UNLIMITED or right < UNLIMITED:
+        raise ValueError(
+            f"window_size is {window_size!r}; give (left, right), the numbers of keys before and "
+            f"after the query's own place, -1 for all of them"
+        )
+    return left, right
 
 
 @triton.jit
@@ -166,15 +221,10 @@ def keep(seed, head, query, key, num_queries, num_keys, kept):
 
 
 def keep_reference(
-    seed: Tensor, heads: int, len_q: int, len_k: int, dropout_p: float, *,
-    first_head: int = 0, num_queries: int | None = None, num_keys: int | None = None,
+    seed: Tensor, head: Tensor, query: Tensor, key: Tensor, num_queries: int, num_keys: int,
+    dropout_p: float,
 ) -> Tensor:  # fmt: skip
-    """`keep` in plain torch: [heads, len_q, len_k] bool, for the heads from first_head on."""
-    device = seed.device
-    head = torch.arange(first_head, first_head + heads, device=device)[:, None, None]
-    query = torch.arange(len_q, device=device)[:, None]
-    key = torch.arange(len_k, device=device)
-    row = head * (len_q if num_queries is None else num_queries) + query
-    counter = row * (len_k if num_keys is None else num_keys) + key
+    """`keep` in plain torch: indices of any shapes that broadcast together, and the probability."""
+    counter = (head * num_queries + query) * num_keys + key
     words = philox_reference(seed, counter.flatten())[:, 0].view(counter.shape)
     return words < kept_words(dropout_p)

@@ -1,0 +1,82 @@
+"""What torch computes instead of the kernels: why, the warning, and how."""
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilewright_kernels._operator import Operator
+from tilewright_kernels.flash_attention.masks import UNLIMITED, Alignment, Mask
+from tilewright_kernels.flash_attention.reference import attention_reference
+
+MAX_HEAD_DIM = 256
+
+
+def unsupported_heads(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot take heads like these, or None."""
+    widest = max(q.shape[-1], v.shape[-1])
+    if widest > MAX_HEAD_DIM or min(q.shape[-1], v.shape[-1]) == 0:
+        return f"head dimensions are 1 to {MAX_HEAD_DIM} and this is {widest}"
+    if q.dtype == torch.float64 and q.is_cuda:
+        return "float64 is for the interpreter"
+    return None
+
+
+def warn_of(operator: Operator, q: Tensor, unsupported: str | None) -> None:
+    """Say once why torch computes what was asked of the kernels on a CUDA device."""
+    fell_back = q.is_cuda and operator.setting == "auto"
+    if unsupported and fell_back and not torch.compiler.is_compiling():
+        _warn(operator.name, unsupported)
+
+
+@cache
+def _warn(name: str, unsupported: str) -> None:
+    warnings.warn(
+        f"{name}: torch computes this one, because {unsupported}; use_backend({name}='torch') asks "
+        f"for it and ends this warning",
+        stacklevel=4,
+    )
+
+
+def torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float,
+    mask: Mask, scale: float | None, softcap: float | None, return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """torch's own function, or the reference for what that has not."""
+    if softcap is not None or return_lse:
+        alignment: Alignment = "bottom_right" if mask.bottom_right else "top_left"
+        return attention_reference(
+            query, key, value, attn_mask, dropout_p, mask.causal, scale, causal_alignment=alignment,
+            window_size=(mask.left, mask.right), softcap=softcap, return_lse=return_lse,
+        )  # fmt: skip
+    gqa = query.dim() > 2 and query.shape[-3] > key.shape[-3] > 1
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": gqa}
+    len_q, len_k = query.shape[-2], key.shape[-2]
+    if mask.window == (UNLIMITED, 0) and mask.shift(len_q, len_k) == 0 and attn_mask is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+    if not mask.hides:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    visible = mask.visible(len_q, len_k, query.device)
+    if attn_mask is None:
+        return masked_attention(query, key, value, visible, **options)
+    if attn_mask.dtype == torch.bool:
+        visible = attn_mask & visible
+    else:
+        visible = attn_mask.masked_fill(~visible, -torch.inf)
+    return F.scaled_dot_product_attention(query, key, value, visible, **options)
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, **options: Any
+) -> Tensor:
+    """torch's attention under a bool mask, 0 where a query sees nothing.
+
+    torch's implementations differ in what they make of such a query, so here it sees everything and
+    its result, and with it its gradient, is replaced.
+    """
+    blind = ~visible.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(query, key, value, visible | blind, **options)
+    return out.masked_fill(blind, 0.0)
