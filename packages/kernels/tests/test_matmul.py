@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tilewright_kernels import matmul, matmul_reference, use_backend
 from tilewright_kernels._operator import Operator
+from tilewright_kernels._tf32 import rounded_to_tf32
 from tilewright_kernels._triton import INTERPRETED
 from tilewright_kernels.matmul import launch_matmul, launches
 from tilewright_kernels.testing import (
@@ -327,6 +328,14 @@ def test_any_size_and_stride(size, pad, layout, algorithm, dtype):
     )  # fmt: skip
 
 
+def test_tf32_rounds_the_operands(device):
+    a, b = (x.detach() for x in operands(20, 32, 40, dtype=torch.float32, device=device))
+    with use_backend("triton"):
+        y = matmul(a, b.T.contiguous().T, precision="tf32")
+    rounded = [rounded_to_tf32(OP, x).double() for x in (a, b)]
+    torch.testing.assert_close(y.double(), rounded[0] @ rounded[1], rtol=1e-5, atol=1e-5)
+
+
 def test_infinities_and_nans_stay_in_their_rows(device):
     a, b = (x.detach() for x in operands(33, 17, 20, dtype=torch.float32, device=device))
     a[5, 3], a[32, 19] = torch.inf, torch.nan
@@ -468,8 +477,8 @@ def test_accumulates_at_real_sizes(algorithm):
     before = out.double()
     with torch.no_grad():
         launch_matmul(OP, a, b, out, accumulate=True, algorithm=algorithm)
-        oracle = before + a.double() @ b.double()
-        assert_as_accurate(out, (before + (a.float() @ b.float()).double()).float(), oracle)
+        same = before.float() + torch.mm(a, b, out_dtype=torch.float32)
+        assert_as_accurate(out, same, before + a.double() @ b.double())
 
 
 @pytest.mark.gpu

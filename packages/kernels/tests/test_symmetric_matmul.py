@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tilewright_kernels import symmetric_matmul, symmetric_matmul_reference, use_backend
 from tilewright_kernels._symmetric_matmul_kernels import integer_sqrt
+from tilewright_kernels._tf32 import rounded_to_tf32
 from tilewright_kernels._triton import INTERPRETED, tl, triton
 from tilewright_kernels.testing import (
     FLOATING,
@@ -351,7 +352,7 @@ def test_rounding_to_tf32_of_special_values(x, device):
     if x != x:
         special = torch.tensor([[0x7FFFFFFF]], dtype=torch.int32, device=device).view(torch.float32)
     torch.testing.assert_close(
-        module._rounded_to_tf32(special),
+        rounded_to_tf32(module._OP, special),
         special,
         equal_nan=True,
         rtol=2**-11,
@@ -362,7 +363,7 @@ def test_rounding_to_tf32_of_special_values(x, device):
 def test_rounding_to_tf32_is_to_nearest(device):
     # Seven bits more than tf32 keeps, in rows with gaps.
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)).to(device)[:, 3:37]
-    rounded = module._rounded_to_tf32(x)
+    rounded = rounded_to_tf32(module._OP, x)
     mantissa, exponent = torch.frexp(x)
     nearest = torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
     assert torch.equal(rounded, nearest)
@@ -372,7 +373,7 @@ def test_tf32_is_rounded_not_cut(device):
     x, _ = make((2, 24, 40), torch.float32, device)
     with use_backend("triton"), torch.no_grad(), tf32():
         y = symmetric_matmul(x)
-        rounded = module._rounded_to_tf32(x).double()
+        rounded = rounded_to_tf32(module._OP, x).double()
     torch.testing.assert_close(y.double(), rounded @ rounded.mT, rtol=1e-5, atol=1e-5)
 
 

@@ -4,7 +4,6 @@ Blocks are BLOCK rows and columns of the result. Those below the diagonal are st
 transposed; those on it take their upper half from their lower.
 """
 
-from tilewright_kernels._elementwise import load, store, tile_of_program
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.matmul.tiles import dot_descriptors, dot_pointers
 
@@ -150,20 +149,3 @@ def symmetric_matmul_descriptors_kernel(
             row, col = m * BLOCK, n * 2 * BLOCK
             _store_block(left, c_desc, y_desc, alpha, beta, batch, row, col, BLOCK)
             _store_block(right, c_desc, y_desc, alpha, beta, batch, row, col + BLOCK, BLOCK)
-
-
-@triton.jit
-def round_to_tf32_kernel(
-    x_ptr, y_ptr, x_row_stride, num_rows, n_cols,
-    FLAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """y = x with a mantissa of 10 bits, rounded to nearest; one read, one write an element.
-
-    To add half of the last bit that stays and drop the 13 below rounds, into the exponent if need
-    be. An exponent of all ones, infinity or NaN, is left alone.
-    """
-    rows, cols, mask, full = tile_of_program(num_rows, n_cols, FLAT, ROWS, BLOCK_N)
-    bits = load(x_ptr + rows * x_row_stride + cols, mask, full).to(tl.int32, bitcast=True)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    bits = tl.where(finite, (bits + 0x1000) & ~0x1FFF, bits)
-    store(y_ptr + rows * n_cols + cols, bits.to(tl.float32, bitcast=True), mask, full)

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tilewright_kernels._elementwise import as_walked, tiles
 from tilewright_kernels._launch import cdiv, next_power_of_2, num_programs
 from tilewright_kernels._operator import (
     Operator,
@@ -27,10 +26,10 @@ from tilewright_kernels._operator import (
     check_same_device,
 )
 from tilewright_kernels._symmetric_matmul_kernels import (
-    round_to_tf32_kernel,
     symmetric_matmul_descriptors_kernel,
     symmetric_matmul_pointers_kernel,
 )
+from tilewright_kernels._tf32 import rounded_to_tf32
 from tilewright_kernels._triton import HAS_TRITON
 
 if HAS_TRITON:
@@ -116,26 +115,9 @@ def symmetric_matmul_forward(x: Tensor, c: Tensor | None, alpha: float, beta: fl
     y = _fake(x, c, alpha, beta)
     precision = "ieee"
     if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        x, precision = _rounded_to_tf32(x), "tf32"
+        x, precision = rounded_to_tf32(_OP, x), "tf32"
     if y.numel() > 0:
         _launch(x, None if beta == 0 else c, y, alpha, beta, precision)
-    return y
-
-
-def _rounded_to_tf32(x: Tensor) -> Tensor:
-    """A copy of x as the tensor cores should read it.
-
-    They drop what does not fit in tf32. That shifts every element towards zero, and the diagonal
-    of X·Xᵀ, a sum of squares, by 2⁻¹⁰ of its size: eight times the error of torch, which rounds.
-    """
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if y.numel() > 0:
-        source, target = as_walked(x, y)
-        grid, tile = tiles(*source.shape)
-        _OP.launch(
-            round_to_tf32_kernel, grid, source, target, source.stride(0), *source.shape,
-            **tile._asdict(),
-        )  # fmt: skip
     return y
 
 

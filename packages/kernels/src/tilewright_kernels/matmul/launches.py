@@ -13,6 +13,7 @@ from torch import Tensor
 from tilewright_kernels import _math
 from tilewright_kernels._launch import cdiv, next_power_of_2, num_programs
 from tilewright_kernels._operator import Operator, accumulator
+from tilewright_kernels._tf32 import rounded_to_tf32
 from tilewright_kernels._triton import HAS_TRITON
 from tilewright_kernels.matmul.grouped import matmul_grouped_kernel
 from tilewright_kernels.matmul.naive import matmul_naive_kernel
@@ -52,7 +53,11 @@ class Tile(NamedTuple):
     PARTS: int = 1
 
 
-# Bytes of an element -> tile. Halves of 128 x 256 take two warpgroups 64 x 256 each.
+# Bytes of an element -> tile. The last two rungs on an H200, bfloat16, over the products of six
+# layers: 256 x 128 takes about 8 % longer, 128 x 128 with 4 warps and two programs a multiprocessor
+# 6 %, steps of 128 in two stages 40 %; a fourth stage or whole tiles instead of halves a few per
+# cent; groups of 4 or 16 rows nothing, no groups 10 % at N = 22016, where the cache cannot hold B.
+# Pipelined: 128 x 128 is 8 % faster where both operands are adjacent along K, else 16 % slower.
 TILES: dict[str, dict[int, Tile]] = {
     "naive": {
         2: Tile(128, 128, 64, 1, 1, 8),
@@ -123,7 +128,8 @@ def launch_matmul(
 
     Args:
         operator: whose launch it is.
-        a: [*, M, K] of any strides, expanded ones too; read in place.
+        a: [*, M, K] of any strides, expanded ones too; read in place, but for tf32, for which both
+            operands are rounded first.
         b: [*, K, N] of a's dtype.
         out: [*, M, N] of any dtype and strides.
         bias: [N] or None.
@@ -140,6 +146,9 @@ def launch_matmul(
         return
     if a.dtype == torch.float64 and scale != 1.0:
         a, scale = a * scale, 1.0  # a kernel's floating-point arguments are float32
+    precision = _precision(a.dtype, precision)
+    if precision == "tf32":
+        a, b = rounded_to_tf32(operator, a), rounded_to_tf32(operator, b)
     other = factor if residual is None else residual
     batch = out.shape[:-2]
     a, b = a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])
@@ -150,7 +159,7 @@ def launch_matmul(
         "MULTIPLY": factor is not None,
         "ACCUMULATE": accumulate,
         "ACC": accumulator(a.dtype),
-        "PRECISION": _precision(a.dtype, precision),
+        "PRECISION": precision,
     }
     epilogue = (None if bias is None else bias.contiguous(), None if scale == 1.0 else scale)
     _launch_batches(operator, [a, b, out, other], epilogue, constants, algorithm)

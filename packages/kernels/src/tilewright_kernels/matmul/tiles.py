@@ -69,6 +69,22 @@ def tile_in_batch(
 
 
 @triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a·b.
+
+    Tensor cores add into acc. Without them a product is a chain of additions for each element,
+    whose error grows with its length; summed apart first, a chain is no longer than BLOCK_K.
+    """
+    if PRECISION == "ieee" and a.dtype.primitive_bitwidth > 16:
+        # max_num_imprecise_acc means nothing here, but without it the compiler makes acc the first
+        # term of the chain.
+        acc += tl.dot(a, b, input_precision=PRECISION, out_dtype=acc.dtype, max_num_imprecise_acc=1)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
 def dot_pointers(
     a_ptr, b_ptr, m, n, M, N, K, a_m_stride, a_k_stride, b_k_stride, b_n_stride,
     ACC: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
@@ -93,7 +109,7 @@ def dot_pointers(
             inside = ks < K - k * BLOCK_K
             a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=inside[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = add_product(acc, a, b, PRECISION)
         a_ptrs += tl.cast(BLOCK_K, tl.int64) * a_k_stride
         b_ptrs += tl.cast(BLOCK_K, tl.int64) * b_k_stride
     return acc
@@ -155,7 +171,7 @@ def dot_descriptor_steps(
             b_desc, b_outer, b_inner, k * BLOCK_K, n * BLOCK_N,
             BATCHED, B_TRANSPOSED, BLOCK_K, BLOCK_N,
         )  # fmt: skip
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = add_product(acc, a, b, PRECISION)
     return acc
 
 
