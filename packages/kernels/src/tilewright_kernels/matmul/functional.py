@@ -160,8 +160,8 @@ def matmul(
         algorithm: a rung of the ladder, "naive", "grouped", "pipelined" or "persistent"; None takes
             the fastest. Operands that tensor descriptors cannot describe (rows that are no
             multiple of 16 bytes, float64) are "pipelined" where "persistent" is asked for.
-        precision: of float32 operands: "tf32" rounds them to 10 bits of mantissa for the tensor
-            cores, "ieee" does not; None follows torch.backends.cuda.matmul.allow_tf32.
+        precision: of float32 operands: "tf32" copies them, rounded to 10 bits of mantissa, for the
+            tensor cores, "ieee" does not; None follows torch.backends.cuda.matmul.allow_tf32.
         out_dtype: of the result; None is input's.
 
     Returns:
