@@ -1,0 +1,311 @@
+"""How the backward is launched: which kernels, which tiles, and scratch memory linear in T.
+
+    rows                delta, and the log-sum-exp in base 2        reads out, dout
+    keys                dk, dv; atomically dq, in the faster mode   4 products, or 5
+    queries | finish    dq from its own walk | from float32 sums    3 products, or none
+
+Nothing here computes: `launch_backward` writes into memory that it is given.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewright_kernels._launch import cdiv, next_power_of_2
+from tilewright_kernels._operator import Operator, accumulator
+from tilewright_kernels._triton import HAS_TRITON, INTERPRETED
+from tilewright_kernels.dropout import kept_words
+from tilewright_kernels.flash_attention.backward_keys import attention_backward_keys_kernel
+from tilewright_kernels.flash_attention.backward_queries import attention_backward_queries_kernel
+from tilewright_kernels.flash_attention.backward_rows import (
+    attention_backward_finish_kernel,
+    attention_backward_rows_kernel,
+)
+from tilewright_kernels.flash_attention.backward_tiles import SCRATCH_ROWS
+from tilewright_kernels.flash_attention.masks import Mask
+
+if HAS_TRITON:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+PADDED = SCRATCH_ROWS.value if HAS_TRITON else 128
+ROWS = 32
+"""Queries that one program of the kernels before and after the tiles takes; divides PADDED."""
+
+
+class Tile(NamedTuple):
+    """Queries by keys, and how the program is built. Powers of two, BLOCK_M at most PADDED."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_stages: int
+    num_warps: int
+
+
+# Kernel -> bytes of an element -> head dimension (the padded one, of k or v) -> tile.
+TILES: dict[str, dict[int, dict[int, Tile]]] = {
+    # With dq among its products.
+    "all": {
+        2: {64: Tile(64, 128, 2, 8), 128: Tile(64, 128, 2, 8), 256: Tile(32, 64, 1, 8)},
+        4: {64: Tile(32, 64, 2, 4), 128: Tile(32, 32, 2, 4), 256: Tile(16, 32, 1, 4)},
+        8: {256: Tile(16, 16, 1, 4)},
+    },
+    "keys": {
+        2: {64: Tile(64, 128, 2, 8), 128: Tile(64, 128, 2, 8), 256: Tile(32, 64, 2, 8)},
+        4: {64: Tile(32, 64, 2, 4), 128: Tile(32, 32, 2, 4), 256: Tile(16, 32, 1, 4)},
+        8: {256: Tile(16, 16, 1, 4)},
+    },
+    "queries": {
+        2: {64: Tile(128, 64, 3, 8), 128: Tile(128, 64, 2, 8), 256: Tile(64, 32, 2, 8)},
+        4: {64: Tile(64, 32, 2, 4), 128: Tile(32, 32, 2, 4), 256: Tile(32, 16, 1, 4)},
+        8: {256: Tile(16, 16, 1, 4)},
+    },
+}
+
+
+@cache
+def tile_for(kernel: str, width: int, element_size: int, len_q: int, len_k: int) -> Tile:
+    """The kernel's tile for a padded head dimension, made smaller where sequences are short."""
+    by_width = TILES[kernel][element_size]
+    tile = by_width[min(w for w in by_width if w >= width)]
+    block_m, block_n = (
+        min(block, max(16, next_power_of_2(max(1, length))))
+        for block, length in zip(tile[:2], (len_q, len_k), strict=True)
+    )
+    num_warps = tile.num_warps if (block_m, block_n) == tile[:2] else min(4, tile.num_warps)
+    return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps)
+
+
+class _Problem(NamedTuple):
+    """What all kernels of one call share.
+
+    Attributes:
+        operator: whose launches they are.
+        lengths: (T_q, T_k), or those of the longest sequences.
+        batch: sequences.
+        rows: of scratch memory, for one head and in all.
+        scratch: lse2 and delta.
+        extras: seed, cu_seqlens_q, cu_seqlens_k, scale, softcap and the words that keep.
+        window: (left, right).
+        widths: D, D_V, BLOCK_D and BLOCK_DV.
+        flags: the constants that say which features there are.
+    """
+
+    operator: Operator
+    lengths: tuple[int, int]
+    batch: int
+    rows: tuple[int, int]
+    scratch: Tensor
+    extras: tuple[Any, ...]
+    window: tuple[int, int]
+    widths: dict[str, int]
+    flags: dict[str, Any]
+
+    def constants(self, *names: str) -> dict[str, Any]:
+        """Some of the flags."""
+        return {name: self.flags[name] for name in names}
+
+
+def launch_backward(
+    operator: Operator, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, *, mask: Mask, scale: float, softcap: float,
+    dropout_p: float, seed: Tensor | None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int = 0, max_seqlen_k: int = 0, deterministic: bool,
+    dlse: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write dq, dk and dv.
+
+    Args:
+        operator: whose launches they are.
+        dout: [B, T_q, H, D_v], or packed [N_q, H, D_v]; like all others with adjacent columns.
+        q: [B, T_q, H, D] or [N_q, H, D].
+        k: [B, T_k, K, D] or [N_k, K, D]; H is a multiple of K.
+        v: [B, T_k, K, D_v] or [N_k, K, D_v].
+        out: forward's, like dout.
+        lse: forward's, [B, H, T_q] or [H, N_q], in base e.
+        dq: like q, to be written. Rows of packed tensors that are in no sequence are not.
+        dk: like k.
+        dv: like v.
+        mask: what a query sees.
+        scale: of q·k.
+        softcap: c of c · tanh(s / c), 0 for none.
+        dropout_p: of the probabilities.
+        seed: int64 scalar on q's device, None without dropout.
+        cu_seqlens_q: [B + 1] int32 on q's device where sequences are packed.
+        cu_seqlens_k: likewise.
+        max_seqlen_q: of the packed sequences' queries.
+        max_seqlen_k: of their keys.
+        deterministic: dq by a kernel of its own instead of atomic additions; about half as much
+            arithmetic more.
+        dlse: gradient of lse, like it, or None.
+    """
+    packed = cu_seqlens_q is not None
+    if packed:
+        assert cu_seqlens_k is not None
+        dout, q, k, v, out, dq, dk, dv = (x[None] for x in (dout, q, k, v, out, dq, dk, dv))
+        lse, dlse = lse[None], None if dlse is None else dlse[None]
+        batch, lengths = len(cu_seqlens_q) - 1, (max_seqlen_q, max_seqlen_k)
+        # Sequence b begins at cu[b] + b · PADDED rounded down: see scratch_row.
+        rows_per_head = (q.shape[1] // PADDED + batch + 1) * PADDED
+    else:
+        batch, lengths = len(q), (q.shape[1], k.shape[1])
+        rows_per_head = cdiv(q.shape[1], PADDED) * PADDED
+    heads, width, width_v = q.shape[2], q.shape[3], v.shape[3]
+    left, right = mask.window
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    num_rows = (1 if packed else batch) * heads * rows_per_head
+    kept = kept_words(dropout_p)
+    problem = _Problem(
+        operator, lengths, batch, (rows_per_head, num_rows), q.new_empty((2, num_rows), dtype=wide),
+        (seed if kept < 2**32 else None, cu_seqlens_q, cu_seqlens_k, scale, softcap, kept),
+        (left, right),
+        {
+            "D": width,
+            "D_V": width_v,
+            "BLOCK_D": max(16, next_power_of_2(width)),
+            "BLOCK_DV": max(16, next_power_of_2(width_v)),
+        },
+        {
+            "GROUP": heads // max(1, k.shape[2]),
+            "BOTTOM_RIGHT": mask.bottom_right,
+            "HAS_LEFT": left >= 0,
+            "HAS_RIGHT": right >= 0,
+            "HAS_SOFTCAP": softcap > 0,
+            "HAS_DROPOUT": kept < 2**32,
+            "PACKED": packed,
+            "ACC": accumulator(q.dtype),
+            "PRECISION": _precision(q.dtype),
+        },
+    )  # fmt: skip
+    sums = None
+    if not deterministic:
+        sums = q.new_empty((problem.widths["BLOCK_D"], num_rows), dtype=wide)
+    _launch_rows(problem, out, dout, lse, dlse, sums)
+    _launch_keys(problem, q, k, v, dout, dk, dv, sums)
+    if sums is None:
+        _launch_queries(problem, q, k, v, dout, dq)
+    else:
+        _launch_finish(problem, sums, dq)
+
+
+def _launch_rows(
+    problem: _Problem, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None,
+    sums: Tensor | None,
+) -> None:  # fmt: skip
+    heads = out.shape[2]
+    tiles = cdiv(problem.lengths[0], PADDED) * (PADDED // ROWS)
+    problem.operator.launch(
+        attention_backward_rows_kernel, (tiles * heads * problem.batch,),
+        out, dout, lse, dlse, *problem.scratch, sums, problem.extras[1],
+        problem.lengths[0], heads, *problem.rows, *out.stride()[:3], *dout.stride()[:3],
+        *lse.stride(), *((0, 0, 0) if dlse is None else dlse.stride()),
+        D=problem.widths["D_V"], BLOCK_D=problem.widths["BLOCK_DV"],
+        BLOCK_SUMS=problem.widths["BLOCK_D"], ROWS=ROWS,
+        **problem.constants("PACKED", "ACC"), num_warps=4,
+    )  # fmt: skip
+
+
+def _launch_keys(
+    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dk: Tensor, dv: Tensor,
+    sums: Tensor | None,
+) -> None:  # fmt: skip
+    tile = _tile(problem, "keys" if sums is None else "all", q)
+    kv_heads = k.shape[2]
+    blocks = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_N, tile.BLOCK_M)
+    sources, tma = _sources((q, k, v, dout), blocks, problem.widths)
+    sums_tma = sums is not None and tma and not INTERPRETED
+    target: Any = sums
+    if sums is not None and sums_tma:
+        block = [sums.shape[0], tile.BLOCK_M]
+        target = TensorDescriptor(sums, list(sums.shape), list(sums.stride()), block)
+    problem.operator.launch(
+        attention_backward_keys_kernel,
+        (cdiv(problem.lengths[1], tile.BLOCK_N) * kv_heads * problem.batch,),
+        *sources, *problem.scratch, target, dk, dv, *problem.extras, *problem.lengths, kv_heads,
+        *problem.window, *problem.rows, *_strides(q, k, v, dout, dk, dv),
+        **problem.flags, **problem.widths, TMA=tma, SUMS_TMA=sums_tma, **tile._asdict(),
+    )  # fmt: skip
+
+
+def _launch_queries(
+    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dq: Tensor
+) -> None:
+    tile = _tile(problem, "queries", q)
+    heads = q.shape[2]
+    blocks = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_N, tile.BLOCK_M)
+    sources, tma = _sources((q, k, v, dout), blocks, problem.widths)
+    problem.operator.launch(
+        attention_backward_queries_kernel,
+        (cdiv(problem.lengths[0], tile.BLOCK_M) * heads * problem.batch,),
+        *sources, *problem.scratch, dq, *problem.extras, *problem.lengths, heads,
+        *problem.window, problem.rows[0], *_strides(q, k, v, dout, dq),
+        **problem.flags, **problem.widths, TMA=tma, **tile._asdict(),
+    )  # fmt: skip
+
+
+def _launch_finish(problem: _Problem, sums: Tensor, dq: Tensor) -> None:
+    heads = dq.shape[2]
+    _, cu_seqlens_q, _, scale, _, _ = problem.extras
+    problem.operator.launch(
+        attention_backward_finish_kernel,
+        (cdiv(problem.lengths[0], ROWS) * heads * problem.batch,),
+        sums, dq, cu_seqlens_q, scale, problem.lengths[0], heads, *problem.rows,
+        *dq.stride()[:3], D=problem.widths["D"], BLOCK_D=problem.widths["BLOCK_D"], ROWS=ROWS,
+        **problem.constants("PACKED", "ACC"), num_warps=4,
+    )  # fmt: skip
+
+
+def _tile(problem: _Problem, kernel: str, q: Tensor) -> Tile:
+    width = max(problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"])
+    return tile_for(kernel, width, q.element_size(), *problem.lengths)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Those of the batch, the rows and the heads, one tensor after another."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def _sources(
+    tensors: tuple[Tensor, ...], blocks: tuple[int, ...], widths: dict[str, int]
+) -> tuple[tuple[Any, ...], bool]:
+    """Descriptors of q, k, v and dout as [B, H, T, D] where all can have one, else themselves."""
+    if not all(_describable(x) for x in tensors):
+        return tensors, False
+    cols = (widths["BLOCK_D"], widths["BLOCK_D"], widths["BLOCK_DV"], widths["BLOCK_DV"])
+    return tuple(
+        _describe(x, rows, width) for x, rows, width in zip(tensors, blocks, cols, strict=True)
+    ), True
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can fetch rows: all at multiples of 16 bytes."""
+    unit = 16 // x.element_size()
+    return (
+        x.dtype != torch.float64
+        and x.numel() > 0
+        and x.stride(3) == 1
+        and x.shape[3] >= unit
+        and x.data_ptr() % 16 == 0
+        and all(
+            n == 1 or (stride > 0 and stride % unit == 0)
+            for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+        )
+    )
+
+
+def _describe(x: Tensor, rows: int, cols: int) -> Any:
+    """A descriptor whose blocks are rows of one head."""
+    x = x.transpose(1, 2)
+    unit = 16 // x.element_size()
+    anything = cdiv(x.shape[-1], unit) * unit
+    strides = [anything if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
+    strides[-1] = 1
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, cols])
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: it matters for float32 alone, and is torch's setting."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"

@@ -1,0 +1,178 @@
+"""The gradients of k and v: a program owns a block of keys and walks the queries that see it.
+
+    p = exp(s - lse)    dv = pᵀ · dout    dp = dout · vᵀ    ds = p · (dp - delta)    dk = dsᵀ · q
+
+Scores are computed transposed, keys by queries: pᵀ and dsᵀ then are left operands of the next
+products, and those the tensor cores take from registers. With `sums` the program multiplies once
+more, dq = ds · k, and adds that to float32 sums in memory, atomically and so in no fixed order:
+five products in all. Without, dq is another kernel's (backward_queries.py), which must compute s
+and dp again: seven.
+
+Query heads of one key head are walked one after another, so that nothing is added up afterwards.
+"""
+
+from tilewright_kernels import _triton
+from tilewright_kernels._triton import tl, triton
+from tilewright_kernels.flash_attention.backward_tiles import (
+    load_rows,
+    probabilities,
+    scratch_row,
+    sequence,
+    store_rows,
+)
+from tilewright_kernels.flash_attention.masks import keep, query_blocks, shift_of
+
+INTERPRETED = tl.constexpr(_triton.INTERPRETED)
+
+
+@triton.jit
+def _add_columns(
+    tile, sums, col, cols_in_all, TMA: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """sums[:, col …] += tile, atomically. The interpreter's descriptors cannot add."""
+    if TMA:
+        sums.atomic_add([0, col], tile)
+    else:
+        rows = tl.arange(0, ROWS).to(tl.int64)[:, None]
+        cols = col + tl.arange(0, COLS)[None, :]
+        tl.atomic_add(sums + rows * cols_in_all + cols, tile, sem="relaxed")
+
+
+@triton.jit
+def _walk_queries(
+    dk, dv, k, v, key, q_source, dout_source, lse2_ptr, delta_ptr, sums, seed_ptr,
+    begin, end, batch, index, kv_head, heads, first_q, len_q, len_k, num_q, num_k, shift,
+    left, right, scale, softcap, kept, rows_per_head, all_rows, q_strides, dout_strides,
+    GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    TMA: tl.constexpr, SUMS_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what queries begin … end - 1 of each head of the group contribute to dk and dv."""
+    blocks = (end - begin) // BLOCK_M
+    CLEAR: tl.constexpr = PACKED and MASKED
+    for step in tl.range(0, blocks * GROUP):
+        if GROUP == 1:
+            head = kv_head
+            row = begin + step * BLOCK_M
+        else:
+            head = kv_head * GROUP + step // blocks
+            row = begin + step % blocks * BLOCK_M
+        query = (row + tl.arange(0, BLOCK_M))[None, :]
+        scratch = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED) + row
+        rows = scratch + tl.arange(0, BLOCK_M)
+
+        q = load_rows(
+            q_source, index, head, first_q, row, len_q, q_strides, D, BLOCK_M, BLOCK_D, TMA, CLEAR
+        )
+        products = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=ACC)
+        p, slope = probabilities(
+            products, tl.load(lse2_ptr + rows)[None, :], query, key, len_k, shift, left, right,
+            scale, softcap, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, MASKED,
+        )  # fmt: skip
+        dout = load_rows(
+            dout_source, index, head, first_q, row, len_q, dout_strides, D_V,
+            BLOCK_M, BLOCK_DV, TMA, CLEAR,
+        )  # fmt: skip
+        dp = tl.dot(v, dout.T, input_precision=PRECISION, out_dtype=ACC)
+        if HAS_DROPOUT:
+            seed = tl.load(seed_ptr)
+            kept_here = keep(seed, batch * heads + head, query, key, num_q, num_k, kept)
+            inverse = 4294967296.0 / tl.maximum(kept, 1).to(ACC)
+            p_dropped = tl.where(kept_here, p * inverse, 0.0)
+            dp = tl.where(kept_here, dp * inverse, 0.0)
+        else:
+            p_dropped = p
+        dv = tl.dot(
+            p_dropped.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC
+        )  # fmt: skip
+        ds = p * (dp - tl.load(delta_ptr + rows)[None, :])
+        if HAS_SOFTCAP:
+            ds = ds * slope
+        ds = ds.to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION, out_dtype=ACC)
+        if sums is not None:
+            # Transposed as well: ds is a right operand as it lies.
+            dq = tl.dot(k.T, ds, input_precision=PRECISION, out_dtype=ACC)
+            _add_columns(dq, sums, scratch, all_rows, SUMS_TMA, BLOCK_D, BLOCK_M)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["kept"])
+def attention_backward_keys_kernel(
+    q_source, k_source, v_source, dout_source, lse2_ptr, delta_ptr, sums, dk_ptr, dv_ptr,
+    seed_ptr, cu_q_ptr, cu_k_ptr,
+    # float64, so that they are exact there.
+    # pyrefly: ignore[not-a-type]
+    scale: tl.float64, softcap: tl.float64,
+    kept, num_q, num_k, kv_heads, left, right, rows_per_head, all_rows,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    dout_batch, dout_row, dout_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
+    GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr,
+    TMA: tl.constexpr, SUMS_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, dv of BLOCK_N keys of one key head, and their part of dq, unscaled, where sums is given.
+
+    Blocks of one head are neighbours, and share its queries in the second-level cache. Where there
+    is causality the first has most to do and is started first.
+    """
+    tiles = tl.cdiv(num_k, BLOCK_N)
+    first_key = tl.program_id(0) % tiles * BLOCK_N
+    kv_head = tl.program_id(0) // tiles % kv_heads
+    batch = tl.program_id(0) // tiles // kv_heads
+    index, first_q, len_q, first_k, len_k = sequence(batch, num_q, num_k, cu_q_ptr, cu_k_ptr)
+    if first_key >= len_k:
+        return
+    shift = shift_of(len_q, len_k, BOTTOM_RIGHT)
+    begin, full_begin, full_end, end = query_blocks(
+        first_key, first_key + BLOCK_N - 1, len_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+    )
+    # Queries past the end have p = 0 from their lse, so a last block that is not full needs a mask
+    # only where what lies there must be cleared. Keys past the end need one at every query.
+    HAS_TAIL: tl.constexpr = HAS_LEFT or PACKED
+    if not HAS_TAIL:
+        full_end = end
+    if first_key + BLOCK_N > len_k:
+        full_begin, full_end = end, end
+
+    k = load_rows(
+        k_source, index, kv_head, first_k, first_key, len_k, (k_batch, k_row, k_head), D,
+        BLOCK_N, BLOCK_D, TMA, PACKED,
+    )  # fmt: skip
+    v = load_rows(
+        v_source, index, kv_head, first_k, first_key, len_k, (v_batch, v_row, v_head), D_V,
+        BLOCK_N, BLOCK_DV, TMA, PACKED,
+    )  # fmt: skip
+    key = (first_key + tl.arange(0, BLOCK_N))[:, None]
+    scale = tl.full((), scale, ACC)
+    softcap = tl.full((), softcap, ACC)
+    if HAS_SOFTCAP:
+        inner_scale, softcap = scale / softcap, softcap * 1.4426950408889634
+    else:
+        inner_scale = scale * 1.4426950408889634
+    dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=ACC)
+    dv = tl.zeros((BLOCK_N, BLOCK_DV), dtype=ACC)
+    q_strides, dout_strides = (q_batch, q_row, q_head), (dout_batch, dout_row, dout_head)
+    heads = kv_heads * GROUP
+    for part in tl.static_range(3):
+        if part != 2 or HAS_TAIL:
+            dk, dv = _walk_queries(
+                dk, dv, k, v, key, q_source, dout_source, lse2_ptr, delta_ptr, sums, seed_ptr,
+                (begin, full_begin, full_end)[part], (full_begin, full_end, end)[part],
+                batch, index, kv_head, heads, first_q, len_q, len_k, num_q, num_k, shift,
+                left, right, inner_scale, softcap, kept, rows_per_head, all_rows,
+                q_strides, dout_strides, GROUP, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, part != 1, PACKED, TMA, SUMS_TMA, ACC, PRECISION,
+            )  # fmt: skip
+    store_rows(
+        dk * scale, dk_ptr, index, kv_head, first_k, first_key, len_k,
+        (dk_batch, dk_row, dk_head), D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    store_rows(
+        dv, dv_ptr, index, kv_head, first_k, first_key, len_k,
+        (dv_batch, dv_row, dv_head), D_V, BLOCK_N, BLOCK_DV,
+    )  # fmt: skip

@@ -1,0 +1,122 @@
+"""The gradient of q: a program owns a block of queries and walks the keys that they see.
+
+    p = exp(s - lse)      dp = dout · vᵀ      ds = p · (dp - delta)      dq = ds · k
+
+Each sum has one owner and one order: the same bits in every run. The price is that s and dp are
+computed here and in backward_keys.py.
+"""
+
+from tilewright_kernels._triton import tl, triton
+from tilewright_kernels.flash_attention.backward_tiles import (
+    load_rows,
+    probabilities,
+    scratch_row,
+    sequence,
+    store_rows,
+)
+from tilewright_kernels.flash_attention.masks import keep, key_blocks, shift_of
+
+
+@triton.jit
+def _walk_keys(
+    dq, q, dout, lse2, delta, query, k_source, v_source, seed_ptr,
+    begin, end, index, kv_head, dropout_head, first_k, len_k, num_q, num_k, shift,
+    left, right, scale, softcap, kept, k_strides, v_strides,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what keys begin … end - 1 contribute to dq."""
+    CLEAR: tl.constexpr = PACKED and MASKED
+    for row in tl.range(begin, end, BLOCK_N):
+        key = (row + tl.arange(0, BLOCK_N))[None, :]
+        k = load_rows(
+            k_source, index, kv_head, first_k, row, len_k, k_strides, D,
+            BLOCK_N, BLOCK_D, TMA, CLEAR,
+        )  # fmt: skip
+        products = tl.dot(q, k.T, input_precision=PRECISION, out_dtype=ACC)
+        v = load_rows(
+            v_source, index, kv_head, first_k, row, len_k, v_strides, D_V,
+            BLOCK_N, BLOCK_DV, TMA, CLEAR,
+        )  # fmt: skip
+        dp = tl.dot(dout, v.T, input_precision=PRECISION, out_dtype=ACC)
+        p, slope = probabilities(
+            products, lse2, query, key, len_k, shift, left, right, scale, softcap,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, MASKED,
+        )  # fmt: skip
+        if HAS_DROPOUT:
+            seed = tl.load(seed_ptr)
+            kept_here = keep(seed, dropout_head, query, key, num_q, num_k, kept)
+            dp = tl.where(kept_here, dp * (4294967296.0 / tl.maximum(kept, 1).to(ACC)), 0.0)
+        ds = p * (dp - delta)
+        if HAS_SOFTCAP:
+            ds = ds * slope
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
+    return dq
+
+
+@triton.jit(do_not_specialize=["kept"])
+def attention_backward_queries_kernel(
+    q_source, k_source, v_source, dout_source, lse2_ptr, delta_ptr, dq_ptr,
+    seed_ptr, cu_q_ptr, cu_k_ptr,
+    # float64, so that they are exact there.
+    # pyrefly: ignore[not-a-type]
+    scale: tl.float64, softcap: tl.float64,
+    kept, num_q, num_k, heads, left, right, rows_per_head,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    dout_batch, dout_row, dout_head, dq_batch, dq_row, dq_head,
+    GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PACKED: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of BLOCK_M queries of one head. The last have most keys to see and are started first."""
+    tiles = tl.cdiv(num_q, BLOCK_M)
+    first_query = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    head = tl.program_id(0) // tiles % heads
+    batch = tl.program_id(0) // tiles // heads
+    kv_head = head // GROUP
+    index, first_q, len_q, first_k, len_k = sequence(batch, num_q, num_k, cu_q_ptr, cu_k_ptr)
+    if first_query >= len_q:
+        return
+    shift = shift_of(len_q, len_k, BOTTOM_RIGHT)
+    begin, full_begin, full_end, end = key_blocks(
+        first_query, tl.minimum(first_query + BLOCK_M, len_q) - 1, len_k, shift, left, right,
+        HAS_LEFT, HAS_RIGHT, BLOCK_N,
+    )  # fmt: skip
+
+    q = load_rows(
+        q_source, index, head, first_q, first_query, len_q, (q_batch, q_row, q_head), D,
+        BLOCK_M, BLOCK_D, TMA, PACKED,
+    )  # fmt: skip
+    dout = load_rows(
+        dout_source, index, head, first_q, first_query, len_q, (dout_batch, dout_row, dout_head),
+        D_V, BLOCK_M, BLOCK_DV, TMA, PACKED,
+    )  # fmt: skip
+    query = first_query + tl.arange(0, BLOCK_M)
+    rows = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED) + query
+    lse2, delta = tl.load(lse2_ptr + rows)[:, None], tl.load(delta_ptr + rows)[:, None]
+    scale = tl.full((), scale, ACC)
+    softcap = tl.full((), softcap, ACC)
+    if HAS_SOFTCAP:
+        inner_scale, softcap = scale / softcap, softcap * 1.4426950408889634
+    else:
+        inner_scale = scale * 1.4426950408889634
+    dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
+    for part in tl.static_range(3):
+        if part != 0 or HAS_LEFT:
+            dq = _walk_keys(
+                dq, q, dout, lse2, delta, query[:, None], k_source, v_source, seed_ptr,
+                (begin, full_begin, full_end)[part], (full_begin, full_end, end)[part],
+                index, kv_head, batch * heads + head, first_k, len_k, num_q, num_k, shift,
+                left, right, inner_scale, softcap, kept,
+                (k_batch, k_row, k_head), (v_batch, v_row, v_head),
+                D, D_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                HAS_DROPOUT, part != 1, PACKED, TMA, ACC, PRECISION,
+            )  # fmt: skip
+    store_rows(
+        dq * scale, dq_ptr, index, head, first_q, first_query, len_q,
+        (dq_batch, dq_row, dq_head), D, BLOCK_M, BLOCK_D,
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""What the backward does once a query: before the tiles, and after them.
+
+Before: delta = Σ out · dout over the columns. The gradient of a softmax is p · (dp - Σ p · dp), and
+the sum over all keys is this sum over D columns, since out = Σ p · v and dp = dout · v.
+After: the float32 sums of dq in the type of dq.
+"""
+
+from tilewright_kernels._triton import tl, triton
+from tilewright_kernels.flash_attention.backward_tiles import (
+    SCRATCH_ROWS,
+    load_rows,
+    scratch_row,
+    sequence,
+    store_rows,
+)
+
+
+@triton.jit
+def attention_backward_rows_kernel(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, sums_ptr, cu_q_ptr,
+    len_q, heads, rows_per_head, all_rows,
+    out_batch, out_row, out_head, dout_batch, dout_row, dout_head,
+    lse_batch, lse_head, lse_row, dlse_batch, dlse_head, dlse_row,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SUMS: tl.constexpr, ROWS: tl.constexpr,
+    PACKED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """lse2 = lse · log2(e) and delta, in padded rows; zeros where dq will be summed, if it will.
+
+    Rows that are no query's, and queries that see nothing, get lse2 = +inf, so that p = 0. The
+    gradient of lse itself is p, so it goes into delta.
+    """
+    tiles = tl.cdiv(len_q, SCRATCH_ROWS) * (SCRATCH_ROWS // ROWS)
+    row = tl.program_id(0) % tiles * ROWS
+    head = tl.program_id(0) // tiles % heads
+    batch = tl.program_id(0) // tiles // heads
+    index, first, length, _, _ = sequence(batch, len_q, len_q, cu_q_ptr, cu_q_ptr)
+    if row >= tl.cdiv(length, SCRATCH_ROWS) * SCRATCH_ROWS:
+        return
+    scratch = scratch_row(batch, head, heads, first, rows_per_head, PACKED)
+    out = load_rows(
+        out_ptr, index, head, first, row, length, (out_batch, out_row, out_head), D,
+        ROWS, BLOCK_D, False, False,
+    ).to(ACC)  # fmt: skip
+    dout = load_rows(
+        dout_ptr, index, head, first, row, length, (dout_batch, dout_row, dout_head), D,
+        ROWS, BLOCK_D, False, False,
+    ).to(ACC)  # fmt: skip
+    delta = tl.sum(out * dout, axis=1)
+
+    rows = row + tl.arange(0, ROWS)
+    inside = rows < length
+    lse_ptr += tl.cast(index, tl.int64) * lse_batch + tl.cast(head, tl.int64) * lse_head
+    lse = tl.load(lse_ptr + (first + rows).to(tl.int64) * lse_row, mask=inside, other=0.0).to(ACC)
+    if dlse_ptr is not None:
+        dlse_ptr += tl.cast(index, tl.int64) * dlse_batch + tl.cast(head, tl.int64) * dlse_head
+        dlse = tl.load(dlse_ptr + (first + rows).to(tl.int64) * dlse_row, mask=inside, other=0.0)
+        delta -= dlse.to(ACC)
+    sees = inside & (lse != float("-inf"))
+    rows = scratch.to(tl.int64) + rows
+    tl.store(lse2_ptr + rows, tl.where(sees, lse * 1.4426950408889634, float("inf")))
+    tl.store(delta_ptr + rows, tl.where(sees, delta, 0.0))
+    if sums_ptr is not None:
+        cols = tl.arange(0, BLOCK_SUMS).to(tl.int64)[:, None]
+        tl.store(sums_ptr + cols * all_rows + rows[None, :], tl.zeros((BLOCK_SUMS, ROWS), ACC))
+
+
+@triton.jit
+def attention_backward_finish_kernel(
+    sums_ptr, dq_ptr, cu_q_ptr,
+    # float64, so that it is exact there.
+    # pyrefly: ignore[not-a-type]
+    scale: tl.float64,
+    len_q, heads, rows_per_head, all_rows, dq_batch, dq_row, dq_head,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    PACKED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dq = scale · sumsᵀ: backward_keys.py adds up dq transposed."""
+    tiles = tl.cdiv(len_q, ROWS)
+    row = tl.program_id(0) % tiles * ROWS
+    head = tl.program_id(0) // tiles % heads
+    batch = tl.program_id(0) // tiles // heads
+    index, first, length, _, _ = sequence(batch, len_q, len_q, cu_q_ptr, cu_q_ptr)
+    if row >= length:
+        return
+    rows = scratch_row(batch, head, heads, first, rows_per_head, PACKED).to(tl.int64)
+    rows += row + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_D).to(tl.int64)[:, None]
+    sums = tl.load(sums_ptr + cols * all_rows + rows[None, :])
+    store_rows(
+        sums.T * tl.full((), scale, ACC), dq_ptr, index, head, first, row, length,
+        (dq_batch, dq_row, dq_head), D, ROWS, BLOCK_D,
+    )  # fmt: skip
