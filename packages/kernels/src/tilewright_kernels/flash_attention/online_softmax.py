@@ -1,0 +1,79 @@
+"""Softmax of a row that comes in pieces, as the kernels of the forward and of decoding take it.
+
+A row's state is m, the largest score so far, l = Σ exp(s - m) and acc = Σ exp(s - m) · v. Where a
+piece brings a larger maximum, l and acc are first multiplied by exp(m - m_new) (Milakov &
+Gimelshein 2018, arXiv:1805.02867).
+
+Exponentials are powers of two, which the hardware has: m counts in base 2. The factor log2(e), and
+with it the scale of q·k, is multiplied in where the maximum is subtracted, in one instruction.
+"""
+
+from tilewright_kernels._triton import tl, triton
+
+_LOG2_E = 1.4426950408889634
+
+
+def score_factors(scale: float, softcap: float) -> tuple[float | None, float]:
+    """(BEFORE, FACTOR) for the kernels: `scores` · FACTOR are the scores in base 2.
+
+    FACTOR is positive, so that the largest score stays the largest.
+
+    Args:
+        scale: of q·k.
+        softcap: c of c · tanh(s / c), 0 for none.
+    """
+    if softcap > 0:
+        return 2 * _LOG2_E * scale / softcap, softcap * _LOG2_E
+    if scale > 0:
+        return None, scale * _LOG2_E
+    return scale * _LOG2_E, 1.0
+
+
+@triton.jit
+def scores(products, BEFORE: tl.constexpr, CAPPED: tl.constexpr):
+    """Scores, less FACTOR, from q·k.
+
+    CAPPED: tanh(x) = 1 - 2 / (1 + e²ˣ), with 2x / ln 2 = BEFORE · q·k. It cancels near zero, where
+    its relative error grows; what an exponential wants of it is a small absolute one. 1 / d is the
+    reciprocal root of d², two instructions instead of eight; e²ˣ ends at 2⁶⁰ so that d² is finite.
+    """
+    if CAPPED:
+        d = 1.0 + tl.exp2(tl.minimum(products * BEFORE, 60.0))
+        s = 1.0 - 2.0 * (1.0 / d if d.dtype == tl.float64 else tl.rsqrt(d * d))
+    elif BEFORE is not None:
+        s = products * BEFORE
+    else:
+        s = products
+    return s
+
+
+@triton.jit
+def take_piece(s, m, l, FACTOR: tl.constexpr, MASKED: tl.constexpr):
+    """One piece of each row: its exp(s - m_new), and the row's new state.
+
+    Args:
+        s: [rows, keys] from `scores`, -inf where a key is hidden.
+        m: [rows], -inf before the first visible key.
+        l: [rows].
+        FACTOR: from `score_factors`.
+        MASKED: whether s may be -inf; without it a row may not be wholly hidden.
+
+    Returns:
+        p, m_new, l_new, and alpha, which acc is to be multiplied by.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1) * FACTOR)
+    base = m_new
+    if MASKED:  # -inf - -inf is NaN
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * FACTOR - base[:, None])
+    alpha = tl.exp2(m - base)
+    return p, m_new, l * alpha + tl.sum(p, 1), alpha
+
+
+@triton.jit
+def finish_rows(m, l, acc):
+    """acc / l and the log-sum-exp in base e; 0 and -inf for a row that saw nothing."""
+    empty = l == 0.0
+    l = tl.where(empty, 1.0, l)
+    lse = tl.where(empty, float("-inf"), m * 0.6931471805599453 + tl.log(l))
+    return acc / l[:, None], lse
