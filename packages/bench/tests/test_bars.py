@@ -4,12 +4,11 @@ from tilewright_bench.bars import BARS
 from tilewright_bench.discovery import operators_in
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-AWAITED = {"linear", "gated_mlp", "symmetric_matmul"}
 OPERATORS = {name for bars in BARS.values() for bar in bars for name in bar.operators}
 
 
 def test_what_has_a_bar_has_a_benchmark():
-    assert OPERATORS - operators_in(BENCHMARKS) <= AWAITED
+    assert operators_in(BENCHMARKS) >= OPERATORS
 
 
 def test_an_operator_has_its_bars_in_one_family():

@@ -162,13 +162,30 @@ def test_recomputed_bits_are_the_kept_ones(sizes, device):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_two_backwards_of_one_graph_agree(recompute, device):
-    # Backward overwrites nothing that it was given.
+    # Only the last one may write over what is kept.
     tensors = make((5,), 16, 24, torch.float16, device)
     with use_backend("triton"):
         total = gated_mlp(*tensors, recompute=recompute).sum()
         first = torch.autograd.grad(total, tensors, retain_graph=True)
         for a, b in zip(first, torch.autograd.grad(total, tensors), strict=True):
             assert torch.equal(a, b)
+
+
+def test_the_last_backward_writes_over_what_was_kept(device):
+    # Not a tensor like gate and up more at the peak.
+    x, *weights = make((5,), 16, 24, torch.float16, device)
+    kept: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def pack(tensor):
+        return kept.setdefault(tuple(tensor.shape), tensor)
+
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = gated_mlp(x, *weights)
+    before = kept[5, 48].clone()
+    torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+    assert torch.equal(kept[5, 48], before)
+    torch.autograd.grad(y, x, torch.ones_like(y))
+    assert not torch.equal(kept[5, 48], before)
 
 
 @pytest.mark.parametrize(("recompute", "numbers"), [(False, 6 * (16 + 2 * 24)), (True, 6 * 16)])
@@ -192,7 +209,9 @@ def test_nothing_is_kept_where_no_gradient_is_needed(device, monkeypatch):
     x, *weights = make((6,), 16, 24, torch.float16, device)
     with use_backend("triton"):
         with torch.no_grad():
-            _, kept = torch.ops.tilewright.gated_mlp_forward(x, *weights, "silu", False, [True] * 4)
+            ours = [True] * 4
+            forward = torch.ops.tilewright.gated_mlp_forward
+            _, kept = forward(x, *weights, "silu", False, ours, False)
         assert kept.numel() == 0
         expected = gated_mlp(x, *weights)
         with torch.no_grad():
@@ -219,9 +238,9 @@ def test_opcheck(keep, device):
     x, w_gate_up, w_down = make((5,), 16, 8, device=device)
     ours, ops = [True] * 4, torch.ops.tilewright
     tensors = (x, w_gate_up, w_down)
-    torch.library.opcheck(ops.gated_mlp_forward.default, (*tensors, "gelu", keep, ours))
+    torch.library.opcheck(ops.gated_mlp_forward.default, (*tensors, "gelu", keep, ours, False))
     with torch.no_grad():
-        y, gate_up = ops.gated_mlp_forward(*tensors, "gelu", keep, ours)
+        y, gate_up = ops.gated_mlp_forward(*tensors, "gelu", keep, ours, False)
         for needed in ([True] * 3, [True, False, False], [False, False, True]):
             torch.library.opcheck(
                 ops.gated_mlp_backward.default, (y, *tensors, gate_up, "gelu", ours, needed)
@@ -294,9 +313,10 @@ def test_auto_leaves_wide_numbers_to_torch():
     assert row.fell_back == 0
 
 
+# Not float64: the oracle would be torch's product in float64, which is no better than ours.
 @pytest.mark.gpu
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("dtype", FLOATING[1:], ids=str)
 @pytest.mark.parametrize(("rows", "hidden", "width"), REAL_SHAPES, ids=str)
 def test_matches_float64_at_real_shapes(rows, hidden, width, dtype, recompute):
     check(*make(rows, hidden, width, dtype, "cuda"), recompute=recompute)
@@ -308,10 +328,19 @@ def test_matches_float64_at_real_shapes(rows, hidden, width, dtype, recompute):
 def test_each_kernel_at_several_tiles_a_program(activation, dtype, monkeypatch):
     # More tiles than multiprocessors, partial ones at both edges; then what other GPUs run.
     tensors = make((4200,), 264, 2056, dtype, "cuda")
-    check(*tensors, activation)
-    monkeypatch.setattr(_gate_up, "is_hopper", lambda _: False)
-    monkeypatch.setattr(_gate_up_grad, "is_hopper", lambda _: False)
-    check(*tensors, activation)
+    dy = torch.rand_like(tensors[0])
+
+    def run():
+        check(*tensors, activation)
+        y = gated_mlp(*tensors, activation)
+        return y, *torch.autograd.grad(y, tensors, dy)
+
+    with use_backend("triton"):
+        hopper = run()
+        monkeypatch.setattr(_gate_up, "is_hopper", lambda _: False)
+        monkeypatch.setattr(_gate_up_grad, "is_hopper", lambda _: False)
+        for a, b in zip(hopper, run(), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.gpu
@@ -323,7 +352,7 @@ def test_more_than_two_to_the_31_elements():
         y = gated_mlp(x, w_gate_up, w_down)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     for t in (y.detach(), dx):
-        assert torch.equal(t[-64:], t[:64])
+        torch.testing.assert_close(t[-64:], t[:64])
         assert t[-1].abs().max() > 0
 
 

@@ -347,8 +347,9 @@ def test_module_leaves_its_buffer_alone(device):
     assert layer.half().weight_grad_buffer is buffer
 
 
+# Not float64: the oracle would be torch's product in float64, which is no better than ours.
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("dtype", FLOATING[1:], ids=str)
 @pytest.mark.parametrize(("rows", "in_features", "out_features"), REAL_SHAPES, ids=str)
 def test_matches_float64_at_real_shapes(rows, in_features, out_features, dtype):
     check(*make(rows, in_features, out_features, dtype, "cuda"))

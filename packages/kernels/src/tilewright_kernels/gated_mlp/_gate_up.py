@@ -4,7 +4,7 @@
 
 x is read once for both. The sums of gate and up of one tile are in registers at the same time, so h
 is computed where they are: gate and up reach memory where backward will ask for them, and else
-never.
+never. They are rounded as if they did, so that h has the same bits in forward and in backward.
 """
 
 from typing import Any
@@ -26,11 +26,6 @@ from tilewright_kernels.matmul.tiles import dot_pointers, store_pointers, tile_i
 
 # A tile of gate and a tile of up, both of BLOCK_N columns.
 PERSISTENT_TILE = Tile(128, 128, 64, 8, 4, 8)
-POINTER_TILES = {
-    2: Tile(128, 128, 64, 8, 3, 8),
-    4: Tile(64, 64, 32, 8, 3, 8),
-    8: Tile(32, 32, 16, 8, 2, 4),
-}
 
 
 @triton.jit
@@ -53,12 +48,13 @@ def gate_up_persistent_kernel(
             x = x_desc.load([row, k * BLOCK_K])
             w = w_desc.load([0, col, k * BLOCK_K]).reshape(2 * BLOCK_N, BLOCK_K)
             acc = tl.dot(x, w.T, acc)
-        gate, up = acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+        gate, up = acc.to(x_desc.dtype).reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
         if gate_desc is not None:
-            gate_desc.store([row, col], gate.to(gate_desc.dtype))
-            up_desc.store([row, col], up.to(up_desc.dtype))
+            gate_desc.store([row, col], gate)
+            up_desc.store([row, col], up)
         if h_desc is not None:
-            h_desc.store([row, col], (FUNCTION(gate) * up).to(h_desc.dtype))
+            h = FUNCTION(gate.to(tl.float32)) * up.to(tl.float32)
+            h_desc.store([row, col], h.to(h_desc.dtype))
 
 
 @triton.jit
@@ -72,14 +68,15 @@ def gate_up_pointer_kernel(
     """The same through pointers, for any strides and sizes: two walks along K, a tile a program."""
     m, n = tile_in_groups(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     w_up_ptr = w_ptr + tl.cast(N, tl.int64) * w_n_stride
+    dtype = x_ptr.dtype.element_ty
     gate = dot_pointers(
         x_ptr, w_ptr, m, n, M, N, K, x_m_stride, x_k_stride, w_k_stride, w_n_stride,
         ACC, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
-    )  # fmt: skip
+    ).to(dtype).to(ACC)  # fmt: skip
     up = dot_pointers(
         x_ptr, w_up_ptr, m, n, M, N, K, x_m_stride, x_k_stride, w_k_stride, w_n_stride,
         ACC, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
-    )  # fmt: skip
+    ).to(dtype).to(ACC)  # fmt: skip
     if gate_ptr is not None:
         store_pointers(
             gate, gate_ptr, None, m, n, M, N, gate_m_stride, 1, 0, 0, False, False,
@@ -133,7 +130,7 @@ def launch_gate_up(
             FUNCTION=function, **tile._asdict(),
         )  # fmt: skip
         return
-    tile = tile_for(POINTER_TILES, M, N, K, x.element_size())
+    tile = tile_for(M, N, K, x.element_size())
     options = tile._asdict()
     operator.launch(
         gate_up_pointer_kernel, (cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N),),

@@ -2,8 +2,9 @@
 
     dh = dy · Wd          dgate = dh · up · f'(gate)          dup = dh · f(gate)
 
-dh is in registers and reaches memory never. gate and up are read there anyway, so h = f(gate) · up,
-which forward did not keep, is written beside: the gradient of Wd needs it.
+dh never reaches memory; it is rounded as if it did, which is what the Hopper kernel does to hand it
+over. gate and up are read there anyway, so h = f(gate) · up, which forward did not keep, is written
+beside: the gradient of Wd needs it.
 """
 
 from typing import Any
@@ -24,12 +25,6 @@ from tilewright_kernels.gated_mlp._launch import (
 from tilewright_kernels.matmul.tiles import dot_pointers, store_pointers, tile_in_groups
 
 PERSISTENT_TILE = Tile(128, 256, 64, 8, 4, 8)
-POINTER_TILES = {
-    2: Tile(128, 128, 64, 8, 3, 8),
-    4: Tile(64, 64, 32, 8, 3, 8),
-    8: Tile(32, 32, 16, 8, 2, 4),
-}
-"""As those of the forward."""
 
 PARTS = 4
 """The epilogue takes the columns of a tile in so many parts: in two, registers do not suffice."""
@@ -58,7 +53,7 @@ def gate_up_grad_persistent_kernel(
         )
         for part in tl.static_range(4):
             col = n * BLOCK_N + part * PART_N
-            dh = parts[part]
+            dh = parts[part].to(dgate_desc.dtype).to(tl.float32)
             gate = gate_desc.load([row, col]).to(tl.float32)
             up = up_desc.load([row, col]).to(tl.float32)
             f = FUNCTION(gate)
@@ -79,6 +74,12 @@ def gate_up_grad_pointer_kernel(
 ):  # fmt: skip
     """The same through pointers, for any strides and sizes; h alone where dgate_ptr is None."""
     m, n = tile_in_groups(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    dh = None
+    if dgate_ptr is not None:
+        dh = dot_pointers(
+            dy_ptr, w_ptr, m, n, M, N, K, dy_m_stride, dy_k_stride, w_k_stride, w_n_stride,
+            ACC, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
+        ).to(dy_ptr.dtype.element_ty).to(ACC)  # fmt: skip
     rows, cols = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     offsets = rows[:, None].to(tl.int64) * gate_m_stride + cols[None, :]
@@ -89,11 +90,7 @@ def gate_up_grad_pointer_kernel(
         store_pointers(
             f * up, h_ptr, None, m, n, M, N, h_m_stride, 1, 0, 0, False, False, BLOCK_M, BLOCK_N
         )
-    if dgate_ptr is not None:
-        dh = dot_pointers(
-            dy_ptr, w_ptr, m, n, M, N, K, dy_m_stride, dy_k_stride, w_k_stride, w_n_stride,
-            ACC, PRECISION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
-        )  # fmt: skip
+    if dh is not None:
         store_pointers(
             dh * up * SLOPE(gate), dgate_ptr, None, m, n, M, N, dgate_m_stride, 1, 0, 0,
             False, False, BLOCK_M, BLOCK_N,
@@ -143,7 +140,7 @@ def launch_gate_up_grad(
             FUNCTION=function, SLOPE=slope, **tile._asdict(),
         )  # fmt: skip
         return
-    tile = tile_for(POINTER_TILES, M, N, K, dy.element_size())
+    tile = tile_for(M, N, K, dy.element_size())
     operator.launch(
         gate_up_grad_pointer_kernel, (cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N),),
         dy, w_down, gate, up, dgate, dup, h, M, N, K, *dy.stride(), *w_down.stride(),

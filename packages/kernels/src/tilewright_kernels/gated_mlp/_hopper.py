@@ -9,9 +9,9 @@ they apply the activation or its gradient and write the results, while the eight
 tile. In `_gate_up` and `_gate_up_grad` all warps do both, one after the other, and the tensor cores
 wait meanwhile. H200, bfloat16, 16384 tokens, one run:
 
-    hidden, I      forward: here, there, cuBLAS alone      backward: here, cuBLAS and a kernel
-    1536, 4096     0.675    0.735    0.629 ms              0.43    0.49 ms
-    4096, 11008    4.49     4.66     4.37 ms               2.29    2.85 ms
+    hidden, I      forward: here, there, cuBLAS alone      backward: here, cuBLAS and two kernels
+    1536, 4096     0.69     0.73     0.64 ms               0.44    0.59 ms
+    4096, 11008    4.51     4.66     4.37 ms               2.34    3.03 ms
 
 Twelve warps are the most: with 16 a thread could have 128 registers by default, and the compiler
 refuses an accumulator of 128. For the same reason no warp is there just to load.

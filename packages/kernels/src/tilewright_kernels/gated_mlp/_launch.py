@@ -24,14 +24,25 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile_for(tiles: dict[int, Tile], M: int, N: int, K: int, element_size: int) -> Tile:
-    """The tile for elements of this many bytes, made smaller where the matrices are."""
-    tile = tiles[element_size]
+POINTER_TILES = {
+    2: Tile(128, 64, 64, 8, 3, 8),
+    4: Tile(64, 64, 32, 8, 3, 8),
+    8: Tile(32, 32, 16, 8, 2, 4),
+}
+"""Of the kernels that read through pointers, by bytes of an element.
+
+Two accumulators of 128 x 128, or the epilogue of one, take more registers than there are.
+"""
+
+
+def tile_for(M: int, N: int, K: int, element_size: int) -> Tile:
+    """The pointer kernels' tile, made smaller where the matrices are."""
+    tile = POINTER_TILES[element_size]
     block_m, block_n, block_k = (
         min(block, max(16, next_power_of_2(size)))
         for block, size in zip(tile[:3], (M, N, max(K, 1)), strict=True)
     )
-    num_warps = tile.num_warps if block_m * block_n >= 128 * 128 else min(4, tile.num_warps)
+    num_warps = tile.num_warps if block_m * block_n >= 64 * 64 else min(4, tile.num_warps)
     return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps)
 
 

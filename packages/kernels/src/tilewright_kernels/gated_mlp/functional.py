@@ -62,7 +62,15 @@ def gated_mlp_backward(
     dy: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, activation: str,
     ours: list[bool], needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, w_gate_up and w_down, each empty where it is not needed.
+    """Gradients of x, w_gate_up and w_down, each empty where it is not needed: `_backward`."""
+    return _backward(dy, x, w_gate_up, w_down, gate_up, activation, ours, needed)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, activation: str,
+    ours: list[bool], needed: list[bool], *, overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The launches of the backward.
 
     Args:
         dy: like x.
@@ -73,6 +81,7 @@ def gated_mlp_backward(
         activation: its name.
         ours: which products are `launch_matmul`'s: down and its gradients, dx, the other weight's.
         needed: which gradients are.
+        overwrite: write the gradient of gate_up over it.
     """
     grads = list(_backward_fake(dy, x, w_gate_up, w_down, gate_up, activation, ours, needed))
     need_dx, need_dw_gate_up, need_dw_down = needed
@@ -85,8 +94,8 @@ def gated_mlp_backward(
         launch_gate_up(_OP, x_rows, w_gate_up, None, gate_up, function)
     dgate_up = h = None
     if need_dx or need_dw_gate_up:
-        # What was made here may be overwritten here, a tile by the program that has read it.
-        dgate_up = gate_up if recompute else torch.empty_like(gate_up)
+        # Each tile is read and overwritten by one program.
+        dgate_up = gate_up if recompute or overwrite else torch.empty_like(gate_up)
     if need_dw_down:
         h = x.new_empty(tokens, width)
     launch_gate_up_grad(_OP, dy_rows, w_down, gate_up, dgate_up, h, *_device_functions(activation))
@@ -101,15 +110,16 @@ def gated_mlp_backward(
 
 
 def _forward_fake(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str, keep: bool, ours: list[bool]
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str, keep: bool, ours: list[bool],
+    overwrite: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     tokens = math.prod(x.shape[:-1])
     y = x.new_empty((*x.shape[:-1], w_down.shape[0]))
     return y, x.new_empty((tokens, w_gate_up.shape[0]) if keep else (0, 0))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w_gate_up, w_down, ctx.activation, _, ctx.ours = inputs
+    x, w_gate_up, w_down, ctx.activation, _, ctx.ours, ctx.overwrite = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w_gate_up, w_down, output[1])
@@ -117,18 +127,31 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _grads(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 6
+        return (None,) * 7
     needed = list(ctx.needs_input_grad[:3])
-    grads = gated_mlp_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.ours, needed)
-    return *[g if need else None for g, need in zip(grads, needed, strict=True)], None, None, None
+    arguments: Any = (dy, *ctx.saved_tensors, ctx.activation, ctx.ours, needed)
+    gate_up = ctx.saved_tensors[3]
+    # Nobody can ask for gate_up again where the graph goes with this backward. Of a graph that is
+    # traced its compiler decides what is written where.
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    if ctx.overwrite and type(gate_up) is Tensor and not kept:
+        grads = _backward(*arguments, overwrite=True)
+        torch.autograd.graph.increment_version(gate_up)
+    else:
+        grads = gated_mlp_backward(*arguments)
+    return *[g if need else None for g, need in zip(grads, needed, strict=True)], *[None] * 4
 
 
 @_OP.function(fake=_forward_fake, setup_context=_save, backward=_grads)
 def gated_mlp_forward(
-    x: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str, keep: bool, ours: list[bool]
-) -> tuple[Tensor, Tensor]:
-    """y [..., hidden], and gate and up in one [tokens, 2I], empty unless they are to be kept."""
-    _, gate_up = _forward_fake(x, w_gate_up, w_down, activation, keep, ours)
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str, keep: bool, ours: list[bool],
+    overwrite: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y [..., hidden], and gate and up in one [tokens, 2I], empty unless they are to be kept.
+
+    With overwrite, backward may write into the latter: nobody else has it.
+    """
+    _, gate_up = _forward_fake(x, w_gate_up, w_down, activation, keep, ours, overwrite)
     rows = as_matrix(x)
     h = x.new_empty(rows.shape[0], w_down.shape[1])
     function, _ = _device_functions(activation)
@@ -181,7 +204,7 @@ def gated_mlp(
     ours = [down[0], down[2], gate_up[1], gate_up[2]]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w_gate_up, w_down))
     keep = needs_grad and not recompute
-    return gated_mlp_forward(x, w_gate_up, w_down, activation, keep, ours)[0]
+    return gated_mlp_forward(x, w_gate_up, w_down, activation, keep, ours, True)[0]
 
 
 def _check(x: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str) -> None:
