@@ -171,6 +171,15 @@ def test_two_backwards_of_one_graph_agree(recompute, device):
             assert torch.equal(a, b)
 
 
+def test_many_output_gradients_at_once(device):
+    x, *weights = make((5,), 16, 24, torch.float16, device)
+    dys = torch.rand(3, 5, 16, device=device, dtype=torch.float16)
+    with use_backend("triton"):
+        (together,) = torch.autograd.grad(gated_mlp(x, *weights), x, dys, is_grads_batched=True)
+        for dx, dy in zip(together, dys, strict=True):
+            assert torch.equal(dx, *torch.autograd.grad(gated_mlp(x, *weights), x, dy))
+
+
 def test_the_last_backward_writes_over_what_was_kept(device):
     # Not a tensor like gate and up more at the peak.
     x, *weights = make((5,), 16, 24, torch.float16, device)

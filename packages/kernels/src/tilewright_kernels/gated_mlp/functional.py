@@ -83,7 +83,7 @@ def _backward(
         needed: which gradients are.
         overwrite: write the gradient of gate_up over it.
     """
-    grads = list(_backward_fake(dy, x, w_gate_up, w_down, gate_up, activation, ours, needed))
+    dx, dw_gate_up, dw_down = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     need_dx, need_dw_gate_up, need_dw_down = needed
     dy_rows, x_rows = as_matrix(dy), as_matrix(x)
     tokens, width = x_rows.shape[0], w_down.shape[1]
@@ -100,13 +100,13 @@ def _backward(
         h = x.new_empty(tokens, width)
     launch_gate_up_grad(_OP, dy_rows, w_down, gate_up, dgate_up, h, *_device_functions(activation))
     if h is not None:
-        grads[2] = wgrad_product(_OP, dy_rows, h, ours=ours[1])
+        dw_down = wgrad_product(_OP, dy_rows, h, ours=ours[1])
         del h
     if dgate_up is not None and need_dx:
-        grads[0] = dgrad_product(_OP, dgate_up, w_gate_up, ours=ours[2]).view(x.shape)
+        dx = dgrad_product(_OP, dgate_up, w_gate_up, ours=ours[2]).view(x.shape)
     if dgate_up is not None and need_dw_gate_up:
-        grads[1] = wgrad_product(_OP, dgate_up, x_rows, ours=ours[3])
-    return grads[0], grads[1], grads[2]
+        dw_gate_up = wgrad_product(_OP, dgate_up, x_rows, ours=ours[3])
+    return dx, dw_gate_up, dw_down
 
 
 def _forward_fake(
@@ -129,17 +129,26 @@ def _grads(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
     needed = list(ctx.needs_input_grad[:3])
-    arguments: Any = (dy, *ctx.saved_tensors, ctx.activation, ctx.ours, needed)
-    gate_up = ctx.saved_tensors[3]
-    # Nobody can ask for gate_up again where the graph goes with this backward. Of a graph that is
-    # traced its compiler decides what is written where.
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    if ctx.overwrite and type(gate_up) is Tensor and not kept:
+    x, w_gate_up, w_down, gate_up = ctx.saved_tensors
+    arguments = (dy, x, w_gate_up, w_down, gate_up, ctx.activation, ctx.ours, needed)
+    if ctx.overwrite and _may_overwrite(gate_up, dy):
         grads = _backward(*arguments, overwrite=True)
         torch.autograd.graph.increment_version(gate_up)
     else:
         grads = gated_mlp_backward(*arguments)
     return *[g if need else None for g, need in zip(grads, needed, strict=True)], *[None] * 4
+
+
+def _may_overwrite(gate_up: Tensor, dy: Tensor) -> bool:
+    """Whether backward may write into what forward kept.
+
+    It may where the graph goes with this backward, so that nobody can ask for it again. Of a graph
+    that is traced its compiler decides what is written where, and a batch of gradients (all of
+    is_grads_batched=True) needs gate_up for each of them.
+    """
+    if type(gate_up) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(dy):
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 @_OP.function(fake=_forward_fake, setup_context=_save, backward=_grads)
