@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tilewright_kernels._launch import cdiv, next_power_of_2
 from tilewright_kernels._operator import Operator, accumulator
+from tilewright_kernels._tf32 import rounded_to_tf32
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.dropout import kept_words
 from tilewright_kernels.flash_attention.backward_tiles import load_rows, sequence, store_rows
@@ -27,6 +28,7 @@ from tilewright_kernels.flash_attention.masks import (
     visible,
 )
 from tilewright_kernels.flash_attention.online_softmax import (
+    as_operand,
     finish_rows,
     score_factors,
     scores,
@@ -87,7 +89,13 @@ def _walk(
             TMA, CLEAR and MASKED,
         )  # fmt: skip
         acc = acc * alpha[:, None]
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = tl.dot(
+            as_operand(p, v_tile.dtype, PRECISION),
+            v_tile,
+            acc,
+            input_precision=PRECISION,
+            out_dtype=ACC,
+        )
     return m, l, acc
 
 
@@ -226,6 +234,9 @@ def launch_forward(
         batches, len_q, len_k = len(cu_seqlens_q) - 1, max_seqlen_q, max_seqlen_k
     if out.numel() == 0:
         return
+    precision = dot_precision(q.dtype)
+    if precision == "tf32":
+        q, k, v = (rounded_to_tf32(operator, x) for x in (q, k, v))
     heads, kv_heads, width, width_v = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
     blocks = [max(16, next_power_of_2(n)) for n in (width, width_v)]
     kept = kept_words(dropout_p)
@@ -246,7 +257,7 @@ def launch_forward(
         BEFORE=before, FACTOR=factor, CAPPED=softcap > 0, GROUP=group,
         BOTTOM_RIGHT=mask.bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
         DROPOUT=dropout, TMA=tma, D=width, D_V=width_v, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
-        ACC=accumulator(q.dtype), PRECISION=dot_precision(q.dtype),
+        ACC=accumulator(q.dtype), PRECISION=precision,
         TOGETHER=_heads_together(len_k, (width + width_v) * q.element_size(), group),
         **tile._asdict(),
     )  # fmt: skip

@@ -71,6 +71,19 @@ def take_piece(s, m, l, FACTOR: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def as_operand(p, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Probabilities as the product with v takes them.
+
+    Tensor cores drop the 13 bits that tf32 lacks. p is never negative, so all of them would shrink,
+    and out with them: half of the last bit that stays is added before.
+    """
+    if PRECISION == "tf32":
+        bits = (p.to(tl.int32, bitcast=True) + 0x1000) & ~0x1FFF
+        p = bits.to(tl.float32, bitcast=True)
+    return p.to(dtype)
+
+
+@triton.jit
 def finish_rows(m, l, acc):
     """acc / l and the log-sum-exp in base e; 0 and -inf for a row that saw nothing."""
     empty = l == 0.0
