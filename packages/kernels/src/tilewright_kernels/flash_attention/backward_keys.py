@@ -166,7 +166,8 @@ def attention_backward_keys_kernel(
                 batch, index, kv_head, heads, first_q, len_q, len_k, num_q, num_k, shift,
                 left, right, inner_scale, softcap, kept, rows_per_head, all_rows,
                 q_strides, dout_strides, GROUP, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M,
-                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, part != 1, PACKED, TMA, SUMS_TMA, ACC, PRECISION,
+                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, part != 1,
+                PACKED, TMA, SUMS_TMA, ACC, PRECISION,
             )  # fmt: skip
     store_rows(
         dk * scale, dk_ptr, index, kv_head, first_k, first_key, len_k,
