@@ -53,6 +53,13 @@ def test_a_miss_smaller_than_the_spread_of_either_is_none(row, spread, met):
     assert judge([bar(peers=("torch",))], rows)[0].met is False
 
 
+@pytest.mark.parametrize(("spread", "met"), [(0.0, False), (0.05, True)])
+def test_so_it_is_from_above(row, spread, met):
+    rows = [row(1, host_us=104.0), row(1, "torch", spread=spread, host_us=100.0)]
+    assert judge([bar(quantity="host", peers=("torch",), noise=True)], rows)[0].met is met
+    assert judge([bar(quantity="host", peers=("torch",))], rows)[0].met is False
+
+
 def test_host_time_and_memory_are_bounded_from_above(row):
     ours = row(1, host_us=130.0, peak_extra_bytes=30, result_bytes=20)
     rows = [ours, row(9, "torch", host_us=100.0, peak_extra_bytes=60, result_bytes=20)]
