@@ -105,7 +105,7 @@ def test_pairs(name, options, device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width", [4096, 16384, 32768, 32769, 262144])
+@pytest.mark.parametrize("width", [4096, 16384, 32000, 32768, 32769, 262144])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_rows_of_models(name, width, dtype):
     check(name, make((5, width), dtype, torch.device("cuda")))
@@ -117,8 +117,11 @@ def test_columns_of_models(name, shape):
     check(name, make(shape, torch.bfloat16, torch.device("cuda")), dim=-2)
 
 
-# Square, more queries than keys, fewer; batches whose tiles begin in the middle of a matrix.
-@pytest.mark.parametrize("shape", [(8, 8), (2, 11, 5), (3, 5, 11), (2, 2, 3, 40)], ids=str)
+# Square, more queries than keys, fewer; batches whose tiles begin in the middle of a matrix; tiles
+# of 32 whole lanes, which without the causal mask would need none.
+@pytest.mark.parametrize(
+    "shape", [(8, 8), (2, 11, 5), (3, 5, 11), (2, 2, 3, 40), (64, 64), (2, 32, 64)], ids=str
+)
 def test_causal(name, shape, device):
     check(name, make(shape, torch.float32, device), causal=True)
 
@@ -224,9 +227,11 @@ def test_extreme_values(name, kernel, device, request, monkeypatch):
     inf, nan = torch.inf, torch.nan
     columns = [[0.0] * 4, [3e38] * 4, [-3e38, 3e38, 0.0, 1.0], [1e-30, -1e-30, 0.0, 1.0]]
     columns += [[-inf] * 4, [-inf, 1.0, -inf, 2.0], [1.0, inf, 0.0, 2.0], [nan, 0.0, 1.0, 2.0]]
+    # Two parts of nothing but -inf are joined before and after what counts.
+    columns += [[-inf, -inf, 1.0, 2.0], [1.0, 2.0, -inf, -inf], [-inf, -inf, -inf, -3e38]]
     x = torch.tensor(columns, device=device)
     if wide:  # a first block of nothing, then the values
-        x = torch.cat([torch.full((8, 96), -inf, device=device), x], dim=1)
+        x = torch.cat([torch.full((len(x), 96), -inf, device=device), x], dim=1)
     with use_backend("triton"):
         ours = get(name)[0](x)
     torch.testing.assert_close(ours, getattr(torch, name)(x, -1), equal_nan=True)
