@@ -158,15 +158,20 @@ BARS: dict[str, tuple[Bar, ...]] = {
         ),
     ),
     "matmul": (
-        # Over all shapes and all three products: forward, input gradient, weight gradient.
+        # Over all shapes and the three products of a linear layer: forward, input gradient, weight
+        # gradient, all by our kernels; then what linear makes of them, with cuBLAS where it leads.
         *(
             Bar(
-                operators=("linear",),
-                directions=("fwd", "bwd"),
+                operators=operators,
+                directions=directions,
                 quantity="speed",
                 limit=limit,
                 peers=("torch",),
                 over=over,
+            )
+            for operators, directions in (
+                (("matmul_nt", "matmul_nn", "matmul_tn"), ("fwd",)),
+                (("linear",), _BOTH),
             )
             for over, limit in (("mean", 0.95), ("least", 0.88), ("quarter", 1.0))
         ),

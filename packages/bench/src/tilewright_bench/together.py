@@ -78,9 +78,8 @@ def measure_together(
         For each variant what was measured (None if nothing was timed), or what it raised.
     """
     (direction,) = {variant.direction for variant in variants}
-    backend = "triton" if device.type == "cuda" else "torch"
     group = _Group(case, direction, device)
-    with use_backend(backend), fresh_compilers(device, direction), side_stream(device):
+    with use_backend("auto"), fresh_compilers(device, direction), side_stream(device):
         outcomes = group.measure(variants) if timed else group.check(variants)
     return {**outcomes, **group.errors}
 
