@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tilewright_kernels._launch import cdiv, next_power_of_2
 from tilewright_kernels._operator import Operator, accumulator
+from tilewright_kernels._tf32 import rounded_to_tf32
 from tilewright_kernels._triton import HAS_TRITON, INTERPRETED
 from tilewright_kernels.dropout import kept_words
 from tilewright_kernels.flash_attention.backward_keys import attention_backward_keys_kernel
@@ -25,6 +26,7 @@ from tilewright_kernels.flash_attention.backward_rows import (
 )
 from tilewright_kernels.flash_attention.backward_tiles import SCRATCH_ROWS
 from tilewright_kernels.flash_attention.masks import Mask
+from tilewright_kernels.flash_attention.operands import dot_precision, sources, strides
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -152,6 +154,8 @@ def launch_backward(
     else:
         batch, lengths = len(q), (q.shape[1], k.shape[1])
         rows_per_head = cdiv(q.shape[1], PADDED) * PADDED
+    if dot_precision(q.dtype) == "tf32":
+        dout, q, k, v = (rounded_to_tf32(operator, x) for x in (dout, q, k, v))
     heads, width, width_v = q.shape[2], q.shape[3], v.shape[3]
     left, right = mask.window
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -176,7 +180,7 @@ def launch_backward(
             "HAS_DROPOUT": kept < 2**32,
             "PACKED": packed,
             "ACC": accumulator(q.dtype),
-            "PRECISION": _precision(q.dtype),
+            "PRECISION": dot_precision(q.dtype),
         },
     )  # fmt: skip
     sums = None
@@ -213,8 +217,9 @@ def _launch_keys(
 ) -> None:  # fmt: skip
     tile = _tile(problem, "keys" if sums is None else "all", q)
     kv_heads = k.shape[2]
-    blocks = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_N, tile.BLOCK_M)
-    sources, tma = _sources((q, k, v, dout), blocks, problem.widths)
+    inputs = q, k, v, dout
+    read, tma = _sources(problem, tile, inputs)
+    by_pointer = inputs if problem.flags["PACKED"] and tma else (None,) * 4
     sums_tma = sums is not None and tma and not INTERPRETED
     target: Any = sums
     if sums is not None and sums_tma:
@@ -223,8 +228,8 @@ def _launch_keys(
     problem.operator.launch(
         attention_backward_keys_kernel,
         (cdiv(problem.lengths[1], tile.BLOCK_N) * kv_heads * problem.batch,),
-        *sources, *problem.scratch, target, dk, dv, *problem.extras, *problem.lengths, kv_heads,
-        *problem.window, *problem.rows, *_strides(q, k, v, dout, dk, dv),
+        *read, *by_pointer, *problem.scratch, target, dk, dv, *problem.extras, *problem.lengths,
+        kv_heads, *problem.window, *problem.rows, *strides(q, k, v, dout, dk, dv),
         **problem.flags, **problem.widths, TMA=tma, SUMS_TMA=sums_tma, **tile._asdict(),
     )  # fmt: skip
 
@@ -234,13 +239,14 @@ def _launch_queries(
 ) -> None:
     tile = _tile(problem, "queries", q)
     heads = q.shape[2]
-    blocks = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_N, tile.BLOCK_M)
-    sources, tma = _sources((q, k, v, dout), blocks, problem.widths)
+    inputs = q, k, v, dout
+    read, tma = _sources(problem, tile, inputs)
+    by_pointer = (k, v) if problem.flags["PACKED"] and tma else (None, None)
     problem.operator.launch(
         attention_backward_queries_kernel,
         (cdiv(problem.lengths[0], tile.BLOCK_M) * heads * problem.batch,),
-        *sources, *problem.scratch, dq, *problem.extras, *problem.lengths, heads,
-        *problem.window, problem.rows[0], *_strides(q, k, v, dout, dq),
+        *read, *by_pointer, *problem.scratch, dq, *problem.extras, *problem.lengths, heads,
+        *problem.window, problem.rows[0], *strides(q, k, v, dout, dq),
         **problem.flags, **problem.widths, TMA=tma, **tile._asdict(),
     )  # fmt: skip
 
@@ -257,55 +263,15 @@ def _launch_finish(problem: _Problem, sums: Tensor, dq: Tensor) -> None:
     )  # fmt: skip
 
 
+def _sources(
+    problem: _Problem, tile: Tile, inputs: tuple[Tensor, ...]
+) -> tuple[tuple[Any, ...], bool]:
+    """q, k, v and dout as the kernels read their tiles, and whether by descriptor."""
+    width, width_v = problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"]
+    rows = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_N, tile.BLOCK_M)
+    return sources(inputs, rows, (width, width, width_v, width_v))
+
+
 def _tile(problem: _Problem, kernel: str, q: Tensor) -> Tile:
     width = max(problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"])
     return tile_for(kernel, width, q.element_size(), *problem.lengths)
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    """Those of the batch, the rows and the heads, one tensor after another."""
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
-
-
-def _sources(
-    tensors: tuple[Tensor, ...], blocks: tuple[int, ...], widths: dict[str, int]
-) -> tuple[tuple[Any, ...], bool]:
-    """Descriptors of q, k, v and dout as [B, H, T, D] where all can have one, else themselves."""
-    if not all(_describable(x) for x in tensors):
-        return tensors, False
-    cols = (widths["BLOCK_D"], widths["BLOCK_D"], widths["BLOCK_DV"], widths["BLOCK_DV"])
-    return tuple(
-        _describe(x, rows, width) for x, rows, width in zip(tensors, blocks, cols, strict=True)
-    ), True
-
-
-def _describable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can fetch rows: all at multiples of 16 bytes."""
-    unit = 16 // x.element_size()
-    return (
-        x.dtype != torch.float64
-        and x.numel() > 0
-        and x.stride(3) == 1
-        and x.shape[3] >= unit
-        and x.data_ptr() % 16 == 0
-        and all(
-            n == 1 or (stride > 0 and stride % unit == 0)
-            for n, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
-        )
-    )
-
-
-def _describe(x: Tensor, rows: int, cols: int) -> Any:
-    """A descriptor whose blocks are rows of one head."""
-    x = x.transpose(1, 2)
-    unit = 16 // x.element_size()
-    anything = cdiv(x.shape[-1], unit) * unit
-    strides = [anything if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
-    strides[-1] = 1
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, cols])
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: it matters for float32 alone, and is torch's setting."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"

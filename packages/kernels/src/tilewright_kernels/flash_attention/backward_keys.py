@@ -21,6 +21,7 @@ from tilewright_kernels.flash_attention.backward_tiles import (
     store_rows,
 )
 from tilewright_kernels.flash_attention.masks import keep, query_blocks, shift_of
+from tilewright_kernels.flash_attention.online_softmax import as_operand
 
 INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 
@@ -51,7 +52,6 @@ def _walk_queries(
 ):  # fmt: skip
     """Add what queries begin … end - 1 of each head of the group contribute to dk and dv."""
     blocks = (end - begin) // BLOCK_M
-    CLEAR: tl.constexpr = PACKED and MASKED
     for step in tl.range(0, blocks * GROUP):
         if GROUP == 1:
             head = kv_head
@@ -64,7 +64,7 @@ def _walk_queries(
         rows = scratch + tl.arange(0, BLOCK_M)
 
         q = load_rows(
-            q_source, index, head, first_q, row, len_q, q_strides, D, BLOCK_M, BLOCK_D, TMA, CLEAR
+            q_source, index, head, first_q, row, len_q, q_strides, D, BLOCK_M, BLOCK_D, TMA, False
         )
         products = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=ACC)
         p, slope = probabilities(
@@ -73,7 +73,7 @@ def _walk_queries(
         )  # fmt: skip
         dout = load_rows(
             dout_source, index, head, first_q, row, len_q, dout_strides, D_V,
-            BLOCK_M, BLOCK_DV, TMA, CLEAR,
+            BLOCK_M, BLOCK_DV, TMA, False,
         )  # fmt: skip
         dp = tl.dot(v, dout.T, input_precision=PRECISION, out_dtype=ACC)
         if HAS_DROPOUT:
@@ -85,12 +85,13 @@ def _walk_queries(
         else:
             p_dropped = p
         dv = tl.dot(
-            p_dropped.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=ACC
+            as_operand(p_dropped, dout.dtype, PRECISION), dout, dv,
+            input_precision=PRECISION, out_dtype=ACC,
         )  # fmt: skip
         ds = p * (dp - tl.load(delta_ptr + rows)[None, :])
         if HAS_SOFTCAP:
             ds = ds * slope
-        ds = ds.to(q.dtype)
+        ds = as_operand(ds, q.dtype, PRECISION)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION, out_dtype=ACC)
         if sums is not None:
             # Transposed as well: ds is a right operand as it lies.
@@ -101,8 +102,8 @@ def _walk_queries(
 
 @triton.jit(do_not_specialize=["kept"])
 def attention_backward_keys_kernel(
-    q_source, k_source, v_source, dout_source, lse2_ptr, delta_ptr, sums, dk_ptr, dv_ptr,
-    seed_ptr, cu_q_ptr, cu_k_ptr,
+    q_source, k_source, v_source, dout_source, q_ptr, k_ptr, v_ptr, dout_ptr,
+    lse2_ptr, delta_ptr, sums, dk_ptr, dv_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
     # float64, so that they are exact there.
     # pyrefly: ignore[not-a-type]
     scale: tl.float64, softcap: tl.float64,
@@ -131,21 +132,26 @@ def attention_backward_keys_kernel(
     begin, full_begin, full_end, end = query_blocks(
         first_key, first_key + BLOCK_N - 1, len_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
     )
-    # Queries past the end have p = 0 from their lse, so a last block that is not full needs a mask
-    # only where what lies there must be cleared. Keys past the end need one at every query.
-    HAS_TAIL: tl.constexpr = HAS_LEFT or PACKED
-    if not HAS_TAIL:
-        full_end = end
+    # Keys past the end need a mask at every query. Queries past the end do not: their lse makes p
+    # zero. But there, between packed sequences, a descriptor would read what is another one's, and
+    # zero times NaN is NaN: the last block goes to the last part, which reads through pointers.
     if first_key + BLOCK_N > len_k:
         full_begin, full_end = end, end
+    HAS_TAIL: tl.constexpr = HAS_LEFT or PACKED
+    if PACKED:
+        full_begin = tl.minimum(full_begin, tl.maximum(begin, len_q // BLOCK_M * BLOCK_M))
+        full_end = tl.maximum(tl.minimum(full_end, len_q // BLOCK_M * BLOCK_M), full_begin)
+    elif not HAS_LEFT:
+        full_end = end
 
+    BY_POINTER: tl.constexpr = PACKED and TMA
     k = load_rows(
-        k_source, index, kv_head, first_k, first_key, len_k, (k_batch, k_row, k_head), D,
-        BLOCK_N, BLOCK_D, TMA, PACKED,
+        k_ptr if BY_POINTER else k_source, index, kv_head, first_k, first_key, len_k,
+        (k_batch, k_row, k_head), D, BLOCK_N, BLOCK_D, TMA and not PACKED, False,
     )  # fmt: skip
     v = load_rows(
-        v_source, index, kv_head, first_k, first_key, len_k, (v_batch, v_row, v_head), D_V,
-        BLOCK_N, BLOCK_DV, TMA, PACKED,
+        v_ptr if BY_POINTER else v_source, index, kv_head, first_k, first_key, len_k,
+        (v_batch, v_row, v_head), D_V, BLOCK_N, BLOCK_DV, TMA and not PACKED, False,
     )  # fmt: skip
     key = (first_key + tl.arange(0, BLOCK_N))[:, None]
     scale = tl.full((), scale, ACC)
@@ -161,13 +167,15 @@ def attention_backward_keys_kernel(
     for part in tl.static_range(3):
         if part != 2 or HAS_TAIL:
             dk, dv = _walk_queries(
-                dk, dv, k, v, key, q_source, dout_source, lse2_ptr, delta_ptr, sums, seed_ptr,
+                dk, dv, k, v, key, q_ptr if BY_POINTER and part == 2 else q_source,
+                dout_ptr if BY_POINTER and part == 2 else dout_source,
+                lse2_ptr, delta_ptr, sums, seed_ptr,
                 (begin, full_begin, full_end)[part], (full_begin, full_end, end)[part],
                 batch, index, kv_head, heads, first_q, len_q, len_k, num_q, num_k, shift,
                 left, right, inner_scale, softcap, kept, rows_per_head, all_rows,
                 q_strides, dout_strides, GROUP, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M,
                 HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, part != 1,
-                PACKED, TMA, SUMS_TMA, ACC, PRECISION,
+                PACKED, TMA and not (PACKED and part == 2), SUMS_TMA, ACC, PRECISION,
             )  # fmt: skip
     store_rows(
         dk * scale, dk_ptr, index, kv_head, first_k, first_key, len_k,

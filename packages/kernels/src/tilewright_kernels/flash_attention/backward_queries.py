@@ -15,6 +15,7 @@ from tilewright_kernels.flash_attention.backward_tiles import (
     store_rows,
 )
 from tilewright_kernels.flash_attention.masks import keep, key_blocks, shift_of
+from tilewright_kernels.flash_attention.online_softmax import as_operand
 
 
 @triton.jit
@@ -25,20 +26,19 @@ def _walk_keys(
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, MASKED: tl.constexpr,
-    PACKED: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what keys begin … end - 1 contribute to dq."""
-    CLEAR: tl.constexpr = PACKED and MASKED
     for row in tl.range(begin, end, BLOCK_N):
         key = (row + tl.arange(0, BLOCK_N))[None, :]
         k = load_rows(
             k_source, index, kv_head, first_k, row, len_k, k_strides, D,
-            BLOCK_N, BLOCK_D, TMA, CLEAR,
+            BLOCK_N, BLOCK_D, TMA, False,
         )  # fmt: skip
         products = tl.dot(q, k.T, input_precision=PRECISION, out_dtype=ACC)
         v = load_rows(
             v_source, index, kv_head, first_k, row, len_k, v_strides, D_V,
-            BLOCK_N, BLOCK_DV, TMA, CLEAR,
+            BLOCK_N, BLOCK_DV, TMA, False,
         )  # fmt: skip
         dp = tl.dot(dout, v.T, input_precision=PRECISION, out_dtype=ACC)
         p, slope = probabilities(
@@ -52,13 +52,15 @@ def _walk_keys(
         ds = p * (dp - delta)
         if HAS_SOFTCAP:
             ds = ds * slope
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=ACC)
+        dq = tl.dot(
+            as_operand(ds, k.dtype, PRECISION), k, dq, input_precision=PRECISION, out_dtype=ACC
+        )  # fmt: skip
     return dq
 
 
 @triton.jit(do_not_specialize=["kept"])
 def attention_backward_queries_kernel(
-    q_source, k_source, v_source, dout_source, lse2_ptr, delta_ptr, dq_ptr,
+    q_source, k_source, v_source, dout_source, k_ptr, v_ptr, lse2_ptr, delta_ptr, dq_ptr,
     seed_ptr, cu_q_ptr, cu_k_ptr,
     # float64, so that they are exact there.
     # pyrefly: ignore[not-a-type]
@@ -86,14 +88,20 @@ def attention_backward_queries_kernel(
         first_query, tl.minimum(first_query + BLOCK_M, len_q) - 1, len_k, shift, left, right,
         HAS_LEFT, HAS_RIGHT, BLOCK_N,
     )  # fmt: skip
+    # Past the end of a packed sequence lies another one, or anything, and zero times NaN is NaN:
+    # the last block goes to the last part, which reads through pointers.
+    BY_POINTER: tl.constexpr = PACKED and TMA
+    if PACKED:
+        full_begin = tl.minimum(full_begin, tl.maximum(begin, len_k // BLOCK_N * BLOCK_N))
+        full_end = tl.maximum(full_end, full_begin)
 
     q = load_rows(
         q_source, index, head, first_q, first_query, len_q, (q_batch, q_row, q_head), D,
-        BLOCK_M, BLOCK_D, TMA, PACKED,
+        BLOCK_M, BLOCK_D, TMA, False,
     )  # fmt: skip
     dout = load_rows(
         dout_source, index, head, first_q, first_query, len_q, (dout_batch, dout_row, dout_head),
-        D_V, BLOCK_M, BLOCK_DV, TMA, PACKED,
+        D_V, BLOCK_M, BLOCK_DV, TMA, False,
     )  # fmt: skip
     query = first_query + tl.arange(0, BLOCK_M)
     rows = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED) + query
@@ -108,13 +116,15 @@ def attention_backward_queries_kernel(
     for part in tl.static_range(3):
         if part != 0 or HAS_LEFT:
             dq = _walk_keys(
-                dq, q, dout, lse2, delta, query[:, None], k_source, v_source, seed_ptr,
+                dq, q, dout, lse2, delta, query[:, None],
+                k_ptr if BY_POINTER and part == 2 else k_source,
+                v_ptr if BY_POINTER and part == 2 else v_source, seed_ptr,
                 (begin, full_begin, full_end)[part], (full_begin, full_end, end)[part],
                 index, kv_head, batch * heads + head, first_k, len_k, num_q, num_k, shift,
                 left, right, inner_scale, softcap, kept,
                 (k_batch, k_row, k_head), (v_batch, v_row, v_head),
                 D, D_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-                HAS_DROPOUT, part != 1, PACKED, TMA, ACC, PRECISION,
+                HAS_DROPOUT, part != 1, TMA and not (PACKED and part == 2), ACC, PRECISION,
             )  # fmt: skip
     store_rows(
         dq * scale, dq_ptr, index, head, first_q, first_query, len_q,
