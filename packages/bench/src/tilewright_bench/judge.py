@@ -84,7 +84,7 @@ class Figure:
 
     Attributes:
         value: the share, the ratio or, for "runs", seconds.
-        spread: interquartile range ÷ median, the larger of ours and the peer's; RUN_TO_RUN at least.
+        spread: interquartile range ÷ median, the larger of ours and the peer's, or RUN_TO_RUN.
         beside: the best of the bar's peers, or the ceiling that a share is of.
     """
 
