@@ -146,8 +146,9 @@ def check(problem, deterministic):
     return ours
 
 
-@pytest.fixture(params=[True, False], ids=["deterministic", "faster"])
-def deterministic(request):
+@pytest.fixture(params=[True, False], ids=["deterministic", "atomic"])
+def deterministic(request, monkeypatch):
+    monkeypatch.setattr(backward, "ADDS_PAY", {2: True, 4: True, 8: True})
     return request.param
 
 
@@ -324,9 +325,29 @@ def test_full_size_tiles(dtype, deterministic, device):
     check(problem, deterministic)
 
 
+def test_adds_only_where_that_pays(monkeypatch, device):
+    problem = make((20, 20), dtype=torch.float16, device=device)
+    out, lse, _ = oracle(problem, torch.float64)
+    kernels: list[str] = []
+    launch = OPERATOR.launch
+
+    def record(kernel, *args, **meta):
+        kernels.append(kernel.__name__)
+        launch(kernel, *args, **meta)
+
+    monkeypatch.setattr(OPERATOR, "launch", record)
+    for pays, last in ((False, "queries"), (True, "finish")):
+        monkeypatch.setattr(backward, "ADDS_PAY", {2: pays})
+        gradients(problem, out, lse, False)
+        assert kernels[-1] == f"attention_backward_{last}_kernel"
+        assert len(kernels) == 3
+        kernels.clear()
+
+
 def test_tiles_fit_their_sequences():
     tile = backward.tile_for("keys", 128, 2, 4096, 4096)
     assert tile == backward.TILES["keys"][2][128]
+    assert backward.tile_for("keys", 128, 2, 4096, 4096, True).BLOCK_M == tile.BLOCK_M // 2
     assert backward.tile_for("keys", 16, 2, 1, 4096).BLOCK_M == 16
     assert backward.tile_for("keys", 16, 2, 4096, 0).BLOCK_N == 16
     for by_size in backward.TILES.values():

@@ -1,8 +1,8 @@
 """How the backward is launched: which kernels, which tiles, and scratch memory linear in T.
 
     rows                delta, and the log-sum-exp in base 2        reads out, dout
-    keys                dk, dv; atomically dq, in the faster mode   4 products, or 5
-    queries | finish    dq from its own walk | from float32 sums    3 products, or none
+    keys                dk, dv, and atomically dq if it is added     4 products, or 5
+    queries | finish    dq from its own walk | from its sums        3 products, or none
 
 Nothing here computes: `launch_backward` writes into memory that it is given.
 """
@@ -45,21 +45,35 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# Kernel -> bytes of an element -> head dimension (the padded one, of k or v) -> tile.
+ADDS_PAY = {2: False, 4: True, 8: True}
+"""Bytes of an element -> whether dq is added up atomically where bits need not repeat.
+
+It saves two products of seven. In 16 bits it is slower all the same (H200, bfloat16, causal, 16 K
+tokens in sequences of 4096, the best tiles of each): 2.10 ms against 0.95 + 0.75 at D 128, 1.86 ms
+against 1.01 + 0.70 at D 64, before 0.09 ms to clear its sums and to round them. The fifth product
+and what it adds through take registers and shared memory: at D 128 two programs fit on a
+multiprocessor with tiles of 32 x 64 only. Wider types are not measured; in them products cost most.
+"""
+
+# Kernel -> bytes of an element -> head dimension (the padded one, of k or v) -> tile. Two programs
+# of four warps on a multiprocessor, of which one multiplies while the other is at its exponentials,
+# beat one of eight warps with larger tiles: in the case above 0.95 ms against 1.11 (keys) and 0.75
+# against 0.77 (queries) at D 128, 1.01 against 1.39 and 0.70 against 0.72 at D 64. Other widths and
+# types are not measured.
 TILES: dict[str, dict[int, dict[int, Tile]]] = {
     # With dq among its products.
     "all": {
-        2: {64: Tile(64, 128, 2, 8), 128: Tile(64, 128, 2, 8), 256: Tile(32, 64, 1, 8)},
+        2: {64: Tile(64, 64, 3, 4), 128: Tile(32, 64, 2, 4), 256: Tile(32, 64, 2, 8)},
         4: {64: Tile(32, 64, 2, 4), 128: Tile(32, 32, 2, 4), 256: Tile(16, 32, 1, 4)},
         8: {256: Tile(16, 16, 1, 4)},
     },
     "keys": {
-        2: {64: Tile(64, 128, 2, 8), 128: Tile(64, 128, 2, 8), 256: Tile(32, 64, 2, 8)},
+        2: {64: Tile(128, 64, 2, 4), 128: Tile(64, 64, 2, 4), 256: Tile(32, 64, 2, 8)},
         4: {64: Tile(32, 64, 2, 4), 128: Tile(32, 32, 2, 4), 256: Tile(16, 32, 1, 4)},
         8: {256: Tile(16, 16, 1, 4)},
     },
     "queries": {
-        2: {64: Tile(128, 64, 3, 8), 128: Tile(128, 64, 2, 8), 256: Tile(64, 32, 2, 8)},
+        2: {64: Tile(64, 64, 3, 4), 128: Tile(64, 64, 2, 4), 256: Tile(64, 32, 2, 8)},
         4: {64: Tile(64, 32, 2, 4), 128: Tile(32, 32, 2, 4), 256: Tile(32, 16, 1, 4)},
         8: {256: Tile(16, 16, 1, 4)},
     },
@@ -67,10 +81,15 @@ TILES: dict[str, dict[int, dict[int, Tile]]] = {
 
 
 @cache
-def tile_for(kernel: str, width: int, element_size: int, len_q: int, len_k: int) -> Tile:
+def tile_for(
+    kernel: str, width: int, element_size: int, len_q: int, len_k: int, dropout: bool = False
+) -> Tile:
     """The kernel's tile for a padded head dimension, made smaller where sequences are short."""
     by_width = TILES[kernel][element_size]
     tile = by_width[min(w for w in by_width if w >= width)]
+    if dropout and kernel != "queries":
+        # Random words of a whole tile do not fit in registers beside both sums.
+        tile = tile._replace(BLOCK_M=max(16, tile.BLOCK_M // 2))
     block_m, block_n = (
         min(block, max(16, next_power_of_2(max(1, length))))
         for block, length in zip(tile[:2], (len_q, len_k), strict=True)
@@ -139,8 +158,8 @@ def launch_backward(
         cu_seqlens_k: likewise.
         max_seqlen_q: of the packed sequences' queries.
         max_seqlen_k: of their keys.
-        deterministic: dq by a kernel of its own instead of atomic additions; about half as much
-            arithmetic more.
+        deterministic: the same bits in every run. Without it dq is added up atomically where that
+            is faster (`ADDS_PAY`).
         dlse: gradient of lse, like it, or None.
     """
     packed = cu_seqlens_q is not None
@@ -184,7 +203,7 @@ def launch_backward(
         },
     )  # fmt: skip
     sums = None
-    if not deterministic:
+    if ADDS_PAY[q.element_size()] and not deterministic:
         sums = q.new_empty((problem.widths["BLOCK_D"], num_rows), dtype=wide)
     _launch_rows(problem, out, dout, lse, dlse, sums)
     _launch_keys(problem, q, k, v, dout, dk, dv, sums)
@@ -274,4 +293,5 @@ def _sources(
 
 def _tile(problem: _Problem, kernel: str, q: Tensor) -> Tile:
     width = max(problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"])
-    return tile_for(kernel, width, q.element_size(), *problem.lengths)
+    dropout = problem.flags["HAS_DROPOUT"]
+    return tile_for(kernel, width, q.element_size(), *problem.lengths, dropout)
