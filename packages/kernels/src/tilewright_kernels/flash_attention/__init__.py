@@ -1,1 +1,28 @@
-"""Attention without the matrix of scores (FlashAttention: Dao et al. 2022, arXiv:2205.14135)."""
+"""Attention without the matrix of scores, as a ladder of three rungs.
+
+    softmax(scale · q·kᵀ) · v
+
+Read in this order: `reference` (scores written out: what every option means), `tiled_reference`
+(FlashAttention-2 in plain torch), `masks` (who sees whom), `forward`, `backward` and `decode` (the
+kernels), `registration` (the gradient, and where a kernel for one architecture joins),
+`functional` and `varlen` (the public functions).
+"""
+
+from tilewright_kernels.flash_attention.functional import scaled_dot_product_attention
+from tilewright_kernels.flash_attention.reference import (
+    attention_reference,
+    decode_attention_reference,
+    varlen_attention_reference,
+)
+from tilewright_kernels.flash_attention.tiled_reference import flash_attention_reference
+from tilewright_kernels.flash_attention.varlen import flash_attn_decode, flash_attn_varlen_func
+
+__all__ = [
+    "attention_reference",
+    "decode_attention_reference",
+    "flash_attention_reference",
+    "flash_attn_decode",
+    "flash_attn_varlen_func",
+    "scaled_dot_product_attention",
+    "varlen_attention_reference",
+]

@@ -92,8 +92,9 @@ def attention_backward_queries_kernel(
     # the last block goes to the last part, which reads through pointers.
     BY_POINTER: tl.constexpr = PACKED and TMA
     if PACKED:
-        full_begin = tl.minimum(full_begin, tl.maximum(begin, len_k // BLOCK_N * BLOCK_N))
-        full_end = tl.maximum(full_end, full_begin)
+        last = tl.maximum(begin, len_k // BLOCK_N * BLOCK_N)
+        full_begin = tl.minimum(full_begin, last)
+        full_end = tl.maximum(tl.minimum(full_end, last), full_begin)
 
     q = load_rows(
         q_source, index, head, first_q, first_query, len_q, (q_batch, q_row, q_head), D,

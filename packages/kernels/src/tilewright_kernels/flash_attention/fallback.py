@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright_kernels._operator import Operator
-from tilewright_kernels.flash_attention.masks import UNLIMITED, Alignment, Mask
-from tilewright_kernels.flash_attention.reference import attention_reference
+from tilewright_kernels.flash_attention.masks import UNLIMITED, Mask
+from tilewright_kernels.flash_attention.reference import attend
 
 MAX_HEAD_DIM = 256
 
@@ -47,11 +47,9 @@ def torch_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """torch's own function, or the reference for what that has not."""
     if softcap is not None or return_lse:
-        alignment: Alignment = "bottom_right" if mask.bottom_right else "top_left"
-        return attention_reference(
-            query, key, value, attn_mask, dropout_p, mask.causal, scale, causal_alignment=alignment,
-            window_size=(mask.left, mask.right), softcap=softcap, return_lse=return_lse,
-        )  # fmt: skip
+        return attend(
+            query, key, value, mask, attn_mask, dropout_p, scale, softcap, return_lse=return_lse
+        )
     gqa = query.dim() > 2 and query.shape[-3] > key.shape[-3] > 1
     options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": gqa}
     len_q, len_k = query.shape[-2], key.shape[-2]

@@ -6,13 +6,31 @@ Three forms of one function: rectangular batches, packed sequences, and a few qu
 cache. They differ in who sees whom and meet in `_attend`. All hold [T_q, T_k] numbers a head.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from tilewright_kernels.dropout import kept_words
-from tilewright_kernels.flash_attention.masks import Alignment, as_mask, keep_reference
+from tilewright_kernels.flash_attention.masks import Alignment, Mask, as_mask, keep_reference
 
 
+@overload
+def attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+    enable_gqa: bool = False, *, causal_alignment: Alignment = "top_left",
+    window_size: tuple[int, int] | None = None, softcap: float | None = None,
+    return_lse: Literal[False] = False, seed: Tensor | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+    enable_gqa: bool = False, *, causal_alignment: Alignment = "top_left",
+    window_size: tuple[int, int] | None = None, softcap: float | None = None,
+    return_lse: Literal[True], seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention_reference(
     query: Tensor,
     key: Tensor,
@@ -34,8 +52,27 @@ def attention_reference(
     seed, a 0-d int64 tensor, is that of dropout's mask: the kernel's, bit for bit. None draws the
     mask from torch's generator.
     """
-    len_q, len_k = query.shape[-2], key.shape[-2]
     mask = as_mask(is_causal, causal_alignment, window_size)
+    return attend(
+        query, key, value, mask, attn_mask, dropout_p, scale, softcap, seed, return_lse=return_lse
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    seed: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention_reference` of a mask as kernels know it."""
+    len_q, len_k = query.shape[-2], key.shape[-2]
     visible = mask.visible(len_q, len_k, query.device)
     bias = None
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -52,6 +89,20 @@ def attention_reference(
     return (out, lse) if return_lse else out
 
 
+@overload
+def varlen_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, *, dropout_p: float = 0.0, scale: float | None = None,
+    is_causal: bool = False, window_size: tuple[int, int] | None = None,
+    softcap: float | None = None, return_lse: Literal[False] = False, seed: Tensor | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def varlen_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, *, dropout_p: float = 0.0, scale: float | None = None,
+    is_causal: bool = False, window_size: tuple[int, int] | None = None,
+    softcap: float | None = None, return_lse: Literal[True], seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def varlen_attention_reference(
     q: Tensor,
     k: Tensor,
@@ -100,6 +151,8 @@ def decode_attention_reference(
 ) -> Tensor:
     """The definition in plain torch; arguments as `flash_attn_decode`."""
     visible = cache_visible(lengths, q.shape[1], k_cache.shape[1], window_size)
+    beyond = torch.arange(k_cache.shape[1], device=q.device) >= lengths[:, None]
+    v_cache = v_cache.masked_fill(beyond[..., None, None], 0.0)  # 0 · NaN is no 0
     q_BHTD, k_BKSD, v_BKSD = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
     out, _ = _attend(q_BHTD, k_BKSD, v_BKSD, visible, None, 0.0, None, scale, softcap)
     return out.transpose(1, 2)
@@ -131,7 +184,7 @@ def packed_visible(
 def _places(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Each token's sequence, one past the last for what follows it, and its index there."""
     token = torch.arange(tokens, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    sequence = torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1
     return sequence, token - cu_seqlens[sequence]
 
 

@@ -7,7 +7,7 @@ to them, and to `attention_reference`.
 Shapes: [..., T, D]. i counts blocks of queries, j blocks of keys.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,18 @@ from torch import Tensor
 from tilewright_kernels.flash_attention.masks import UNLIMITED, Alignment, Mask, as_mask
 
 
+@overload
+def flash_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, scale: float | None = None,
+    *, causal_alignment: Alignment = "top_left", window_size: tuple[int, int] | None = None,
+    block_q: int = 64, block_k: int = 64, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def flash_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, scale: float | None = None,
+    *, causal_alignment: Alignment = "top_left", window_size: tuple[int, int] | None = None,
+    block_q: int = 64, block_k: int = 64, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def flash_attention_reference(
     query: Tensor,
     key: Tensor,
