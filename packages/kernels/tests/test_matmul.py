@@ -1,6 +1,8 @@
 """matmul: every rung against float64, over layouts, sizes, batches and epilogues."""
 
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -130,6 +132,28 @@ def test_persistent_takes_what_descriptors_can_describe(device, monkeypatch):
     assert taken == ["matmul_persistent_kernel", "matmul_pipelined_kernel"]
 
 
+def test_stages_leave_room_for_the_epilogue():
+    stages, tile = launches.stages_for, launches.Tile(128, 256, 64, 8, 3, 8, 2)
+    assert [stages(tile, 2, ends) for ends in (2, 4, 6, 8)] == [3, 3, 2, 2]
+    assert stages(launches.Tile(128, 128, 32, 8, 3, 8, 1), 4, 8) == 3
+
+
+@pytest.mark.parametrize(("batch", "launched"), [((7,), 3), ((5, 2), 5), ((2, 5), 4)], ids=str)
+def test_more_matrices_than_a_launch_may_have(batch, launched, device, monkeypatch):
+    # Rows of 7 elements, which are no descriptors'; batches with gaps, which do not merge.
+    monkeypatch.setattr(launches, "MOST_MATRICES", 3)
+    wide = [2 * n for n in batch]
+    gaps = (slice(None, None, 2),) * len(batch)
+    a = randn(*wide, 5, 7, dtype=torch.float32, device=device)[gaps]
+    b = randn(*wide, 7, 3, dtype=torch.float32, device=device, seed=1)[gaps]
+    residual = randn(*wide, 5, 3, dtype=torch.float32, device=device, seed=2)[gaps]
+    with use_backend("triton"), count_launches() as count:
+        y = matmul(a, b, residual=residual, precision="ieee")
+        assert torch.equal(matmul(a, b, precision="ieee", algorithm="naive") + residual, y)
+    torch.testing.assert_close(y, a @ b + residual)
+    assert count["matmul"] == 2 * launched
+
+
 @pytest.mark.parametrize("algorithm", RUNGS)
 @pytest.mark.parametrize(
     ("input", "other"),
@@ -252,6 +276,35 @@ def test_half_operands_with_wide_bias_residual_and_result(device):
     check_against_float64(with_all(matmul), with_all(matmul_reference), inputs, operator="matmul")
 
 
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_result_narrower_than_its_operands(activation, device):
+    # Backward rounds dz to the operands' dtype, not to the result's.
+    a, b = operands(20, 32, 16, dtype=torch.float32, device=device)
+    bias = randn(32, dtype=torch.float32, device=device, seed=3).requires_grad_()
+    grads = []
+    for f in (lambda *x, **o: matmul(*x, precision="ieee", **o), matmul_reference):
+        with use_backend("triton"):
+            y = f(a, b, bias=bias, activation=activation, out_dtype=torch.float16)
+        dy = randn(20, 32, dtype=torch.float16, device=device, seed=4)
+        grads.append(torch.autograd.grad(y, (a, b, bias), dy))
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shapes", [((2, 5, 0), (0, 3)), ((2, 5, 4), (4, 0)), ((2, 0, 4), (4, 3))])
+def test_gradients_of_nothing(shapes, device):
+    a, b = (randn(*s, dtype=torch.float32, device=device).requires_grad_() for s in shapes)
+    bias = randn(shapes[1][1], dtype=torch.float32, device=device).requires_grad_()
+    with use_backend("triton"):
+        y = matmul(a, b, bias=bias, activation="silu")
+        grads = torch.autograd.grad(y.sum(), (a, b, bias))
+    expected = matmul_reference(a, b, bias=bias, activation="silu")
+    for ours, torchs in zip(
+        (y, *grads), (expected, *torch.autograd.grad(expected.sum(), (a, b, bias))), strict=True
+    ):
+        torch.testing.assert_close(ours, torchs)
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1), (1, 2, 3)], ids=str)
 def test_gradients_of_some_inputs_only(frozen, device):
     a, b = operands(20, 32, 16, dtype=torch.float32, device=device)
@@ -266,6 +319,34 @@ def test_gradients_of_some_inputs_only(frozen, device):
         inputs,
         operator="matmul",
     )
+
+
+def test_keeps_for_backward_what_its_gradients_need(device):
+    a, b = operands(20, 32, 16, dtype=torch.float32, device=device)
+
+    def kept(a, b, **options):
+        found: list[int] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        with use_backend("triton"), hooks(lambda t: found.append(t.data_ptr()) or t, lambda t: t):
+            matmul(a, b, **options)
+        return set(found)
+
+    assert kept(a, b.detach()) == {b.data_ptr()}
+    assert kept(a.detach(), b) == {a.data_ptr()}
+    assert kept(a, b.detach(), activation="silu") == {a.data_ptr(), b.data_ptr()}
+    assert kept(a.detach(), b.detach(), residual=a @ b) == set()
+
+
+def test_changes_in_place_matter_where_backward_reads(device):
+    a, b = operands(20, 32, 16, dtype=torch.float32, device=device)
+    x, w = a * 1, b.detach().clone()
+    with use_backend("triton"):
+        y, z = matmul(x, w).sum(), matmul(x, w).sum()
+        x.mul_(2)
+        y.backward()
+        w.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            z.backward()
 
 
 def test_output_gradient_layouts(device):
@@ -336,6 +417,30 @@ def test_tf32_rounds_the_operands(device):
     torch.testing.assert_close(y.double(), rounded[0] @ rounded[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("switch", ["allow_tf32", "fp32_precision", None])
+def test_follows_either_switch_of_tf32(switch):
+    # In a process of its own: torch refuses to read the older switch once the newer was used.
+    value = {"allow_tf32": True, "fp32_precision": "'tf32'"}.get(str(switch))
+    code = "import torch; from tilewright_kernels.matmul.launches import _precision\n"
+    if switch is not None:
+        code += f"torch.backends.cuda.matmul.{switch} = {value}\n"
+    code += "print(_precision(torch.float32, None), _precision(torch.float16, None))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["ieee" if switch is None else "tf32", "ieee"]
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_autocast(backend, device):
+    a, b = (x.detach() for x in operands(20, 32, 16, dtype=torch.float32, device=device))
+    with torch.autocast(device.type, dtype=torch.float16), use_backend(backend):
+        y = matmul(a, b.half())
+        wide = matmul(a, b, out_dtype=torch.float32)
+    half = a.half().double() @ b.half().double()
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.double(), half, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(wide.double(), half, rtol=1e-5, atol=1e-5)
+
+
 def test_infinities_and_nans_stay_in_their_rows(device):
     a, b = (x.detach() for x in operands(33, 17, 20, dtype=torch.float32, device=device))
     a[5, 3], a[32, 19] = torch.inf, torch.nan
@@ -382,6 +487,26 @@ def test_compiles(device):
     check_compiles(lambda a, b: matmul(a.expand(2, 20, 16), b), (a, b), operator="matmul")
 
 
+def test_compiles_once_for_all_sizes(device):
+    torch._dynamo.reset()
+    compiles: list[int] = []
+
+    def backend(graph, inputs):
+        compiles.append(1)
+        return graph.forward
+
+    f = torch.compile(
+        lambda a, b, r: matmul(a, b, residual=r, activation="silu", precision="ieee"),
+        fullgraph=True, dynamic=True, backend=backend,
+    )  # fmt: skip
+    for rows in (5, 8, 13):
+        a = randn(2, rows, 16, dtype=torch.float32, device=device)
+        b, r = (randn(n, 24, dtype=torch.float32, device=device, seed=1) for n in (16, rows))
+        with use_backend("triton"):
+            torch.testing.assert_close(f(a, b, r), torch.nn.functional.silu(a @ b) + r)
+    assert len(compiles) == 1
+
+
 def test_opcheck(device):
     a, b = operands(8, 16, 4, dtype=torch.float32, device=device)
     bias = randn(16, dtype=torch.float32, device=device).requires_grad_()
@@ -393,7 +518,7 @@ def test_opcheck(device):
     )
     with torch.no_grad():
         torch.library.opcheck(
-            ops.matmul_backward.default, (residual, a, b, bias, *options, True, False, True)
+            ops.matmul_backward.default, (residual, a, b, bias, *options, [8, 4], None, True)
         )
 
 
@@ -470,6 +595,35 @@ def test_epilogue_at_real_sizes(activation, dtype, algorithm):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("algorithm", RUNGS)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_wide_residual_at_real_sizes(out_dtype, algorithm):
+    # A tile of it in shared memory is twice as large as one of the operands' dtype; backward of
+    # the activation has a factor of out_dtype instead.
+    device = torch.device("cuda")
+    a, b = operands(1000, 1544, 520, dtype=torch.bfloat16, device=device)
+    residual = randn(1000, 1544, dtype=torch.float32, device=device, seed=4).requires_grad_()
+
+    def with_all(f, **more):
+        return lambda a, b, residual: f(
+            a, b, activation="gelu", residual=residual, out_dtype=out_dtype, **more
+        )
+
+    check_against_float64(
+        with_all(matmul, algorithm=algorithm), with_all(matmul_reference), [a, b, residual],
+        operator="matmul",
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_more_matrices_than_one_launch_has_programs():
+    a = torch.randn(70000, 3, 5, device="cuda", dtype=torch.float16)
+    b = torch.randn(70000, 5, 7, device="cuda", dtype=torch.float16)
+    with use_backend("triton"):
+        torch.testing.assert_close(matmul(a, b), a @ b, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("algorithm", RUNGS)
 def test_accumulates_at_real_sizes(algorithm):
     device = torch.device("cuda")
     a, b = operands(1536, 1032, 4096, dtype=torch.bfloat16, device=device, layout="tn")
@@ -520,13 +674,16 @@ def test_bad_input(device):
         matmul(a, b.half())
     with pytest.raises(TypeError, match=r"input is torch.int64"):
         matmul(a.long(), b.long())
-    with pytest.raises(TypeError, match=r"out_dtype is torch.int8"):
-        matmul(a, b, out_dtype=torch.int8)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=rf"out_dtype is {dtype}; give float16"):
+            matmul(a, b, out_dtype=dtype)
     with pytest.raises(ValueError, match=r"bias has shape \(4,\)"):
         matmul(a, b, bias=a[:, 0])
     with pytest.raises(ValueError, match=r"residual has shape \(3, 6\)"):
         matmul(a, b, residual=b[:3])
     anything: Any = matmul  # to a type checker, what follows is wrong
+    with pytest.raises(TypeError, match=r"scale is a tensor; give a Python number"):
+        anything(a, b, scale=torch.ones((), device=device))
     with pytest.raises(ValueError, match=r"activation is 'tanh'; choose from relu"):
         anything(a, b, activation="tanh")
     with pytest.raises(ValueError, match=r"algorithm is 'fast'; choose from naive"):

@@ -209,6 +209,12 @@ def test_descriptors_want_an_aligned_base():
     assert kernel_launched(x[1:].view(2, 40, 24)) == "pointers"
 
 
+def test_descriptors_want_something_to_describe():
+    # Nothing to add up, in memory that would do otherwise.
+    x = torch.empty(2, 8, 16, dtype=torch.float16).mT[..., :0]
+    assert kernel_launched(x) == "pointers"
+
+
 @pytest.mark.parametrize(
     ("batches", "m", "block", "wide"),
     [
@@ -287,6 +293,29 @@ def test_second_derivative_is_refused(device):
 def test_compiles(shape, small_tiles, device):
     inputs = make(shape, torch.float16, device)
     check_compiles(with_c, inputs, operator="symmetric_matmul")
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_autocast(backend, device):
+    x, s = make((9, 12), torch.float32, device)
+    c = (s + s.mT).detach().half()
+    with torch.autocast(device.type, dtype=torch.float16), use_backend(backend):
+        y = symmetric_matmul(x, beta=0.5, c=c)
+    assert y.dtype == torch.float16
+    half = x.detach().half().double()
+    torch.testing.assert_close(y.double(), half @ half.mT + 0.5 * c, rtol=1e-3, atol=1e-3)
+
+
+def test_backward_under_autocast_is_as_exact_as_without(device):
+    x, _ = make((9, 12), torch.float32, device)
+    dy = torch.rand(9, 9, device=device)
+    grads = []
+    for enabled in (False, True):
+        with use_backend("triton"):
+            y = symmetric_matmul(x)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+                grads += torch.autograd.grad(y, x, dy)
+    assert torch.equal(*grads)
 
 
 def test_opcheck(device):

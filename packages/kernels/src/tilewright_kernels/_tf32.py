@@ -29,6 +29,14 @@ def round_to_tf32_kernel(
     store(y_ptr + rows * n_cols + cols, bits.to(tl.float32, bitcast=True), mask, full)
 
 
+def tf32_is_allowed() -> bool:
+    """What torch's switches say of float32 products: allow_tf32 and the newer fp32_precision.
+
+    Any of them shows in fp32_precision; allow_tf32 raises once the newer ones have been used.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def rounded_to_tf32(operator: Operator, x: Tensor) -> Tensor:
     """A copy of x as tensor cores should read it, for a launch of `operator`.
 

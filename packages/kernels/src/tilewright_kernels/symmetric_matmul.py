@@ -12,13 +12,15 @@ take their upper half from their lower. So Y is symmetric to the bit, whatever t
 are float32 (float64 for float64), scaled and added to C before the one rounding.
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tilewright_kernels._autocast import without_autocast
 from tilewright_kernels._launch import cdiv, next_power_of_2, num_programs
+from tilewright_kernels._linear_losses import autocast
 from tilewright_kernels._operator import (
     Operator,
     accumulator,
@@ -29,8 +31,9 @@ from tilewright_kernels._symmetric_matmul_kernels import (
     symmetric_matmul_descriptors_kernel,
     symmetric_matmul_pointers_kernel,
 )
-from tilewright_kernels._tf32 import rounded_to_tf32
+from tilewright_kernels._tf32 import rounded_to_tf32, tf32_is_allowed
 from tilewright_kernels._triton import HAS_TRITON
+from tilewright_kernels.matmul.descriptors import has_accelerator
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -103,7 +106,8 @@ def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (x,) = ctx.saved_tensors
     dx = dc = None
     if ctx.needs_input_grad[0]:
-        dx = (dy + dy.mT).mul_(ctx.alpha) @ x
+        with without_autocast(dy):
+            dx = (dy + dy.mT).mul_(ctx.alpha) @ x
     if ctx.needs_input_grad[1]:
         dc = ctx.beta * dy
     return dx, dc, None, None
@@ -114,7 +118,7 @@ def symmetric_matmul_forward(x: Tensor, c: Tensor | None, alpha: float, beta: fl
     """α · X·Xᵀ + β · C as a new tensor [*, M, M]."""
     y = _fake(x, c, alpha, beta)
     precision = "ieee"
-    if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+    if x.dtype == torch.float32 and tf32_is_allowed():
         x, precision = rounded_to_tf32(_OP, x), "tf32"
     if y.numel() > 0:
         _launch(x, None if beta == 0 else c, y, alpha, beta, precision)
@@ -182,7 +186,7 @@ def _launch_descriptors(
     )  # fmt: skip
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _choose(tiles: tuple[Tile, ...], batches: int, M: int, multiprocessors: int) -> Tile:
     """The tile with which the program that has most to do is done first."""
 
@@ -207,13 +211,7 @@ def _fits_descriptors(x: Tensor, c: Tensor | None, y: Tensor, precision: str) ->
     else:
         readable = x.element_size() == 2 and (_describable(x) or _describable(x.mT))
     written = _describable(y) and (c is None or _describable(c))
-    return readable and written and _has_accelerator(x.device)
-
-
-@cache
-def _has_accelerator(device: torch.device) -> bool:
-    """Whether descriptors are the hardware's (Hopper and later) or interpreted."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return readable and written and has_accelerator(x.device)
 
 
 def _describable(x: Tensor) -> bool:
@@ -222,7 +220,7 @@ def _describable(x: Tensor) -> bool:
     batch_stride, row_stride, col_stride = x.stride()
     size = x.element_size()
     return (
-        (col_stride == 1 and cols * size >= 16 and x.data_ptr() % 16 == 0)
+        (x.numel() > 0 and col_stride == 1 and cols * size >= 16 and x.data_ptr() % 16 == 0)
         and (row_stride >= cols and row_stride * size % 16 == 0)
         and (batches == 1 or (batch_stride > 0 and batch_stride * size % 16 == 0))
     )
@@ -247,7 +245,8 @@ def symmetric_matmul(
 
     Args:
         x: [*, M, K] in float16, bfloat16, float32 or float64, any strides. float32 is multiplied
-            as tf32 where torch.backends.cuda.matmul.allow_tf32 says so, for which it is copied.
+            as tf32 where torch.backends.cuda.matmul.fp32_precision says so (as allow_tf32 sets it),
+            for which it is copied. Under autocast x and c are cast first, as torch.bmm does it.
         alpha: scales the product.
         beta: scales c, which is not read where beta is 0.
         c: [*, M, M] of x's dtype, any strides, symmetric: only its lower triangle counts.
@@ -262,9 +261,11 @@ def symmetric_matmul(
             tensors on different devices.
         TypeError: dtypes that are not floating point or differ, alpha or beta is a tensor.
     """
+    x, c = autocast(x, c)
     _check(x, alpha, beta, c)
     if not _OP.uses_triton(x):
-        return symmetric_matmul_reference(x, alpha=alpha, beta=beta, c=c)
+        with without_autocast(x):
+            return symmetric_matmul_reference(x, alpha=alpha, beta=beta, c=c)
     return symmetric_matmul_forward(x, c, float(alpha), float(beta))
 
 

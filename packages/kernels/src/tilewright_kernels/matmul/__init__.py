@@ -1,8 +1,8 @@
-"""The matrix product as a ladder: four kernels, each the one before with one thing changed.
+"""The matrix product as a ladder: five kernels, each the one before with one thing changed.
 
 Read in this order: `reference` (the definition), `tiles` (the parts), `naive`, `grouped`,
-`pipelined`, `persistent` (the rungs), `launches` (which rung and which tiles when), `functional`
-(gradient, public function).
+`pipelined`, `persistent`, `stream_k` (the rungs), `descriptors` (what the last two can
+read), `launches` (which rung and which tiles when), `functional` (gradient, public function).
 """
 
 from tilewright_kernels.matmul.functional import matmul

@@ -6,7 +6,8 @@ With z = s · A·B + bias, y = f(z) + residual and the gradient dy:
 
 Three products, each read from A, B and dz as they lie: no transpose is ever written to memory.
 Backward needs z only to take f' of it, so z is not kept: where there is an activation, one more
-product makes it anew, and f'(z) · dy leaves that kernel instead of z.
+product makes it anew, and f'(z) · dy leaves that kernel instead of z. Of A and B only what the
+gradients asked for need is kept.
 """
 
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewright_kernels._autocast import without_autocast
+from tilewright_kernels._linear_losses import autocast
 from tilewright_kernels._operator import Operator, check_floating, check_same_device
 from tilewright_kernels.matmul.launches import (
     ACTIVATIONS,
@@ -28,48 +31,64 @@ from tilewright_kernels.matmul.reference import matmul_reference
 
 OP = Operator("matmul")
 
+OUT_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def _backward_fake(
-    dy: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None,
+    dy: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, activation: str | None,
     scale: float, algorithm: str | None, precision: str | None,
-    need_a: bool, need_b: bool, need_bias: bool,
+    a_shape: list[int] | None, b_shape: list[int] | None, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    operand = dy if a is None and b is None else b if a is None else a
+    assert operand is not None
     return (
-        a.new_empty(a.shape if need_a else 0),
-        b.new_empty(b.shape if need_b else 0),
+        operand.new_empty(0 if a_shape is None else a_shape),
+        operand.new_empty(0 if b_shape is None else b_shape),
         dy.new_empty(0) if bias is None or not need_bias else bias.new_empty(bias.shape),
     )
 
 
 @OP.function(fake=_backward_fake)
 def matmul_backward(
-    dy: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, activation: str | None,
+    dy: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, activation: str | None,
     scale: float, algorithm: str | None, precision: str | None,
-    need_a: bool, need_b: bool, need_bias: bool,
+    a_shape: list[int] | None, b_shape: list[int] | None, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch the backward: gradients like a, b and bias, empty where they are not needed."""
+    """Launch the backward: gradients of a, b and bias, empty where they are not needed.
+
+    a is needed for b's gradient, b for a's, both where there is an activation; else they may be
+    None. A gradient's shape is None where it is not needed.
+    """
+    da, db, dbias = _backward_fake(
+        dy, a, b, bias, activation, scale, algorithm, precision, a_shape, b_shape, need_bias
+    )
     dz = dy
     if activation is not None:
-        dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
+        assert a is not None
+        assert b is not None
+        dz = dy.new_empty(dy.shape, dtype=torch.promote_types(dy.dtype, a.dtype))
         launch_matmul(
             OP, a, b, dz, bias=bias, activation=f"{activation}_grad", factor=dy, scale=scale,
             algorithm=algorithm, precision=precision,
         )  # fmt: skip
-    dbias = dy.new_empty(0)
     if bias is not None and need_bias:
         dtype = torch.promote_types(dz.dtype, torch.float32)
-        dbias = dz.reshape(-1, dz.shape[-1]).sum(0, dtype=dtype).to(bias.dtype)
-    dz = dz.to(a.dtype)
-    da = a.new_empty(a.shape if need_a else 0)
-    if need_a:
-        _product_into(da, dz, b.mT, scale, algorithm, precision)
-    db = b.new_empty(b.shape if need_b else 0)
-    if need_b and b.dim() == 2 and a.dim() > 2:  # Σ over the batch is a longer shared dimension
-        a, dz = a.reshape(-1, a.shape[-1]), dz.reshape(-1, dz.shape[-1])
-        _product_into(db, a.mT, dz, scale, algorithm, precision)
-    elif need_b:
+        dbias = _as_matrix(dz).sum(0, dtype=dtype).to(bias.dtype)
+    if a_shape is not None:
+        assert b is not None
+        _product_into(da, dz.to(b.dtype), b.mT, scale, algorithm, precision)
+    if b_shape is not None:
+        assert a is not None
+        dz = dz.to(a.dtype)
+        if db.dim() == 2:  # Σ over the batch is a longer shared dimension
+            a, dz = _as_matrix(a), _as_matrix(dz)
         _product_into(db, a.mT, dz, scale, algorithm, precision)
     return da, db, dbias
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    """x [*, K] as [rows, K], also where there is nothing in it."""
+    return x.flatten(0, -2)
 
 
 def _product_into(
@@ -96,8 +115,15 @@ def _forward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, b, bias, residual, ctx.activation, ctx.scale, ctx.algorithm, ctx.precision, _ = inputs
+    ctx.shapes = a.shape, b.shape
     ctx.residual = None if residual is None else (residual.shape, residual.dtype)
-    ctx.save_for_backward(a, b, bias)
+    need_a, need_b, need_bias = ctx.needs_input_grad[:3]
+    again = ctx.activation is not None and (need_a or need_b or need_bias)
+    ctx.save_for_backward(
+        a if need_b or again else None,
+        b if need_a or again else None,
+        bias if need_bias or again else None,
+    )
 
 
 def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -105,9 +131,10 @@ def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     need_a, need_b, need_bias, need_residual = ctx.needs_input_grad[:4]
     da = db = dbias = dresidual = None
     if need_a or need_b or need_bias:
+        a_shape, b_shape = ctx.shapes
         da, db, dbias = matmul_backward(
             dy, a, b, bias, ctx.activation, ctx.scale, ctx.algorithm, ctx.precision,
-            need_a, need_b, need_bias,
+            list(a_shape) if need_a else None, list(b_shape) if need_b else None, need_bias,
         )  # fmt: skip
     if need_residual:
         shape, dtype = ctx.residual
@@ -152,17 +179,19 @@ def matmul(
 
     Args:
         input: [*, M, K] or [K] in float16, bfloat16, float32 or float64.
-        other: [*, K, N] or [K] of input's dtype.
+        other: [*, K, N] or [K] of input's dtype. Under autocast both are cast first, as
+            torch.matmul does it.
         bias: [N], added to each row, or None.
         activation: "relu", "gelu" (exact), "silu", "relu_squared" or None.
         residual: added after the activation, or None; broadcasts to the result.
-        scale: multiplies the product, before the bias.
-        algorithm: a rung of the ladder, "naive", "grouped", "pipelined" or "persistent"; None takes
-            the fastest. Operands that tensor descriptors cannot describe (rows that are no
-            multiple of 16 bytes, float64) are "pipelined" where "persistent" is asked for.
+        scale: multiplies the product, before the bias; a Python number.
+        algorithm: a rung of the ladder, "naive", "grouped", "pipelined", "persistent" or
+            "stream_k"; None takes the fastest. Operands that tensor descriptors cannot describe
+            (rows that are no multiple of 16 bytes, float64) are "pipelined" where one of the last
+            two is asked for.
         precision: of float32 operands: "tf32" copies them, rounded to 10 bits of mantissa, for the
             tensor cores, "ieee" does not; None follows torch.backends.cuda.matmul.allow_tf32.
-        out_dtype: of the result; None is input's.
+        out_dtype: of the result, one of the same four; None is input's.
 
     Returns:
         [*, M, N], contiguous. Differentiable once, with respect to input, other, bias and residual.
@@ -170,14 +199,16 @@ def matmul(
     Raises:
         ValueError: shapes that do not fit, tensors on different devices, an unknown algorithm,
             activation or precision.
-        TypeError: dtypes that differ or are not floating point.
+        TypeError: dtypes that differ or are none of the four, a scale that is a tensor.
     """
-    shape = _check(input, other, bias, activation, residual, algorithm, precision, out_dtype)
+    input, other = autocast(input, other)
+    shape = _check(input, other, bias, activation, residual, scale, algorithm, precision, out_dtype)
     if not OP.uses_triton(input):
-        return matmul_reference(
-            input, other, bias=bias, activation=activation, residual=residual, scale=scale,
-            out_dtype=out_dtype,
-        )  # fmt: skip
+        with without_autocast(input):
+            return matmul_reference(
+                input, other, bias=bias, activation=activation, residual=residual, scale=scale,
+                out_dtype=out_dtype,
+            )  # fmt: skip
     row, column = input.dim() == 1, other.dim() == 1
     if residual is not None:
         residual = residual.expand(shape)
@@ -193,7 +224,7 @@ def matmul(
 
 def _check(
     input: Tensor, other: Tensor, bias: Tensor | None, activation: str | None,
-    residual: Tensor | None, algorithm: str | None, precision: str | None,
+    residual: Tensor | None, scale: float, algorithm: str | None, precision: str | None,
     out_dtype: torch.dtype | None,
 ) -> torch.Size:  # fmt: skip
     """Raise on what a caller can get wrong; the result's shape."""
@@ -206,8 +237,12 @@ def _check(
     for name, x in (("bias", bias), ("residual", residual)):
         if x is not None:
             check_floating(name, x)
-    if out_dtype is not None and not out_dtype.is_floating_point:
-        raise TypeError(f"out_dtype is {out_dtype}; it must be floating point")
+    if out_dtype not in OUT_DTYPES:
+        raise TypeError(
+            f"out_dtype is {out_dtype}; give float16, bfloat16, float32, float64 or None"
+        )
+    if isinstance(scale, Tensor):
+        raise TypeError("scale is a tensor; give a Python number, as scale.item()")
     shape = _result_shape(input, other)
     if bias is not None and (other.dim() == 1 or bias.shape != other.shape[-1:]):
         raise ValueError(

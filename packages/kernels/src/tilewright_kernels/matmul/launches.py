@@ -4,7 +4,8 @@
 ones. It writes into memory that it is given and computes nothing else.
 """
 
-from functools import cache
+from functools import lru_cache
+from itertools import repeat
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from tilewright_kernels import _math
 from tilewright_kernels._launch import cdiv, next_power_of_2, num_programs
 from tilewright_kernels._operator import Operator, accumulator
-from tilewright_kernels._tf32 import rounded_to_tf32
+from tilewright_kernels._tf32 import rounded_to_tf32, tf32_is_allowed
 from tilewright_kernels._triton import HAS_TRITON
+from tilewright_kernels.matmul.descriptors import describable, describe, varies
 from tilewright_kernels.matmul.grouped import matmul_grouped_kernel
 from tilewright_kernels.matmul.naive import matmul_naive_kernel
 from tilewright_kernels.matmul.persistent import matmul_persistent_kernel
@@ -98,7 +100,14 @@ SUM_ROWS = 16
 """Rows of a tile that one program of the second kernel of stream-K adds up."""
 
 
-@cache
+SHARED_MEMORY = 227 * 1024 - 1024
+"""Bytes for the buffers of one program on Hopper; the last KiB is for barriers and the like."""
+
+MOST_MATRICES = 65535
+"""Programs along the second axis of a launch, as CUDA limits them."""
+
+
+@lru_cache(maxsize=4096)
 def tile_for(algorithm: str, M: int, N: int, K: int, element_size: int) -> Tile:
     """The rung's tile, made smaller where the matrices are."""
     tile = TILES[algorithm][element_size]
@@ -111,6 +120,21 @@ def tile_for(algorithm: str, M: int, N: int, K: int, element_size: int) -> Tile:
     return tile._replace(
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, PARTS=parts, num_warps=num_warps
     )
+
+
+def stages_for(tile: Tile, element_size: int, ends: int) -> int:
+    """Steps along K that find room in shared memory beside the tiles of the epilogue.
+
+    All that the table was measured with fits. A float32 residual under 16-bit operands does not.
+
+    Args:
+        tile: with the number of stages that it is to have at most.
+        element_size: bytes of an element of A and B.
+        ends: bytes of an element of out and of the residual together.
+    """
+    step = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * element_size
+    room = SHARED_MEMORY - tile.BLOCK_M * tile.BLOCK_N // tile.PARTS * ends
+    return max(1, min(tile.num_stages, room // step))
 
 
 def launch_matmul(
@@ -143,7 +167,7 @@ def launch_matmul(
         scale: multiplies the product, in the accumulator's type.
         accumulate: add to what out holds, as for a gradient.
         algorithm: a name of ALGORITHMS, or None for the best that takes these operands.
-        precision: of float32 operands; None follows torch.backends.cuda.matmul.allow_tf32.
+        precision: of float32 operands; None follows torch's switches (`tf32_is_allowed`).
     """
     assert residual is None or factor is None
     if out.numel() == 0:
@@ -193,7 +217,7 @@ def _launch_batches(
     assert a is not None
     assert b is not None
     assert out is not None
-    usable = _describable(*tensors)
+    usable = describable(*tensors)
     if constants["ACCUMULATE"] and out.dtype != torch.float32:
         usable = False  # the memory would round what is added before it adds
     if algorithm in (None, "persistent", "stream_k"):
@@ -240,6 +264,13 @@ def _launch_pointers(
 ) -> None:  # fmt: skip
     """Launch one of the first three rungs over [outer, inner, …] operands."""
     outer, inner, M, N = out.shape
+    if outer * inner > MOST_MATRICES:
+        dim, most = (0, max(1, MOST_MATRICES // inner)) if outer > 1 else (1, MOST_MATRICES)
+        others = repeat(None) if other is None else other.split(most, dim)
+        parts = zip(*(t.split(most, dim) for t in (a, b, out)), others, strict=False)
+        for a, b, out, other in parts:
+            _launch_pointers(operator, a, b, out, other, epilogue, constants, algorithm)
+        return
     K = a.shape[-1]
     tile = tile_for(algorithm, M, N, K, a.element_size())
     kernel, options = {
@@ -263,10 +294,12 @@ def _launch_descriptors(
     operator: Operator, a: Tensor, b: Tensor, out: Tensor, other: Tensor | None,
     epilogue: tuple[Tensor | None, float | None], constants: dict[str, Any], algorithm: str | None,
 ) -> None:  # fmt: skip
-    """Launch the fourth or fifth rung over operands that `_describable` has seen."""
+    """Launch the fourth or fifth rung over operands that `describable` has seen."""
     outer, inner, M, N = out.shape
     K = a.shape[-1]
     tile = tile_for(algorithm or "persistent", M, N, K, a.element_size())
+    ends = out.element_size() + (0 if other is None else other.element_size())
+    tile = tile._replace(num_stages=stages_for(tile, a.element_size(), ends))
     tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N) * outer * inner
     steps = cdiv(K, tile.BLOCK_K)
     programs = num_programs(a.device, per_sm=1)
@@ -274,14 +307,14 @@ def _launch_descriptors(
         algorithm = rung_for(tiles, steps, programs)
     batched = outer * inner > 1
     part = [tile.BLOCK_M, tile.BLOCK_N // tile.PARTS]
-    a_desc, a_transposed = _describe(a, [tile.BLOCK_M, tile.BLOCK_K], batched)
-    b_desc, b_transposed = _describe(b, [tile.BLOCK_K, tile.BLOCK_N], batched)
-    out_desc, _ = _describe(out, part, batched)
-    other_desc = None if other is None else _describe(other, part, batched)[0]
+    a_desc, a_transposed = describe(a, [tile.BLOCK_M, tile.BLOCK_K], batched)
+    b_desc, b_transposed = describe(b, [tile.BLOCK_K, tile.BLOCK_N], batched)
+    out_desc, _ = describe(out, part, batched)
+    other_desc = None if other is None else describe(other, part, batched)[0]
     descriptors = a_desc, b_desc, out_desc, other_desc
     sizes = M, N, K, outer * inner, inner
-    options = constants | tile._asdict() | _varies("A", a) | _varies("B", b)
-    options |= _varies("OTHER", out if other is None else other)
+    options = constants | tile._asdict() | varies("A", a) | varies("B", b)
+    options |= varies("OTHER", out if other is None else other)
     options |= {"A_TRANSPOSED": a_transposed, "B_TRANSPOSED": b_transposed, "BATCHED": batched}
     if algorithm == "persistent":
         grid = (min(tiles, programs),)
@@ -332,62 +365,10 @@ def rung_for(tiles: int, steps: int, programs: int) -> Algorithm:
     return "stream_k" if idle * steps > STREAM_K_STEPS else "persistent"
 
 
-def _varies(name: str, x: Tensor) -> dict[str, int]:
-    """Whether an operand has a matrix of its own along each dimension of the batch."""
-    outer, inner = x.stride()[:2]
-    return {f"{name}_OUTER": int(outer != 0), f"{name}_INNER": int(inner != 0)}
-
-
-def _describable(a: Tensor | None, b: Tensor | None, out: Tensor | None, other: Any) -> bool:
-    """Whether tensor descriptors can describe all operands."""
-    assert a is not None
-    assert b is not None
-    assert out is not None
-    wide = any(x is not None and x.dtype == torch.float64 for x in (a, out, other))
-    if wide or a.shape[-1] == 0:
-        return False
-    if not all(_aligned(x) or _aligned(x.mT) for x in (a, b)):
-        return False
-    return _aligned(out) and (other is None or _aligned(other))
-
-
-def _aligned(x: Tensor) -> bool:
-    """Whether columns are adjacent, and all else lies at multiples of 16 bytes."""
-    unit = 16 // x.element_size()
-    *batch, rows, cols = x.shape
-    return (
-        x.stride(-1) == 1
-        and cols >= unit
-        and (rows == 1 or x.stride(-2) >= cols)
-        and x.data_ptr() % 16 == 0
-        and all(n == 1 or stride % unit == 0 for n, stride in zip(batch, x.stride(), strict=False))
-        and (rows == 1 or x.stride(-2) % unit == 0)
-    )
-
-
-def _describe(x: Tensor, block: list[int], batched: bool) -> tuple[Any, bool]:
-    """A tensor descriptor of [outer, inner, rows, cols] or of its transpose, and which it is.
-
-    Along a dimension of the batch that x is expanded over, it has one matrix.
-    """
-    transposed = not _aligned(x)
-    if transposed:
-        x, block = x.mT, block[::-1]
-    if batched:
-        block = [1, 1, *block]
-    used = list(zip(x.shape, x.stride(), strict=True))[-len(block) :]
-    unit = 16 // x.element_size()
-    anything = cdiv(x.shape[-1], unit) * unit
-    sizes = [1 if stride == 0 else n for n, stride in used]
-    strides = [anything if n == 1 or stride == 0 else stride for n, stride in used]
-    strides[-1] = 1
-    return TensorDescriptor(x, sizes, strides, block), transposed
-
-
 def _precision(dtype: torch.dtype, asked: str | None) -> str:
     """How tl.dot multiplies: it matters for float32 alone."""
     if dtype != torch.float32:
         return "ieee"
     if asked is not None:
         return asked
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if tf32_is_allowed() else "ieee"
