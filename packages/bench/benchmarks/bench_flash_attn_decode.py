@@ -1,7 +1,7 @@
 """flash_attn_decode: one new token a sequence against a cache of at least 131072 in all.
 
-The cache is read once, [B, S, K, D] of keys and as much of values; queries and outputs are not
-counted. torch's function takes no lengths, so every sequence here fills its cache.
+The cache is read once, [B, S, K, D] of keys and as much of values, and beside it a row of queries
+is read and one of outputs written. torch's function takes no lengths, so every sequence here fills its cache.
 """
 
 import pytest
@@ -36,7 +36,8 @@ def case(
         return q, k, v, torch.full((batch,), capacity, dtype=torch.int32, device=device)
 
     cached = batch * capacity * heads * width
-    work = Work(bytes=2 * cached * dtype.itemsize, flops=4 * cached * GROUP)
+    new = batch * heads * GROUP * width
+    work = Work(bytes=2 * (cached + new) * dtype.itemsize, flops=4 * cached * GROUP)
     return Case(
         operator="flash_attn_decode",
         shape=(batch, capacity, heads, GROUP, width),
@@ -55,5 +56,5 @@ PROVIDERS = usual_providers(flash_attn_decode, eager)
 
 @pytest.mark.parametrize("variant", variants(PROVIDERS, ("fwd",)), ids=str)
 @pytest.mark.parametrize("case", [case(*shape) for shape in SHAPES], ids=str)
-def bench_flash_attention_decode(benchmark, case: Case, variant: Variant):
+def bench_flash_attn_decode(benchmark, case: Case, variant: Variant):
     run(benchmark, case, variant)
