@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from tilewright_kernels import (
     gated_mlp_reference,
     use_backend,
 )
-from tilewright_kernels.gated_mlp import _gate_up, _gate_up_grad
+from tilewright_kernels._tf32 import rounded_to_tf32
+from tilewright_kernels.gated_mlp import _gate_up, _gate_up_grad, _launch, functional
 from tilewright_kernels.testing import (
     FLOATING,
     check_against_float64,
@@ -180,6 +182,31 @@ def test_many_output_gradients_at_once(device):
             assert torch.equal(dx, *torch.autograd.grad(gated_mlp(x, *weights), x, dy))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_output_gradients(device):
+    # Without retain_graph: each of them needs what is kept.
+    x, *weights = make((5,), 16, 24, torch.float16, device)
+    dys = torch.rand(3, 5, 16, device=device, dtype=torch.float16)
+    with use_backend("triton"):
+        y = gated_mlp(x, *weights)
+        together = torch.func.vmap(lambda dy: torch.autograd.grad(y, x, dy)[0])(dys)
+        for dx, dy in zip(together, dys, strict=True):
+            assert torch.equal(dx, *torch.autograd.grad(gated_mlp(x, *weights), x, dy))
+
+
+@pytest.mark.parametrize("rows", [(5,), (2, 3), ()], ids=str)
+def test_result_can_be_changed_in_place(rows, device):
+    # As a residual is added: torch forbids it to views of what an operator made.
+    tensors = make(rows, 16, 24, torch.float16, device)
+    with use_backend("triton"):
+        y = gated_mlp(*tensors)
+        y += tensors[0].detach()
+        ours = torch.autograd.grad(y, tensors, torch.ones_like(y))
+        y = gated_mlp(*tensors)
+        for a, b in zip(ours, torch.autograd.grad(y, tensors, torch.ones_like(y)), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_the_last_backward_writes_over_what_was_kept(device):
     # Not a tensor like gate and up more at the peak.
     x, *weights = make((5,), 16, 24, torch.float16, device)
@@ -216,15 +243,68 @@ def test_bytes_kept_between_forward_and_backward(recompute, numbers, device):
 
 def test_nothing_is_kept_where_no_gradient_is_needed(device, monkeypatch):
     x, *weights = make((6,), 16, 24, torch.float16, device)
+    made, forward = [], functional.gated_mlp_forward
+
+    def spy(*args):
+        made.append(forward(*args))
+        return made[-1]
+
+    monkeypatch.setattr(functional, "gated_mlp_forward", spy)
     with use_backend("triton"):
-        with torch.no_grad():
-            ours = [True] * 4
-            forward = torch.ops.tilewright.gated_mlp_forward
-            _, kept = forward(x, *weights, "silu", False, ours, False)
-        assert kept.numel() == 0
         expected = gated_mlp(x, *weights)
         with torch.no_grad():
             assert torch.equal(gated_mlp(x, *weights), expected)
+        assert torch.equal(gated_mlp(x.detach(), *(w.detach() for w in weights)), expected)
+    assert [gate_up.numel() for _, gate_up in made] == [6 * 48, 0, 0]
+
+
+def test_input_is_not_kept_for_a_frozen_weight(device):
+    x, w_gate_up, w_down = make((6,), 16, 24, torch.float16, device)
+    kept: set[int] = set()
+
+    def pack(tensor):
+        kept.add(tensor.data_ptr())
+        return tensor
+
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        gated_mlp(x, w_gate_up.detach(), w_down)
+        assert x.data_ptr() not in kept
+        gated_mlp(x, w_gate_up.detach(), w_down, recompute=True)
+    assert x.data_ptr() in kept
+
+
+@pytest.fixture
+def allow_tf32():
+    former = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = former
+
+
+@pytest.mark.usefixtures("allow_tf32")
+def test_tf32_rounds_what_is_multiplied(device):
+    # Tensor cores cut float32 off, which shifts every product towards zero.
+    x, w_gate_up, w_down = tensors = make((5,), 16, 8, device=device)
+    dy = torch.rand(5, 16, device=device)
+
+    def tf32(t):
+        return rounded_to_tf32(functional._OP, t.detach().float()).double()
+
+    with use_backend("triton"):
+        y = gated_mlp(*tensors, "relu")
+        dx, dw_gate_up, _ = torch.autograd.grad(y, tensors, dy)
+    gate, up = (tf32(x) @ tf32(w_gate_up).T).chunk(2, dim=1)
+    dh = tf32(dy) @ tf32(w_down)
+    dgate_up = torch.cat([dh * up * (gate > 0), dh * gate.relu()], dim=1)
+    pairs = (
+        (y.detach(), tf32(gate.relu() * up) @ tf32(w_down).T),
+        (dx, tf32(dgate_up) @ tf32(w_gate_up)),
+        (dw_gate_up, tf32(dgate_up).T @ tf32(x)),
+    )
+    # Less than a rounding to tf32, 5e-4, but for what float32's own errors push over an edge.
+    for ours, expected in pairs:
+        error = (ours.double() - expected).norm() / expected.norm()
+        assert error < 1e-5
 
 
 def test_second_derivative_is_refused(device):
@@ -310,6 +390,17 @@ def test_module(activation, backend, device):
         y = mlp(x)
     torch.testing.assert_close(y, gated_mlp_reference(x, mlp.w_gate_up, mlp.w_down, activation))
     assert f"activation='{activation}'" in repr(mlp)
+
+
+@pytest.mark.parametrize(("kib", "descriptors"), [(99, False), (163, False), (227, True)])
+def test_descriptors_are_for_gpus_with_room(kib, descriptors, monkeypatch):
+    properties = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert _launch.has_room.__wrapped__(torch.device("cuda", 0)) == descriptors
+    x, *_ = make((5,), 16, 24, torch.float16)
+    assert _launch.describable(x), "the interpreter"
+    monkeypatch.setattr(_launch, "has_room", lambda _: False)
+    assert not _launch.describable(x)
 
 
 @pytest.mark.gpu

@@ -223,6 +223,38 @@ def test_buffer_of_a_weight_that_is_used_twice(backend, device):
     torch.testing.assert_close(buffer, expected)
 
 
+def test_buffer_takes_no_batch_of_gradients(device):
+    x, weight, _ = make((5,), 6, 4, device=device)
+    buffer = torch.zeros(4, 6, device=device)
+    dys = torch.ones(3, 5, 4, device=device)
+    with use_backend("triton"):
+        y = linear(x, weight, weight_grad_buffer=buffer)
+        with pytest.raises(RuntimeError, match="weight_grad_buffer=None"):
+            torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)
+        with pytest.raises(RuntimeError, match="weight_grad_buffer=None"):
+            torch.func.vmap(lambda dy: torch.autograd.grad(y, x, dy))(dys)
+    assert not buffer.any()
+
+
+def test_buffer_takes_the_gradient_under_autocast(device):
+    x, weight, _ = make((5,), 16, 8, device=device)
+    buffer = torch.zeros(8, 16, device=device)
+    with use_backend("triton"), torch.autocast(device.type, torch.float16):
+        y = linear(x, weight, weight_grad_buffer=buffer)
+        y.sum().backward()
+    assert y.dtype == torch.float16
+    assert weight.grad is None
+    expected = x.detach().half().float().sum(0).expand(8, 16)
+    torch.testing.assert_close(buffer, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_meta_tensors():
+    x, weight, bias = (t.to("meta") for t in make((2, 5), 16, 8))
+    with use_backend("auto"):
+        y = linear(x, weight, bias)
+    assert (y.shape, y.device.type) == ((2, 5, 8), "meta")
+
+
 def test_buffer_of_a_frozen_weight_stays_as_it_is(device):
     x, weight, _ = make((5,), 6, 4, device=device)
     buffer = torch.zeros(4, 6, device=device)
@@ -289,6 +321,28 @@ def test_every_measured_shape_decides_for_itself():
         for name in PRODUCTS:
             ours, cublas = measured[name]
             assert is_faster(name, x, in_features, out_features) == (ours >= 1.01 * cublas)
+
+
+@pytest.mark.parametrize(("tokens", "k", "n"), [(4096, 0, 64), (4096, 64, 0), (3, 0, 4)])
+def test_auto_takes_layers_without_features(tokens, k, n):
+    x, weight, bias = make((tokens,), k, n, torch.bfloat16)
+    with use_backend("auto"):
+        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_table_is_read_while_compiling(dynamic):
+    # Widths and tokens that were measured, in the dtype that was: else nothing is looked up.
+    def chosen(x):
+        return x + 1, choose(_OP, x, x.shape[1], 1536)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(chosen, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with use_backend("auto"):
+        for tokens in (4096, 5000, 4095):
+            x = torch.empty(tokens, 1536, dtype=torch.bfloat16)
+            assert compiled(x)[1] == chosen(x)[1]
+        assert any(chosen(torch.empty(4096, 1536, dtype=torch.bfloat16))[1])
 
 
 @pytest.mark.gpu

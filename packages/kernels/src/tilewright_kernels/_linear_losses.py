@@ -84,7 +84,8 @@ def register_losses(operator: Operator) -> Callable[..., tuple[Tensor, Tensor]]:
 def autocast(*tensors: Tensor | None) -> list[Any]:
     """What torch.nn.functional.linear makes of its arguments: autocast's dtype, where it is on."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    # Nobody casts meta tensors, and to be asked about them is an error to torch.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [

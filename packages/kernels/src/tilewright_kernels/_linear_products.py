@@ -75,20 +75,20 @@ LEAST_TOKENS = 4096
 def is_faster(product: Product, x: Tensor, in_features: int, out_features: int) -> bool:
     """Whether `launch_matmul` is measured to be faster than cuBLAS: the nearest shape decides.
 
-    Nearest by the larger of the two ratios of widths; a ratio of 2 or more is no measurement.
+    Nearest by the larger of the two ratios of widths; a ratio of 2 or more is no measurement. In
+    plain loops and comparisons, for torch.compile traces it.
     """
-    if x.element_size() != 2 or x.numel() < LEAST_TOKENS * x.shape[-1]:
+    if x.element_size() != 2 or in_features == 0 or out_features == 0:
         return False
-
-    def distance(shape: tuple[int, int]) -> float:
-        ratios = (shape[0] / in_features, shape[1] / out_features)
-        return max(abs(math.log2(ratio)) for ratio in ratios)
-
-    nearest = min(_LINEAR_TABLE, key=distance, default=None)
-    if nearest is None or distance(nearest) >= 1:
+    if x.numel() < LEAST_TOKENS * x.shape[-1]:
         return False
-    measured = _LINEAR_TABLE[nearest].get(product)
-    return measured is not None and measured.ours >= LEAST_LEAD * measured.cublas
+    nearest, least = None, 2.0
+    for (k, n), products in _LINEAR_TABLE.items():
+        ratios = k / in_features, in_features / k, n / out_features, out_features / n
+        distance = max(ratios)
+        if distance < least:
+            nearest, least = products.get(product), distance
+    return nearest is not None and nearest.ours >= LEAST_LEAD * nearest.cublas
 
 
 def choose(operator: Operator, x: Tensor, in_features: int, out_features: int) -> list[bool]:

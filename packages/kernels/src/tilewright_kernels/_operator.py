@@ -120,7 +120,7 @@ class Operator:
 
             @wraps(launcher)
             def call(*args: Any) -> Any:
-                if torch.compiler.is_compiling() or _needs_dispatcher(self.name, args):
+                if torch.compiler.is_compiling() or needs_dispatcher(self.name, args):
                     return registered(*args)
                 requires_grad = False
                 for arg in args:
@@ -172,7 +172,13 @@ def check_same_device(**tensors: torch.Tensor | None) -> None:
         raise ValueError(f"the tensors are on different devices: {listing}; move them to one")
 
 
-def _needs_dispatcher(operator: str, args: tuple[Any, ...]) -> bool:
+def is_batch(grad: torch.Tensor) -> bool:
+    """Whether an output gradient stands for many, of is_grads_batched=True or of vmap."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
+
+
+def needs_dispatcher(operator: str, args: tuple[Any, ...]) -> bool:
     """Whether somebody looks at, batches or traces operators.
 
     Raises:

@@ -26,7 +26,7 @@ from tilewright_kernels._linear_products import (
     forward_product,
     wgrad_product,
 )
-from tilewright_kernels._operator import Operator, check_same_device
+from tilewright_kernels._operator import Operator, check_same_device, is_batch
 
 _OP = Operator("linear")
 
@@ -88,6 +88,11 @@ def _grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[:3])
     if needed[1] and ctx.buffer is not None:
+        if is_batch(dy):
+            raise RuntimeError(
+                "linear adds one gradient at a time to weight_grad_buffer; "
+                "a batch of output gradients needs weight_grad_buffer=None"
+            )
         linear_accumulate(dy, x, ctx.buffer, ctx.ours[2])
         x, needed[1] = None, False
     grads = linear_backward(dy, x, weight, ctx.ours, needed[2])
@@ -118,6 +123,7 @@ def linear(
         bias: [out_features] or None.
         weight_grad_buffer: contiguous float32 (float64 for float64) of weight's shape. Backward
             adds the weight's gradient to it and gives the weight none: weight.grad stays as it is.
+            Every backward through the layer adds, one that asks for the input's gradient alone too.
             Hooks of the weight are called, with None for a gradient, after the buffer is written.
             Where the weight needs no gradient, nothing is added.
 

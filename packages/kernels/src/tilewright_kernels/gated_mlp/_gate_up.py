@@ -19,13 +19,14 @@ from tilewright_kernels.gated_mlp._launch import (
     describable,
     describe,
     is_hopper,
-    precision,
+    operands,
     tile_for,
 )
 from tilewright_kernels.matmul.tiles import dot_pointers, store_pointers, tile_in_groups
 
-# A tile of gate and a tile of up, both of BLOCK_N columns.
-PERSISTENT_TILE = Tile(128, 128, 64, 8, 4, 8)
+# A tile of gate and a tile of up, both of BLOCK_N columns. A fourth stage has room on Hopper alone,
+# which has `_hopper` instead.
+PERSISTENT_TILE = Tile(128, 128, 64, 8, 3, 8)
 
 
 @triton.jit
@@ -130,12 +131,13 @@ def launch_gate_up(
             FUNCTION=function, **tile._asdict(),
         )  # fmt: skip
         return
+    x, w_gate_up, precision = operands(operator, x, w_gate_up)
     tile = tile_for(M, N, K, x.element_size())
     options = tile._asdict()
     operator.launch(
         gate_up_pointer_kernel, (cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N),),
         x, w_gate_up, h, gate, up, M, N, K, *x.stride(), *w_gate_up.stride(),
         0 if h is None else h.stride(0), 0 if gate is None else gate.stride(0),
-        FUNCTION=function, ACC=accumulator(x.dtype), PRECISION=precision(x.dtype),
+        FUNCTION=function, ACC=accumulator(x.dtype), PRECISION=precision,
         EVEN_K=K % tile.BLOCK_K == 0, NUM_STAGES=tile.num_stages, **options,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from tilewright_kernels.gated_mlp._launch import (
     describable,
     describe,
     is_hopper,
-    precision,
+    operands,
     tile_for,
 )
 from tilewright_kernels.matmul.tiles import dot_pointers, store_pointers, tile_in_groups
@@ -140,11 +140,14 @@ def launch_gate_up_grad(
             FUNCTION=function, SLOPE=slope, **tile._asdict(),
         )  # fmt: skip
         return
+    precision = "ieee"
+    if dgate_up is not None:
+        dy, w_down, precision = operands(operator, dy, w_down)
     tile = tile_for(M, N, K, dy.element_size())
     operator.launch(
         gate_up_grad_pointer_kernel, (cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N),),
         dy, w_down, gate, up, dgate, dup, h, M, N, K, *dy.stride(), *w_down.stride(),
         gate.stride(0), 0 if dgate is None else dgate.stride(0), 0 if h is None else h.stride(0),
-        FUNCTION=function, SLOPE=slope, ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype),
+        FUNCTION=function, SLOPE=slope, ACC=accumulator(dy.dtype), PRECISION=precision,
         EVEN_K=K % tile.BLOCK_K == 0, NUM_STAGES=tile.num_stages, **tile._asdict(),
     )  # fmt: skip

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from tilewright_kernels._launch import next_power_of_2
+from tilewright_kernels._operator import Operator
+from tilewright_kernels._tf32 import rounded_to_tf32, tf32_is_allowed
 from tilewright_kernels._triton import HAS_TRITON
 
 if HAS_TRITON:
@@ -52,20 +54,38 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program of the descriptor kernels may need. GPUs with less (Ampere and Ada, and the
+Blackwell of workstations) read through pointers; the interpreter has all it wants."""
+
+
+@cache
+def has_room(device: torch.device) -> bool:
+    """Whether the buffers of the descriptor kernels fit there."""
+    if device.type != "cuda":
+        return True
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin >= SHARED_MEMORY
+
+
 def describable(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether all can have tensor descriptors, and are of 16-bit numbers.
+    """Whether all can have tensor descriptors, and are of 16-bit numbers, where there is room.
 
     A descriptor wants adjacent rows of elements, 16 bytes at least, at multiples of 16 bytes.
     """
-    return x.element_size() == 2 and all(
-        t is None
-        or (
-            t.stride(1) == 1
-            and t.data_ptr() % 16 == 0
-            and t.stride(0) % 8 == 0
-            and t.stride(0) >= t.shape[1] >= 8
+    return (
+        x.element_size() == 2
+        and has_room(x.device)
+        and all(
+            t is None
+            or (
+                t.stride(1) == 1
+                and t.data_ptr() % 16 == 0
+                and t.stride(0) % 8 == 0
+                and t.stride(0) >= t.shape[1] >= 8
+            )
+            for t in (x, *others)
         )
-        for t in (x, *others)
     )
 
 
@@ -74,7 +94,8 @@ def describe(x: Tensor | None, block: list[int]) -> Any:
     return None if x is None else TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: it matters for float32 alone, where torch's switch is followed."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+def operands(operator: Operator, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, str]:
+    """What tl.dot multiplies, and how: float32 as torch's switch says, rounded for tf32."""
+    if a.dtype == torch.float32 and tf32_is_allowed():
+        return rounded_to_tf32(operator, a), rounded_to_tf32(operator, b), "tf32"
+    return a, b, "ieee"

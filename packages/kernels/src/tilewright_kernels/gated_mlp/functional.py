@@ -30,7 +30,7 @@ from tilewright_kernels._linear_products import (
     forward_product,
     wgrad_product,
 )
-from tilewright_kernels._operator import Operator
+from tilewright_kernels._operator import Operator, needs_dispatcher
 from tilewright_kernels.gated_mlp._gate_up import launch_gate_up
 from tilewright_kernels.gated_mlp._gate_up_grad import launch_gate_up_grad
 
@@ -49,32 +49,32 @@ def gated_mlp_reference(
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, activation: str,
-    ours: list[bool], needed: list[bool],
+    dy: Tensor, x: Tensor | None, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor,
+    activation: str, ours: list[bool], needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    tensors = zip((x, w_gate_up, w_down), needed, strict=True)
+    tensors = zip((dy, w_gate_up, w_down), needed, strict=True)
     dx, dw_gate_up, dw_down = (t.new_empty(t.shape if need else 0) for t, need in tensors)
     return dx, dw_gate_up, dw_down
 
 
 @_OP.function(fake=_backward_fake)
 def gated_mlp_backward(
-    dy: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, activation: str,
-    ours: list[bool], needed: list[bool],
+    dy: Tensor, x: Tensor | None, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor,
+    activation: str, ours: list[bool], needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, w_gate_up and w_down, each empty where it is not needed: `_backward`."""
     return _backward(dy, x, w_gate_up, w_down, gate_up, activation, ours, needed)
 
 
 def _backward(
-    dy: Tensor, x: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor, activation: str,
-    ours: list[bool], needed: list[bool], *, overwrite: bool = False,
+    dy: Tensor, x: Tensor | None, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor,
+    activation: str, ours: list[bool], needed: list[bool], *, overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The launches of the backward.
 
     Args:
         dy: like x.
-        x: the forward's.
+        x: the forward's; None where neither its weight's gradient nor gate_up is asked for.
         w_gate_up: the forward's.
         w_down: the forward's.
         gate_up: [tokens, 2I] of the forward, or empty to compute it anew.
@@ -83,13 +83,14 @@ def _backward(
         needed: which gradients are.
         overwrite: write the gradient of gate_up over it.
     """
-    dx, dw_gate_up, dw_down = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    dx, dw_gate_up, dw_down = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     need_dx, need_dw_gate_up, need_dw_down = needed
-    dy_rows, x_rows = as_matrix(dy), as_matrix(x)
-    tokens, width = x_rows.shape[0], w_down.shape[1]
+    dy_rows, x_rows = as_matrix(dy), None if x is None else as_matrix(x)
+    tokens, width = dy_rows.shape[0], w_down.shape[1]
     recompute = gate_up.shape[1] != 2 * width
     if recompute:
-        gate_up = x.new_empty(tokens, 2 * width)
+        assert x_rows is not None
+        gate_up = dy.new_empty(tokens, 2 * width)
         function, _ = _device_functions(activation)
         launch_gate_up(_OP, x_rows, w_gate_up, None, gate_up, function)
     dgate_up = h = None
@@ -97,14 +98,15 @@ def _backward(
         # Each tile is read and overwritten by one program.
         dgate_up = gate_up if recompute or overwrite else torch.empty_like(gate_up)
     if need_dw_down:
-        h = x.new_empty(tokens, width)
+        h = dy.new_empty(tokens, width)
     launch_gate_up_grad(_OP, dy_rows, w_down, gate_up, dgate_up, h, *_device_functions(activation))
     if h is not None:
         dw_down = wgrad_product(_OP, dy_rows, h, ours=ours[1])
         del h
     if dgate_up is not None and need_dx:
-        dx = dgrad_product(_OP, dgate_up, w_gate_up, ours=ours[2]).view(x.shape)
+        dx = dgrad_product(_OP, dgate_up, w_gate_up, ours=ours[2]).view(dy.shape)
     if dgate_up is not None and need_dw_gate_up:
+        assert x_rows is not None
         dw_gate_up = wgrad_product(_OP, dgate_up, x_rows, ours=ours[3])
     return dx, dw_gate_up, dw_down
 
@@ -119,10 +121,11 @@ def _forward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w_gate_up, w_down, ctx.activation, _, ctx.ours, ctx.overwrite = inputs
+    x, w_gate_up, w_down, ctx.activation, keep, ctx.ours, ctx.overwrite = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, w_gate_up, w_down, output[1])
+    needs_x = ctx.needs_input_grad[1] or not keep
+    ctx.save_for_backward(x if needs_x else None, w_gate_up, w_down, output[1])
 
 
 def _grads(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
@@ -144,9 +147,9 @@ def _may_overwrite(gate_up: Tensor, dy: Tensor) -> bool:
 
     It may where the graph goes with this backward, so that nobody can ask for it again. Of a graph
     that is traced its compiler decides what is written where, and a batch of gradients (all of
-    is_grads_batched=True) needs gate_up for each of them.
+    is_grads_batched=True, or of vmap) needs gate_up for each of them.
     """
-    if type(gate_up) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(dy):
+    if type(gate_up) is not Tensor or needs_dispatcher(_OP.name, (dy, gate_up)):
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
@@ -161,12 +164,12 @@ def gated_mlp_forward(
     With overwrite, backward may write into the latter: nobody else has it.
     """
     _, gate_up = _forward_fake(x, w_gate_up, w_down, activation, keep, ours, overwrite)
-    rows = as_matrix(x)
-    h = x.new_empty(rows.shape[0], w_down.shape[1])
+    h = x.new_empty(*x.shape[:-1], w_down.shape[1])
     function, _ = _device_functions(activation)
-    launch_gate_up(_OP, rows, w_gate_up, h, gate_up if keep else None, function)
-    y = forward_product(_OP, h, w_down, None, ours=ours[0])
-    return y.view(*x.shape[:-1], w_down.shape[0]), gate_up
+    kept = gate_up if keep else None
+    launch_gate_up(_OP, as_matrix(x), w_gate_up, as_matrix(h), kept, function)
+    # No view of a result: torch would forbid to change it in place.
+    return forward_product(_OP, h, w_down, None, ours=ours[0]), gate_up
 
 
 def _device_functions(activation: str) -> tuple[Any, Any]:
@@ -192,6 +195,7 @@ def gated_mlp(
         activation: f: "silu", "gelu" (exact) or "relu".
         recompute: keep x alone for backward, which then computes gate and up anew: 2I numbers a
             token less in memory, for a third of backward's time. Every gradient has the same bits.
+            Where torch computes, it keeps what it keeps.
 
     Returns:
         Like x, contiguous. Differentiable once, by x and both weights.
