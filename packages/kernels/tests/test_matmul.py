@@ -192,6 +192,18 @@ def test_stream_k_of_many_parts(shape, device, monkeypatch):
     )  # fmt: skip
 
 
+def test_stream_k_of_whole_waves_has_nothing_to_share(device, monkeypatch):
+    # One program: whole waves, whatever the number of tiles.
+    monkeypatch.setattr(launches, "num_programs", lambda device, per_sm: 1)
+    inputs = operands(40, 48, 32, dtype=torch.float16, device=device)
+    check_against_float64(
+        precise(matmul, algorithm="stream_k"), matmul_reference, inputs, operator="matmul"
+    )
+    with use_backend("triton"), torch.no_grad(), count_launches() as launched:
+        matmul(*inputs, algorithm="stream_k")
+    assert launched["matmul"] == 1
+
+
 def test_stretches_cover_all_steps():
     for shared, steps, programs in itertools.product((1, 60, 72, 131), (1, 2, 24, 256), (132,)):
         stretch = launches.stretch_for(shared, steps, programs)

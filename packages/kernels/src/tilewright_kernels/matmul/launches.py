@@ -316,13 +316,13 @@ def _launch_descriptors(
     options = constants | tile._asdict() | varies("A", a) | varies("B", b)
     options |= varies("OTHER", out if other is None else other)
     options |= {"A_TRANSPOSED": a_transposed, "B_TRANSPOSED": b_transposed, "BATCHED": batched}
-    if algorithm == "persistent":
+    shared = tiles % programs
+    if algorithm == "persistent" or shared == 0:
         grid = (min(tiles, programs),)
         operator.launch(
             matmul_persistent_kernel, grid, *descriptors, *epilogue, *sizes, **options
         )  # fmt: skip
         return
-    shared = tiles % programs
     stretch = stretch_for(shared, steps, programs)
     slots = cdiv(steps, stretch) * shared + programs
     parts = out.new_empty((slots * tile.BLOCK_M, tile.BLOCK_N), dtype=torch.float32)
