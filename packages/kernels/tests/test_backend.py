@@ -72,6 +72,15 @@ def test_an_unsupported_call_on_a_gpu_counts_as_a_fallback():
         assert not decide("rms_norm", "cuda", "rows are too odd").fell_back
 
 
+def test_auto_takes_torch_where_it_is_better_and_that_is_no_fallback():
+    better = "torch is faster here"
+    assert decide("rms_norm", "cuda", None, better) == ("torch", f"auto: {better}", False)
+    assert decide("rms_norm", "cuda", "rows are too odd", better).fell_back
+    assert decide("rms_norm", "cpu", None, better).reason == "auto: the tensors are on cpu"
+    with use_backend("triton"):
+        assert decide("rms_norm", "cuda", None, better).backend == "triton"
+
+
 def test_the_report_is_a_table():
     backend_report(reset=True)
     call()

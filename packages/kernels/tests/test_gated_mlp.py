@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from tilewright_kernels import (
     GatedMLP,
-    backend_report,
     gated_mlp,
     gated_mlp_reference,
     use_backend,
@@ -403,14 +402,43 @@ def test_descriptors_are_for_gpus_with_room(kib, descriptors, monkeypatch):
     assert not _launch.describable(x)
 
 
-@pytest.mark.gpu
-def test_auto_leaves_wide_numbers_to_torch():
-    backend_report(reset=True)
-    with use_backend("auto"):
-        gated_mlp(*make((4,), 16, 8, torch.float32, "cuda"))
-    row = backend_report()["gated_mlp"]
-    assert row.reasons == ("torch (auto: products in torch.float32 are cuBLAS's)",)
-    assert row.fell_back == 0
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "reason"),
+    [
+        (torch.float32, (16, 8), "products in torch.float32 are cuBLAS's"),
+        (torch.float16, (16, 9), "widths 16 and 9 are no multiples of 8"),
+        (torch.float16, (12, 8), "widths 12 and 8 are no multiples of 8"),
+        (torch.float16, (16, 8), None),
+    ],
+    ids=str,
+)
+def test_auto_leaves_what_is_not_measured_to_torch(dtype, sizes, reason, monkeypatch):
+    better = []
+
+    def choose_torch(x, unsupported=None, torch_is_better=None):
+        better.append(torch_is_better)
+        return False
+
+    monkeypatch.setattr(functional._OP, "uses_triton", choose_torch)
+    gated_mlp(*make((4,), *sizes, dtype=dtype))
+    assert better == [reason]
+
+
+@pytest.mark.parametrize(("dtype", "sizes"), [(torch.float16, (16, 24)), (torch.float32, (7, 9))])
+def test_nans_stay_in_their_rows(dtype, sizes, device):
+    # Fewer rows than a tile has: what pads it is another row or zeros.
+    x, *weights = make((5,), *sizes, dtype=dtype, device=device)
+    sick = x.detach().clone()
+    sick[1, 2], sick[4, 0] = torch.nan, torch.inf
+    sick.requires_grad_()
+    healthy = [0, 2, 3]
+    with use_backend("triton"):
+        y, expected = gated_mlp(sick, *weights), gated_mlp(x, *weights)
+        (dx,) = torch.autograd.grad(y, sick, torch.ones_like(y))
+        (expected_dx,) = torch.autograd.grad(expected, x, torch.ones_like(y))
+    assert torch.equal(y[healthy], expected[healthy])
+    assert torch.equal(dx[healthy], expected_dx[healthy])
+    assert y[1].isnan().all()
 
 
 # Not float64: the oracle would be torch's product in float64, which is no better than ours.

@@ -305,8 +305,9 @@ def test_the_table_decides_under_auto(monkeypatch):
     x = torch.ones(8, 64, dtype=torch.bfloat16)
     with use_backend("auto"):
         assert choose(_OP, x, 64, 128) == [False, True, False], "wgrad was not measured"
-        assert choose(_OP, x, 96, 100) == [False, True, False], "the nearest"
+        assert choose(_OP, x, 96, 104) == [False, True, False], "the nearest"
         assert choose(_OP, x, 128, 128) == [False] * 3, "too far"
+        assert choose(_OP, x, 65, 128) == choose(_OP, x, 64, 127) == [False] * 3, "odd widths"
         assert choose(_OP, x[:7], 64, 128) == [False] * 3, "too few tokens"
         assert choose(_OP, x.float(), 64, 128) == [False] * 3, "another dtype"
     with use_backend("triton"):

@@ -71,6 +71,9 @@ LEAST_LEAD = 1.01
 LEAST_TOKENS = 4096
 """Fewer tokens were not measured, and are cuBLAS's."""
 
+WIDTH_UNIT = 8
+"""Of 16-bit numbers: rows of other widths have no tensor descriptors, and were not measured."""
+
 
 def is_faster(product: Product, x: Tensor, in_features: int, out_features: int) -> bool:
     """Whether `launch_matmul` is measured to be faster than cuBLAS: the nearest shape decides.
@@ -78,9 +81,11 @@ def is_faster(product: Product, x: Tensor, in_features: int, out_features: int) 
     Nearest by the larger of the two ratios of widths; a ratio of 2 or more is no measurement. In
     plain loops and comparisons, for torch.compile traces it.
     """
-    if x.element_size() != 2 or in_features == 0 or out_features == 0:
+    if x.element_size() != 2 or x.numel() < LEAST_TOKENS * x.shape[-1]:
         return False
-    if x.numel() < LEAST_TOKENS * x.shape[-1]:
+    if in_features == 0 or out_features == 0:
+        return False
+    if in_features % WIDTH_UNIT != 0 or out_features % WIDTH_UNIT != 0:
         return False
     nearest, least = None, 2.0
     for (k, n), products in _LINEAR_TABLE.items():

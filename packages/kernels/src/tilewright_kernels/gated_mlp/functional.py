@@ -23,6 +23,7 @@ from torch import Tensor
 from tilewright_kernels import _math
 from tilewright_kernels._linear_losses import autocast
 from tilewright_kernels._linear_products import (
+    WIDTH_UNIT,
     as_matrix,
     check_operands,
     choose,
@@ -206,12 +207,14 @@ def gated_mlp(
     """
     x, w_gate_up, w_down = autocast(x, w_gate_up, w_down)
     _check(x, w_gate_up, w_down, activation)
+    hidden, width = w_down.shape
     better = None
     if x.element_size() != 2:
         better = f"products in {x.dtype} are cuBLAS's"
+    elif hidden % WIDTH_UNIT != 0 or width % WIDTH_UNIT != 0:
+        better = f"widths {hidden} and {width} are no multiples of {WIDTH_UNIT}"
     if not _OP.uses_triton(x, torch_is_better=better):
         return gated_mlp_reference(x, w_gate_up, w_down, activation)
-    hidden, width = w_down.shape
     down = choose(_OP, x, width, hidden)
     gate_up = choose(_OP, x, hidden, 2 * width)
     ours = [down[0], down[2], gate_up[1], gate_up[2]]
