@@ -483,6 +483,25 @@ def test_gradcheck_of_a_batch():
     check_gradients(matmul, (a, b), operator="matmul")
 
 
+def test_batches_of_output_gradients_and_of_operands(device):
+    a, b = operands(5, 8, 4, dtype=torch.float32, device=device)
+    residual = randn(5, 1, dtype=torch.float32, device=device, seed=3).requires_grad_()
+    dys = randn(3, 5, 8, dtype=torch.float32, device=device, seed=4)
+    wrt = a, b, residual
+    with use_backend("triton"):
+        y = matmul(a, b, residual=residual, activation="silu", precision="ieee")
+        ours = torch.autograd.grad(y, wrt, dys, is_grads_batched=True)
+        many = torch.func.vmap(matmul, in_dims=(0, None))(dys.mT, a.detach())
+        with pytest.raises(RuntimeError, match=r"no derivative for torch\.func's transforms"):
+            torch.func.grad(lambda a: matmul(a, b).sum())(a)
+    y = matmul_reference(a, b, residual=residual, activation="silu")
+    for x, expected in zip(
+        ours, torch.autograd.grad(y, wrt, dys, is_grads_batched=True), strict=True
+    ):
+        torch.testing.assert_close(x, expected)
+    torch.testing.assert_close(many, dys.mT @ a.detach())
+
+
 def test_second_derivative_is_refused(device):
     a, b = operands(3, 5, 2, dtype=torch.float32, device=device)
     with use_backend("triton"), pytest.raises(RuntimeError, match="differentiable once"):

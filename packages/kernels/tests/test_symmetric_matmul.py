@@ -283,6 +283,20 @@ def test_gradient_of_x_given_twice(small_tiles):
     )
 
 
+def test_batches_of_output_gradients_and_of_operands(device):
+    x, s = make((5, 8), torch.float32, device)
+    dys = torch.rand(3, 5, 5, device=device)
+    with use_backend("triton"):
+        ours = torch.autograd.grad(with_c(x, s), (x, s), dys, is_grads_batched=True)
+        many = torch.func.vmap(symmetric_matmul)(dys)
+    y = with_c_reference(x, s)
+    for g, expected in zip(
+        ours, torch.autograd.grad(y, (x, s), dys, is_grads_batched=True), strict=True
+    ):
+        torch.testing.assert_close(g, expected)
+    torch.testing.assert_close(many, dys @ dys.mT)
+
+
 def test_second_derivative_is_refused(device):
     x, _ = make((3, 5), torch.float32, device)
     with use_backend("triton"), pytest.raises(RuntimeError, match="differentiable once"):
