@@ -25,7 +25,7 @@ from tilewright_kernels.gated_mlp._launch import (
 from tilewright_kernels.matmul.tiles import dot_pointers, store_pointers, tile_in_groups
 
 # A tile of gate and a tile of up, both of BLOCK_N columns. A fourth stage has room on Hopper alone,
-# which has `_hopper` instead.
+# which has `_hopper` instead (and with which `_hopper` was compared).
 PERSISTENT_TILE = Tile(128, 128, 64, 8, 3, 8)
 
 
