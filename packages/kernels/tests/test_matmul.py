@@ -1,8 +1,7 @@
 """matmul: every rung against float64, over layouts, sizes, batches and epilogues."""
 
 import itertools
-import subprocess
-import sys
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -79,6 +78,17 @@ def operands(M, N, K, *, dtype, device, layout="nn"):
 def precise(f, **options):
     """float32 without tf32, as torch multiplies unless told otherwise."""
     return lambda *args: f(*args, precision="ieee", **options)
+
+
+@contextmanager
+def tf32(switch="allow_tf32", on: Any = True):
+    """One of torch's switches turned on. monkeypatch cannot restore them: it wants to delete."""
+    former = getattr(torch.backends.cuda.matmul, switch)
+    setattr(torch.backends.cuda.matmul, switch, on)
+    try:
+        yield
+    finally:
+        setattr(torch.backends.cuda.matmul, switch, former)
 
 
 @pytest.mark.parametrize("algorithm", [None, *RUNGS])
@@ -429,16 +439,14 @@ def test_tf32_rounds_the_operands(device):
     torch.testing.assert_close(y.double(), rounded[0] @ rounded[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("switch", ["allow_tf32", "fp32_precision", None])
-def test_follows_either_switch_of_tf32(switch):
-    # In a process of its own: torch refuses to read the older switch once the newer was used.
-    value = {"allow_tf32": True, "fp32_precision": "'tf32'"}.get(str(switch))
-    code = "import torch; from tilewright_kernels.matmul.launches import _precision\n"
-    if switch is not None:
-        code += f"torch.backends.cuda.matmul.{switch} = {value}\n"
-    code += "print(_precision(torch.float32, None), _precision(torch.float16, None))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["ieee" if switch is None else "tf32", "ieee"]
+@pytest.mark.parametrize(("switch", "on"), [("allow_tf32", True), ("fp32_precision", "tf32")])
+def test_follows_either_switch_of_tf32(switch, on):
+    # torch refuses to read the older one where the newer says otherwise.
+    assert launches._precision(torch.float32, None) == "ieee"
+    with tf32(switch, on):
+        assert launches._precision(torch.float32, None) == "tf32"
+        assert launches._precision(torch.float32, "ieee") == "ieee"
+        assert launches._precision(torch.float16, None) == "ieee"
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -593,13 +601,13 @@ def test_matches_float64_at_real_sizes(shape, dtype, layout, algorithm):
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["nn", "nt", "tn", "tt"])
 @pytest.mark.parametrize("algorithm", RUNGS)
-def test_tf32_is_as_accurate_as_torchs(algorithm, layout, monkeypatch):
+def test_tf32_is_as_accurate_as_torchs(algorithm, layout):
     a, b = operands(512, 384, 640, dtype=torch.float32, device=torch.device("cuda"), layout=layout)
     with torch.no_grad(), use_backend("triton"):
         exact = matmul(a, b, algorithm=algorithm)
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-        rounded = matmul(a, b, algorithm=algorithm)
-        assert_as_accurate(rounded, a @ b, a.double() @ b.double())
+        with tf32():
+            rounded, torchs = matmul(a, b, algorithm=algorithm), a @ b
+        assert_as_accurate(rounded, torchs, a.double() @ b.double())
     assert (exact - rounded).abs().max() > 0
 
 
