@@ -1,7 +1,8 @@
 """flash_attn_decode: one new token a sequence against a cache of at least 131072 in all.
 
 The cache is read once, [B, S, K, D] of keys and as much of values, and beside it a row of queries
-is read and one of outputs written. torch's function takes no lengths, so every sequence here fills its cache.
+is read and one of outputs written. torch's function takes no lengths, so every sequence here fills
+its cache.
 """
 
 import pytest

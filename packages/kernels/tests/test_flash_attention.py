@@ -64,7 +64,7 @@ def small_tiles(request, monkeypatch):
         module.tile_for.cache_clear()
 
 
-def make(lengths, dtype, device, *, heads=(2, 2), dims=(16, 16), batch=2, seed=0):
+def make(lengths, dtype, device, *, heads=(2, 2), dims=(16, 16), batch=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -105,7 +105,7 @@ def test_matches_float64(lengths, causal, dtype, device):
 @pytest.mark.parametrize("lengths", [(29, 53), (53, 29)], ids=str)
 def test_masks(lengths, alignment, window, device):
     # Bottom-right with more queries than keys, and windows past the end: queries that see nothing.
-    inputs = make(lengths, torch.float32, device, batch=1)
+    inputs = make(lengths, torch.float32, device)
     for causal in (False, True):
         check(inputs, is_causal=causal, causal_alignment=alignment, window_size=window)
 
@@ -126,7 +126,7 @@ def test_a_query_that_sees_nothing_is_zero_and_gives_no_gradient(device):
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 2), (4, 1)], ids=str)
 def test_heads(heads, device):
-    check(make((33, 40), torch.float32, device, heads=heads), is_causal=True)
+    check(make((33, 40), torch.float32, device, heads=heads, batch=2), is_causal=True)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_heads(heads, device):
     ids=str,
 )
 def test_head_dimensions(dims, device):
-    check(make((20, 35), torch.float16, device, dims=dims, batch=1))
+    check(make((20, 35), torch.float16, device, dims=dims))
 
 
 @pytest.mark.parametrize("softcap", [0.3, 5.0])
@@ -198,20 +198,20 @@ def pack(q, k, v):
 
 def test_dropout_keeps_its_share_and_the_mean(device):
     # Equal scores and v = 1: the output is the share that was kept, over 1 - p.
-    q, k, v = make((256, 256), torch.float32, device, batch=1)
+    q, k, v = make((128, 128), torch.float32, device, batch=2)
     with use_backend("triton"), torch.no_grad():
         out = scaled_dot_product_attention(q * 0, k, torch.ones_like(v), dropout_p=0.25)
         again = scaled_dot_product_attention(q * 0, k, torch.ones_like(v), dropout_p=0.25)
         nothing = scaled_dot_product_attention(q, k, v, dropout_p=1.0)
-    # 131072 draws of variance p / (1 - p): five standard deviations.
-    assert abs(out[..., 0].mean().item() - 1) < 5 * (0.25 / 0.75 / 131072) ** 0.5
+    # 65536 draws of variance p / (1 - p): five standard deviations.
+    assert abs(out[..., 0].mean().item() - 1) < 5 * (0.25 / 0.75 / 65536) ** 0.5
     assert not torch.equal(out, again)
     assert (nothing == 0).all()
 
 
 def test_layouts(device):
     # torch's order, that of a projection, parts of one projection, an expanded batch, gaps.
-    base = make((20, 24), torch.float32, device)
+    base = make((20, 24), torch.float32, device, batch=2)
     layouts = {
         "[B, H, T, D]": lambda t: t.clone(),
         "[B, T, H, D]": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
@@ -240,7 +240,7 @@ def in_order(order, inputs):
 
 @pytest.mark.parametrize("order", ["BHTD", "BTHD"])
 def test_results_lie_as_the_query_does(order, device):
-    inputs = q, k, v = in_order(order, make((20, 24), torch.float32, device))
+    inputs = q, k, v = in_order(order, make((20, 24), torch.float32, device, batch=2))
     with use_backend("triton"):
         out = scaled_dot_product_attention(q, k, v)
         grads = torch.autograd.grad(out.sum(), inputs)
@@ -297,7 +297,7 @@ def test_ranks_broadcast_and_empties(shapes, device):
 SEQUENCES = ((0, 0), (5, 5), (40, 70), (0, 7), (9, 0), (1, 33), (20, 11), (0, 0))
 
 
-def make_packed(sequences, dtype, device, *, heads=(4, 2), dims=(16, 16), padding=0, seed=0):
+def make_packed(sequences, dtype, device, *, heads=(2, 1), dims=(16, 16), padding=0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.tensor(sequences, dtype=torch.int32)
     zero = torch.zeros(1, 2, dtype=torch.int32)
@@ -412,7 +412,7 @@ def test_references_are_torchs(lengths, causal):
 
 
 def test_attn_mask_of_the_reference_is_torchs():
-    inputs = make((20, 33), torch.float64, torch.device("cpu"))
+    inputs = make((20, 33), torch.float64, torch.device("cpu"), batch=2)
     generator = torch.Generator().manual_seed(0)
     for attn_mask in (
         torch.rand(20, 33, generator=generator) > 0.3,
@@ -542,7 +542,7 @@ def test_gradcheck(options, deterministic):
             q, k, v, enable_gqa=True, return_lse=True, deterministic=deterministic, **options
         )
 
-    inputs = make((5, 7), torch.float64, torch.device("cpu"), heads=(2, 1), dims=(3, 2), batch=1)
+    inputs = make((5, 7), torch.float64, torch.device("cpu"), heads=(2, 1), dims=(3, 2))
     check_gradients(function, inputs, operator=OP, fast_mode=True)
 
 
@@ -605,7 +605,7 @@ def test_opcheck(device):
     options = ([1, 0, -1, -1], 0.25, 1.5, 0.2, True)
     q, k, v = (
         t.detach().transpose(1, 2).requires_grad_()
-        for t in make((9, 12), torch.float32, device, heads=(4, 2))
+        for t in make((9, 12), torch.float32, device, heads=(2, 1))
     )
     inputs = (q, k, v, seed, None, None, 0, 0, *options)
     torch.library.opcheck(torch.ops.tilewright.attention_forward.default, inputs)
@@ -627,7 +627,7 @@ def test_opcheck(device):
 
 
 def test_deterministic_backward_gives_the_same_bits(device):
-    size = 45 if device.type == "cpu" else 1000
+    size = 20 if device.type == "cpu" else 1000
     inputs = make((size, size), torch.float16, device, heads=(4, 2), dims=(32, 32))
     dout = torch.randn_like(inputs[0])
 
@@ -702,7 +702,7 @@ def test_autocast(device):
 
 
 def test_bad_input(device):
-    q, k, v = make((5, 6), torch.float32, device, heads=(4, 2))
+    q, k, v = make((5, 6), torch.float32, device, heads=(4, 2), batch=2)
     attention = scaled_dot_product_attention
     with pytest.raises(ValueError, match=r"query has 4 heads, key 2.*enable_gqa=True"):
         attention(q, k, v)
@@ -739,7 +739,9 @@ def test_bad_input(device):
 
 
 def test_bad_packed_input(device):
-    q, k, v, cu_q, cu_k, *longest = make_packed(((5, 5), (3, 4)), torch.float32, device)
+    q, k, v, cu_q, cu_k, *longest = make_packed(
+        ((5, 5), (3, 4)), torch.float32, device, heads=(4, 2)
+    )
     function = flash_attn_varlen_func
     with pytest.raises(ValueError, match=r"must be \[N, H, D\]"):
         function(q[None], k, v, cu_q, cu_k, *longest)
@@ -796,7 +798,7 @@ def test_memory_is_linear_in_the_length():
     # A score of float32 for each pair at 65536 would be 16 GiB; q, k, v, out and their gradients
     # are 16 MiB each, and the faster backward sums dq in float32.
     length = 65536
-    q, k, v = make((length, length), torch.bfloat16, torch.device("cuda"), batch=1, heads=(1, 1),
+    q, k, v = make((length, length), torch.bfloat16, torch.device("cuda"), heads=(1, 1),
                    dims=(128, 128))  # fmt: skip
     scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
     q.grad = k.grad = v.grad = None
