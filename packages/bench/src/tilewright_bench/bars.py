@@ -5,6 +5,7 @@ copy describes. Missed bars stay in the list. What no benchmark can measure (gra
 tolerance at any number of chunks, memory after an error) is tested instead.
 """
 
+from tilewright_bench.case import Direction
 from tilewright_bench.judge import Bar
 
 _PEERS = ("torch", "compile", "liger")
@@ -21,6 +22,8 @@ _ROWS = _bf16("32768x1024", "16384x4096", "4096x16384")
 _WIDE = _bf16("512x262144")
 _SMALL = _bf16("256x1024")
 _LOGITS = _bf16("16384x32768", "8192x131072")
+_LONG = _bf16("4x4096x16x16x128", "1x16384x16x16x128")
+_NARROW_HEADS = _bf16("4x4096x32x32x64")
 _PROJECTIONS = _bf16("16384x1536x32768", "16384x4096x131072")
 
 
@@ -34,6 +37,21 @@ def _no_slower_than_eager(*operators: str, cases: tuple[str, ...] = _SMALL) -> B
         limit=1.0,
         peers=("torch",),
         noise=True,
+    )
+
+
+def _attention(direction: Direction, cases: tuple[str, ...], **limits: float) -> tuple[Bar, ...]:
+    """Causal attention beside its peers, a bar each."""
+    return tuple(
+        Bar(
+            operators=("scaled_dot_product_attention",),
+            cases=cases,
+            directions=(direction,),
+            quantity="speed",
+            limit=limit,
+            peers=(peer,),
+        )
+        for peer, limit in limits.items()
     )
 
 
@@ -205,6 +223,32 @@ BARS: dict[str, tuple[Bar, ...]] = {
             quantity="speed",
             limit=1.2,
             peers=("torch",),
+        ),
+    ),
+    "attention": (
+        *_attention("fwd", _LONG, cudnn=0.8, flash=1.4, flex=1.1),
+        *_attention("bwd", _LONG, cudnn=0.7, flash=1.2),
+        *_attention("fwd", _NARROW_HEADS, cudnn=0.8),
+        *_attention("bwd", _NARROW_HEADS, cudnn=0.65),
+        Bar(
+            operators=("flash_attn_varlen_func",),
+            directions=_BOTH,
+            quantity="speed",
+            limit=1.3,
+            peers=("varlen_attn",),
+        ),
+        Bar(
+            operators=("attention_window",),
+            directions=_BOTH,
+            quantity="speed",
+            limit=1.3,
+            peers=("flex",),
+        ),
+        Bar(
+            operators=("flash_attn_decode",),
+            directions=("fwd",),
+            quantity="share",
+            limit=0.85,
         ),
     ),
 }

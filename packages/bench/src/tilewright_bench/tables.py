@@ -8,7 +8,13 @@ from tilewright_bench.judge import AT_MOST, Bar, Verdict
 from tilewright_bench.report import quantity
 from tilewright_bench.rows import OURS, Row, groups_of
 
-NAMES = {"compile": "torch.compile", "liger": "Liger-Kernel"}
+NAMES = {
+    "compile": "torch.compile",
+    "liger": "Liger-Kernel",
+    "cudnn": "cuDNN",
+    "flash": "torch's flash",
+    "flex": "FlexAttention",
+}
 """Providers whose name in a page is another than in benchmarks."""
 
 DIRECTIONS = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "forward + backward"}
