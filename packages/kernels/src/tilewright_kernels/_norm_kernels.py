@@ -63,6 +63,7 @@ def norm_fwd_kernel(
         h = (h.to(ACC) + residual.to(ACC)).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + out, h, mask=mask)
     row = h.to(ACC)
+    mean = 0.0
     if mean_ptr is None:
         weight = _load_vector(weight_ptr, cols, col_mask)  # on its way while the row is summed
         rstd = tl.rsqrt(tl.sum(row * row, axis=1) / n_cols + EPS)

@@ -63,7 +63,7 @@ def softmax_fwd_wide_kernel(
     LANES: tl.constexpr, BLOCK_N: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """The same for lanes wider than a tile: once over x for maximum and sum, once back for y."""
-    outer, lanes = _lanes_of_program(num_lanes, LANES)
+    outer, lanes = _lanes_of_program(num_lanes, LANES, False)
     lanes = lanes[:, None, None]
     peaks = tl.full([LANES, BLOCK_N // VEC], LOWEST, dtype=ACC)
     totals = tl.zeros([LANES, BLOCK_N // VEC], dtype=ACC)
@@ -94,7 +94,7 @@ def softmax_bwd_kernel(
     LANES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dx for a tile of LANES whole lanes; dy and y once in, dx, which lies as y does, once out."""
-    outer, lanes = _lanes_of_program(num_lanes, LANES)
+    outer, lanes = _lanes_of_program(num_lanes, LANES, False)
     lanes, cols = lanes[:, None], tl.arange(0, BLOCK_N)[None, :]
     inside, seen = _masks(outer, lanes, cols, num_lanes, n_cols, num_queries, CAUSAL)
     dy_at = _at(dy_ptr, outer, lanes, cols, dy_outer_stride, dy_lane_stride, dy_col_stride)
@@ -117,7 +117,7 @@ def softmax_bwd_wide_kernel(
     LANES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The same for lanes wider than a tile: once over dy and y for the sum, once back for dx."""
-    outer, lanes = _lanes_of_program(num_lanes, LANES)
+    outer, lanes = _lanes_of_program(num_lanes, LANES, False)
     lanes = lanes[:, None]
     totals = tl.zeros([LANES, BLOCK_N], dtype=ACC)
     for start in range(0, n_cols, BLOCK_N):
@@ -147,7 +147,7 @@ def softmax_bwd_wide_kernel(
 
 
 @triton.jit
-def _lanes_of_program(num_lanes, LANES: tl.constexpr, FLAT: tl.constexpr = False):
+def _lanes_of_program(num_lanes, LANES: tl.constexpr, FLAT: tl.constexpr):
     """Outer index and lanes [LANES] of this program; FLAT spares a division if outer is 0 alone."""
     tile, lanes = tl.program_id(0), tl.arange(0, LANES)
     if FLAT:
