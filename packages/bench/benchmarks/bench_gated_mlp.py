@@ -12,8 +12,8 @@ from tilewright_bench import Case, Variant, Work, by_device, run, variants
 from tilewright_kernels import gated_mlp, gated_mlp_reference
 
 SHAPES = by_device(gpu=[(16384, 1536, 4096), (16384, 4096, 11008)], cpu=[(16, 32, 48)])
-CHECKED_TOKENS = 512
-"""Float64 products of all tokens take seconds a provider; each token is alike."""
+CHECKED_TOKENS = 4096
+"""Float64 products of all tokens take seconds a provider; of fewer, auto leaves them to torch."""
 
 
 def recomputing(x, w_gate_up, w_down):

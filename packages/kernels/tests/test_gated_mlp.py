@@ -403,24 +403,26 @@ def test_descriptors_are_for_gpus_with_room(kib, descriptors, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "sizes", "reason"),
+    ("dtype", "tokens", "sizes", "reason"),
     [
-        (torch.float32, (16, 8), "products in torch.float32 are cuBLAS's"),
-        (torch.float16, (16, 9), "widths 16 and 9 are no multiples of 8"),
-        (torch.float16, (12, 8), "widths 12 and 8 are no multiples of 8"),
-        (torch.float16, (16, 8), None),
+        (torch.float32, 4, (16, 8), "products in torch.float32 are cuBLAS's"),
+        (torch.float16, 4, (16, 9), "widths 16 and 9 are no multiples of 8"),
+        (torch.float16, 4, (12, 8), "widths 12 and 8 are no multiples of 8"),
+        (torch.float16, 3, (16, 8), "fewer than 4 tokens do not fill a device with tiles"),
+        (torch.float16, 4, (16, 8), None),
     ],
     ids=str,
 )
-def test_auto_leaves_what_is_not_measured_to_torch(dtype, sizes, reason, monkeypatch):
+def test_auto_leaves_what_is_not_measured_to_torch(dtype, tokens, sizes, reason, monkeypatch):
     better = []
+    monkeypatch.setattr(functional, "LEAST_TOKENS", 4)
 
     def choose_torch(x, unsupported=None, torch_is_better=None):
         better.append(torch_is_better)
         return False
 
     monkeypatch.setattr(functional._OP, "uses_triton", choose_torch)
-    gated_mlp(*make((4,), *sizes, dtype=dtype))
+    gated_mlp(*make((tokens,), *sizes, dtype=dtype))
     assert better == [reason]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from tilewright_kernels import _math
 from tilewright_kernels._linear_losses import autocast
 from tilewright_kernels._linear_products import (
+    LEAST_TOKENS,
     WIDTH_UNIT,
     as_matrix,
     check_operands,
@@ -213,6 +214,8 @@ def gated_mlp(
         better = f"products in {x.dtype} are cuBLAS's"
     elif hidden % WIDTH_UNIT != 0 or width % WIDTH_UNIT != 0:
         better = f"widths {hidden} and {width} are no multiples of {WIDTH_UNIT}"
+    elif x.shape[:-1].numel() < LEAST_TOKENS:
+        better = f"fewer than {LEAST_TOKENS} tokens do not fill a device with tiles"
     if not _OP.uses_triton(x, torch_is_better=better):
         return gated_mlp_reference(x, w_gate_up, w_down, activation)
     down = choose(_OP, x, width, hidden)
