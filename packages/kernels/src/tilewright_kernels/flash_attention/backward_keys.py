@@ -13,15 +13,10 @@ Query heads of one key head are walked one after another, so that nothing is add
 
 from tilewright_kernels import _triton
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.flash_attention.backward_tiles import (
-    load_rows,
-    probabilities,
-    scratch_row,
-    sequence,
-    store_rows,
-)
+from tilewright_kernels.flash_attention.backward_tiles import probabilities, scratch_row
 from tilewright_kernels.flash_attention.masks import keep, query_blocks, shift_of
 from tilewright_kernels.flash_attention.online_softmax import as_operand
+from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
 
 INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 

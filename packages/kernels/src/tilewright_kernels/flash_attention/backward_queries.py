@@ -7,15 +7,10 @@ computed here and in backward_keys.py.
 """
 
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.flash_attention.backward_tiles import (
-    load_rows,
-    probabilities,
-    scratch_row,
-    sequence,
-    store_rows,
-)
+from tilewright_kernels.flash_attention.backward_tiles import probabilities, scratch_row
 from tilewright_kernels.flash_attention.masks import keep, key_blocks, shift_of
 from tilewright_kernels.flash_attention.online_softmax import as_operand
+from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
 
 
 @triton.jit

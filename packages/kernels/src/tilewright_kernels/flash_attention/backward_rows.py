@@ -6,13 +6,8 @@ After: the float32 sums of dq in the type of dq.
 """
 
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.flash_attention.backward_tiles import (
-    SCRATCH_ROWS,
-    load_rows,
-    scratch_row,
-    sequence,
-    store_rows,
-)
+from tilewright_kernels.flash_attention.backward_tiles import SCRATCH_ROWS, scratch_row
+from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
 
 
 @triton.jit

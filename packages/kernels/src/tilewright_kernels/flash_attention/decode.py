@@ -21,7 +21,6 @@ from torch import Tensor
 from tilewright_kernels._launch import cdiv, next_power_of_2, num_programs
 from tilewright_kernels._operator import Operator, accumulator
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.flash_attention.backward_tiles import load_rows
 from tilewright_kernels.flash_attention.masks import visible
 from tilewright_kernels.flash_attention.online_softmax import (
     finish_rows,
@@ -30,6 +29,7 @@ from tilewright_kernels.flash_attention.online_softmax import (
     take_piece,
 )
 from tilewright_kernels.flash_attention.operands import strides
+from tilewright_kernels.flash_attention.sequence_rows import load_rows
 
 
 class Tile(NamedTuple):

@@ -19,7 +19,6 @@ from tilewright_kernels._operator import Operator, accumulator
 from tilewright_kernels._tf32 import rounded_to_tf32
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.dropout import kept_words
-from tilewright_kernels.flash_attention.backward_tiles import load_rows, sequence, store_rows
 from tilewright_kernels.flash_attention.masks import (
     Mask,
     keep,
@@ -35,6 +34,7 @@ from tilewright_kernels.flash_attention.online_softmax import (
     take_piece,
 )
 from tilewright_kernels.flash_attention.operands import dot_precision, sources, strides
+from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
 
 
 class Tile(NamedTuple):
