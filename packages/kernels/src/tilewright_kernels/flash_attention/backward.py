@@ -1,6 +1,6 @@
 """How the backward is launched: which kernels, which tiles, and scratch memory linear in T.
 
-    rows                delta, and the log-sum-exp in base 2        reads out, dout
+    rows                -delta, and the log-sum-exp in base 2        reads out, dout
     keys                dk, dv, and atomically dq if it is added     4 products, or 5
     queries | finish    dq from its own walk | from its sums        3 products, or none
 
@@ -106,7 +106,7 @@ class _Problem(NamedTuple):
         lengths: (T_q, T_k), or those of the longest sequences.
         batch: sequences.
         rows: of scratch memory, for one head and in all.
-        scratch: lse2 and delta.
+        scratch: lse2 and -delta.
         extras: seed, cu_seqlens_q, cu_seqlens_k, scale, softcap and the words that keep.
         window: (left, right).
         widths: D, D_V, BLOCK_D and BLOCK_DV.

@@ -14,7 +14,7 @@ Query heads of one key head are walked one after another, so that nothing is add
 from tilewright_kernels import _triton
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.flash_attention.backward_tiles import probabilities, scratch_row
-from tilewright_kernels.flash_attention.masks import keep, query_blocks, shift_of
+from tilewright_kernels.flash_attention.masks import keep, query_blocks, shift_of, visible
 from tilewright_kernels.flash_attention.online_softmax import as_operand
 from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
 
@@ -36,16 +36,19 @@ def _add_columns(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, k, v, key, q_source, dout_source, lse2_ptr, delta_ptr, sums, seed_ptr,
-    begin, end, batch, index, kv_head, heads, first_q, len_q, len_k, num_q, num_k, shift,
-    left, right, scale, softcap, kept, rows_per_head, all_rows, q_strides, dout_strides,
-    GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    dk, dv, k, v, key, q_source, dout_source, lse2_ptr, minus_delta_ptr, sums, seed_ptr,
+    begin, full_begin, full_end, end, batch, index, kv_head, heads, first_q, len_q, len_k,
+    num_q, num_k, shift, left, right, scale, softcap, kept, rows_per_head, all_rows,
+    q_strides, dout_strides, GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     TMA: tl.constexpr, SUMS_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what queries begin … end - 1 of each head of the group contribute to dk and dv."""
+    """Add what queries begin … end - 1 of each head of the group contribute to dk and dv.
+
+    Those from full_begin to full_end - 1 see all keys, and need no mask.
+    """
     blocks = (end - begin) // BLOCK_M
     for step in tl.range(0, blocks * GROUP):
         if GROUP == 1:
@@ -63,27 +66,33 @@ def _walk_queries(
         )
         products = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=ACC)
         p, slope = probabilities(
-            products, tl.load(lse2_ptr + rows)[None, :], query, key, len_k, shift, left, right,
-            scale, softcap, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, MASKED,
-        )  # fmt: skip
+            products, tl.load(lse2_ptr + rows)[None, :], scale, softcap, HAS_SOFTCAP
+        )
+        if (row < full_begin) | (row >= full_end):
+            seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
+            p = tl.where(seen, p, 0.0)
         dout = load_rows(
             dout_source, index, head, first_q, row, len_q, dout_strides, D_V,
             BLOCK_M, BLOCK_DV, TMA, False,
         )  # fmt: skip
-        dp = tl.dot(v, dout.T, input_precision=PRECISION, out_dtype=ACC)
+        minus_delta = tl.load(minus_delta_ptr + rows)[None, :]
         if HAS_DROPOUT:
+            dp = tl.dot(v, dout.T, input_precision=PRECISION, out_dtype=ACC)
             seed = tl.load(seed_ptr)
             kept_here = keep(seed, batch * heads + head, query, key, num_q, num_k, kept)
             inverse = 4294967296.0 / tl.maximum(kept, 1).to(ACC)
             p_dropped = tl.where(kept_here, p * inverse, 0.0)
-            dp = tl.where(kept_here, dp * inverse, 0.0)
+            dp = tl.where(kept_here, dp * inverse, 0.0) + minus_delta
         else:
             p_dropped = p
+            # The sum starts at -delta: nothing is subtracted afterwards.
+            dp = tl.broadcast_to(minus_delta, (BLOCK_N, BLOCK_M))
+            dp = tl.dot(v, dout.T, dp, input_precision=PRECISION, out_dtype=ACC)
         dv = tl.dot(
             as_operand(p_dropped, dout.dtype, PRECISION), dout, dv,
             input_precision=PRECISION, out_dtype=ACC,
         )  # fmt: skip
-        ds = p * (dp - tl.load(delta_ptr + rows)[None, :])
+        ds = p * dp
         if HAS_SOFTCAP:
             ds = ds * slope
         ds = as_operand(ds, q.dtype, PRECISION)
@@ -98,7 +107,7 @@ def _walk_queries(
 @triton.jit(do_not_specialize=["kept"])
 def attention_backward_keys_kernel(
     q_source, k_source, v_source, dout_source, q_ptr, k_ptr, v_ptr, dout_ptr,
-    lse2_ptr, delta_ptr, sums, dk_ptr, dv_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
+    lse2_ptr, minus_delta_ptr, sums, dk_ptr, dv_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
     # float64, so that they are exact there.
     # pyrefly: ignore[not-a-type]
     scale: tl.float64, softcap: tl.float64,
@@ -129,17 +138,13 @@ def attention_backward_keys_kernel(
     )
     # Keys past the end need a mask at every query. Queries past the end do not: their lse makes p
     # zero. But there, between packed sequences, a descriptor would read what is another one's, and
-    # zero times NaN is NaN: the last block goes to the last part, which reads through pointers.
+    # zero times NaN is NaN: the last block is read through pointers.
     if first_key + BLOCK_N > len_k:
         full_begin, full_end = end, end
-    HAS_TAIL: tl.constexpr = HAS_LEFT or PACKED
-    if PACKED:
-        full_begin = tl.minimum(full_begin, tl.maximum(begin, len_q // BLOCK_M * BLOCK_M))
-        full_end = tl.maximum(tl.minimum(full_end, len_q // BLOCK_M * BLOCK_M), full_begin)
-    elif not HAS_LEFT:
-        full_end = end
-
+    last = end
     BY_POINTER: tl.constexpr = PACKED and TMA
+    if BY_POINTER:
+        last = tl.minimum(end, tl.maximum(begin, len_q // BLOCK_M * BLOCK_M))
     k = load_rows(
         k_ptr if BY_POINTER else k_source, index, kv_head, first_k, first_key, len_k,
         (k_batch, k_row, k_head), D, BLOCK_N, BLOCK_D, TMA and not PACKED, False,
@@ -159,19 +164,17 @@ def attention_backward_keys_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_DV), dtype=ACC)
     q_strides, dout_strides = (q_batch, q_row, q_head), (dout_batch, dout_row, dout_head)
     heads = kv_heads * GROUP
-    for part in tl.static_range(3):
-        if part != 2 or HAS_TAIL:
-            dk, dv = _walk_queries(
-                dk, dv, k, v, key, q_ptr if BY_POINTER and part == 2 else q_source,
-                dout_ptr if BY_POINTER and part == 2 else dout_source,
-                lse2_ptr, delta_ptr, sums, seed_ptr,
-                (begin, full_begin, full_end)[part], (full_begin, full_end, end)[part],
-                batch, index, kv_head, heads, first_q, len_q, len_k, num_q, num_k, shift,
-                left, right, inner_scale, softcap, kept, rows_per_head, all_rows,
-                q_strides, dout_strides, GROUP, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M,
-                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, part != 1,
-                PACKED, TMA and not (PACKED and part == 2), SUMS_TMA, ACC, PRECISION,
-            )  # fmt: skip
+    for part in tl.static_range(2 if BY_POINTER else 1):
+        dk, dv = _walk_queries(
+            dk, dv, k, v, key, q_source if part == 0 else q_ptr,
+            dout_source if part == 0 else dout_ptr, lse2_ptr, minus_delta_ptr, sums, seed_ptr,
+            begin if part == 0 else last, full_begin, full_end, last if part == 0 else end,
+            batch, index, kv_head, heads, first_q, len_q, len_k, num_q, num_k, shift,
+            left, right, inner_scale, softcap, kept, rows_per_head, all_rows,
+            q_strides, dout_strides, GROUP, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT,
+            PACKED, TMA and part == 0, SUMS_TMA, ACC, PRECISION,
+        )  # fmt: skip
     store_rows(
         dk * scale, dk_ptr, index, kv_head, first_k, first_key, len_k,
         (dk_batch, dk_row, dk_head), D, BLOCK_N, BLOCK_D,

@@ -8,22 +8,25 @@ computed here and in backward_keys.py.
 
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.flash_attention.backward_tiles import probabilities, scratch_row
-from tilewright_kernels.flash_attention.masks import keep, key_blocks, shift_of
+from tilewright_kernels.flash_attention.masks import keep, key_blocks, shift_of, visible
 from tilewright_kernels.flash_attention.online_softmax import as_operand
 from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
 
 
 @triton.jit
 def _walk_keys(
-    dq, q, dout, lse2, delta, query, k_source, v_source, seed_ptr,
-    begin, end, index, kv_head, dropout_head, first_k, len_k, num_q, num_k, shift,
-    left, right, scale, softcap, kept, k_strides, v_strides,
+    dq, q, dout, lse2, minus_delta, query, k_source, v_source, seed_ptr,
+    begin, full_begin, full_end, end, index, kv_head, dropout_head, first_k, len_k,
+    num_q, num_k, shift, left, right, scale, softcap, kept, k_strides, v_strides,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what keys begin … end - 1 contribute to dq."""
+    """Add what keys begin … end - 1 contribute to dq.
+
+    Those from full_begin to full_end - 1 are seen by all queries, and need no mask.
+    """
     for row in tl.range(begin, end, BLOCK_N):
         key = (row + tl.arange(0, BLOCK_N))[None, :]
         k = load_rows(
@@ -35,16 +38,21 @@ def _walk_keys(
             v_source, index, kv_head, first_k, row, len_k, v_strides, D_V,
             BLOCK_N, BLOCK_DV, TMA, False,
         )  # fmt: skip
-        dp = tl.dot(dout, v.T, input_precision=PRECISION, out_dtype=ACC)
-        p, slope = probabilities(
-            products, lse2, query, key, len_k, shift, left, right, scale, softcap,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, MASKED,
-        )  # fmt: skip
+        p, slope = probabilities(products, lse2, scale, softcap, HAS_SOFTCAP)
+        if (row < full_begin) | (row >= full_end):
+            seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
+            p = tl.where(seen, p, 0.0)
         if HAS_DROPOUT:
+            dp = tl.dot(dout, v.T, input_precision=PRECISION, out_dtype=ACC)
             seed = tl.load(seed_ptr)
             kept_here = keep(seed, dropout_head, query, key, num_q, num_k, kept)
             dp = tl.where(kept_here, dp * (4294967296.0 / tl.maximum(kept, 1).to(ACC)), 0.0)
-        ds = p * (dp - delta)
+            dp += minus_delta
+        else:
+            # The sum starts at -delta: nothing is subtracted afterwards.
+            dp = tl.broadcast_to(minus_delta, (BLOCK_M, BLOCK_N))
+            dp = tl.dot(dout, v.T, dp, input_precision=PRECISION, out_dtype=ACC)
+        ds = p * dp
         if HAS_SOFTCAP:
             ds = ds * slope
         dq = tl.dot(
@@ -55,7 +63,7 @@ def _walk_keys(
 
 @triton.jit(do_not_specialize=["kept"])
 def attention_backward_queries_kernel(
-    q_source, k_source, v_source, dout_source, k_ptr, v_ptr, lse2_ptr, delta_ptr, dq_ptr,
+    q_source, k_source, v_source, dout_source, k_ptr, v_ptr, lse2_ptr, minus_delta_ptr, dq_ptr,
     seed_ptr, cu_q_ptr, cu_k_ptr,
     # float64, so that they are exact there.
     # pyrefly: ignore[not-a-type]
@@ -84,12 +92,11 @@ def attention_backward_queries_kernel(
         HAS_LEFT, HAS_RIGHT, BLOCK_N,
     )  # fmt: skip
     # Past the end of a packed sequence lies another one, or anything, and zero times NaN is NaN:
-    # the last block goes to the last part, which reads through pointers.
+    # the last block is read through pointers.
     BY_POINTER: tl.constexpr = PACKED and TMA
-    if PACKED:
-        last = tl.maximum(begin, len_k // BLOCK_N * BLOCK_N)
-        full_begin = tl.minimum(full_begin, last)
-        full_end = tl.maximum(tl.minimum(full_end, last), full_begin)
+    last = end
+    if BY_POINTER:
+        last = tl.minimum(end, tl.maximum(begin, len_k // BLOCK_N * BLOCK_N))
 
     q = load_rows(
         q_source, index, head, first_q, first_query, len_q, (q_batch, q_row, q_head), D,
@@ -101,7 +108,8 @@ def attention_backward_queries_kernel(
     )  # fmt: skip
     query = first_query + tl.arange(0, BLOCK_M)
     rows = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED) + query
-    lse2, delta = tl.load(lse2_ptr + rows)[:, None], tl.load(delta_ptr + rows)[:, None]
+    lse2 = tl.load(lse2_ptr + rows)[:, None]
+    minus_delta = tl.load(minus_delta_ptr + rows)[:, None]
     scale = tl.full((), scale, ACC)
     softcap = tl.full((), softcap, ACC)
     if HAS_SOFTCAP:
@@ -109,19 +117,17 @@ def attention_backward_queries_kernel(
     else:
         inner_scale = scale * 1.4426950408889634
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
-    for part in tl.static_range(3):
-        if part != 0 or HAS_LEFT:
-            dq = _walk_keys(
-                dq, q, dout, lse2, delta, query[:, None],
-                k_ptr if BY_POINTER and part == 2 else k_source,
-                v_ptr if BY_POINTER and part == 2 else v_source, seed_ptr,
-                (begin, full_begin, full_end)[part], (full_begin, full_end, end)[part],
-                index, kv_head, batch * heads + head, first_k, len_k, num_q, num_k, shift,
-                left, right, inner_scale, softcap, kept,
-                (k_batch, k_row, k_head), (v_batch, v_row, v_head),
-                D, D_V, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-                HAS_DROPOUT, part != 1, TMA and not (PACKED and part == 2), ACC, PRECISION,
-            )  # fmt: skip
+    for part in tl.static_range(2 if BY_POINTER else 1):
+        dq = _walk_keys(
+            dq, q, dout, lse2, minus_delta, query[:, None],
+            k_source if part == 0 else k_ptr, v_source if part == 0 else v_ptr, seed_ptr,
+            begin if part == 0 else last, full_begin, full_end, last if part == 0 else end,
+            index, kv_head, batch * heads + head, first_k, len_k, num_q, num_k, shift,
+            left, right, inner_scale, softcap, kept,
+            (k_batch, k_row, k_head), (v_batch, v_row, v_head),
+            D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            HAS_DROPOUT, TMA and part == 0, ACC, PRECISION,
+        )  # fmt: skip
     store_rows(
         dq * scale, dq_ptr, index, head, first_q, first_query, len_q,
         (dq_batch, dq_row, dq_head), D, BLOCK_M, BLOCK_D,

@@ -12,14 +12,14 @@ from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence
 
 @triton.jit
 def attention_backward_rows_kernel(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, sums_ptr, cu_q_ptr,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, minus_delta_ptr, sums_ptr, cu_q_ptr,
     len_q, heads, rows_per_head, all_rows,
     out_batch, out_row, out_head, dout_batch, dout_row, dout_head,
     lse_batch, lse_head, lse_row, dlse_batch, dlse_head, dlse_row,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SUMS: tl.constexpr, ROWS: tl.constexpr,
     PACKED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """lse2 = lse · log2(e) and delta, in padded rows; zeros where dq will be summed, if it will.
+    """lse2 = lse · log2(e) and -delta, in padded rows; zeros where dq will be summed, if it will.
 
     Rows that are no query's, and queries that see nothing, get lse2 = +inf, so that p = 0. The
     gradient of lse itself is p, so it goes into delta.
@@ -40,7 +40,7 @@ def attention_backward_rows_kernel(
         dout_ptr, index, head, first, row, length, (dout_batch, dout_row, dout_head), D,
         ROWS, BLOCK_D, False, False,
     ).to(ACC)  # fmt: skip
-    delta = tl.sum(out * dout, axis=1)
+    minus_delta = -tl.sum(out * dout, axis=1)
 
     rows = row + tl.arange(0, ROWS)
     inside = rows < length
@@ -49,11 +49,11 @@ def attention_backward_rows_kernel(
     if dlse_ptr is not None:
         dlse_ptr += tl.cast(index, tl.int64) * dlse_batch + tl.cast(head, tl.int64) * dlse_head
         dlse = tl.load(dlse_ptr + (first + rows).to(tl.int64) * dlse_row, mask=inside, other=0.0)
-        delta -= dlse.to(ACC)
+        minus_delta += dlse.to(ACC)
     sees = inside & (lse != float("-inf"))
     rows = scratch.to(tl.int64) + rows
     tl.store(lse2_ptr + rows, tl.where(sees, lse * 1.4426950408889634, float("inf")))
-    tl.store(delta_ptr + rows, tl.where(sees, delta, 0.0))
+    tl.store(minus_delta_ptr + rows, tl.where(sees, minus_delta, 0.0))
     if sums_ptr is not None:
         cols = tl.arange(0, BLOCK_SUMS).to(tl.int64)[:, None]
         tl.store(sums_ptr + cols * all_rows + rows[None, :], tl.zeros((BLOCK_SUMS, ROWS), ACC))

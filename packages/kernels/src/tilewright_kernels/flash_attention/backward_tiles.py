@@ -5,7 +5,6 @@ log-sum-exp that forward left, p = exp(s - lse), without a maximum and without a
 """
 
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.flash_attention.masks import visible
 
 SCRATCH_ROWS = tl.constexpr(128)
 """Rows of a sequence in scratch memory are padded to a multiple of this: no block needs a mask."""
@@ -27,14 +26,10 @@ def scratch_row(batch, head, heads, first_q, rows_per_head, PACKED: tl.constexpr
 
 
 @triton.jit
-def probabilities(
-    products, lse, query, key, len_k, shift, left, right, scale, softcap,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
+def probabilities(products, lse, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """p = exp(s - lse), and the slope of the softcap at s, 1 where there is none.
 
-    products are q·k, of queries by keys or of keys by queries, as query and key are shaped. lse is
+    products are q·k, of queries by keys or of keys by queries, as lse is shaped. That is
     in base 2, +inf where a query sees nothing. The scale of the products is divided by the softcap
     where there is one, else times log2(e); softcap is times log2(e).
     """
@@ -47,7 +42,4 @@ def probabilities(
         p = tl.exp2(tanh * softcap - lse)
     else:
         p = tl.exp2(products * scale - lse)
-    if MASKED:
-        seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
-        p = tl.where(seen, p, 0.0)
     return p, slope
