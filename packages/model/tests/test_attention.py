@@ -1,9 +1,11 @@
 import dataclasses
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from tilewright_kernels import use_backend
 from tilewright_model import ModelConfig
 from tilewright_model.attention import Attention, causal_attention
 from tilewright_model.rotary import rotary_tables
@@ -38,11 +40,16 @@ def naive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # mask would be aligned at the wrong corner. K = H, 1 < K < H and K = 1.
 @pytest.mark.parametrize(("new", "total"), [(5, 5), (1, 5), (3, 5), (1, 1)])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_each_query_sees_the_keys_up_to_its_own(new: int, total: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_each_query_sees_the_keys_up_to_its_own(
+    backend: Literal["torch", "triton"], new: int, total: int, kv_heads: int, device: torch.device
+) -> None:
     torch.manual_seed(0)
     q = torch.randn(2, new, 4, 6)
     k, v = torch.randn(2, 2, total, kv_heads, 6).unbind(0)
-    torch.testing.assert_close(causal_attention(q, k, v), naive(q, k, v).float())
+    with use_backend(backend):
+        y = causal_attention(q.to(device), k.to(device), v.to(device))
+    torch.testing.assert_close(y.cpu(), naive(q, k, v).float())
 
 
 def test_grouped_heads_equal_repeated_heads(device: torch.device) -> None:

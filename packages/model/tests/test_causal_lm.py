@@ -171,16 +171,19 @@ def test_position_ids_default_to_the_order() -> None:
     assert (logits[:, 4:] - model(ids).logits[:, 4:]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("chunks", [[9], [4, 1, 1, 3], [1] * 9], ids=str)
 def test_reading_through_a_cache_gives_the_same_logits(
-    chunks: list[int], device: torch.device
+    chunks: list[int], backend: Literal["torch", "triton"], device: torch.device
 ) -> None:
     model, ids = build(device=device), tokens(device=device)
     cache = KVCache(CONFIG, 2, 12, device=device)
-    with torch.no_grad():
+    with use_backend(backend), torch.no_grad(), count_launches() as launches:
         whole = model(ids).logits
         parts = [model(part, cache=cache).logits for part in ids.split(chunks, dim=1)]
     assert cache.position == 9
+    # One token at a time is read against the cache by a kernel of its own.
+    assert (launches["flash_attn_decode"] > 0) == (backend == "triton" and 1 in chunks)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
@@ -207,7 +210,10 @@ def test_backends_agree(device: torch.device) -> None:
         with use_backend(backend), count_launches() as launches:
             loss = model(ids, labels=ids).loss
             loss.backward()
-        kernels = {"rms_norm", "swiglu", "apply_rotary_emb", "cross_entropy"}
+        kernels = {
+            "rms_norm", "swiglu", "apply_rotary_emb", "scaled_dot_product_attention",
+            "cross_entropy",
+        }  # fmt: skip
         assert {name for name in kernels if launches[name]} == (
             kernels if backend == "triton" else set()
         )

@@ -4,11 +4,13 @@ Shapes: B batch, T new tokens, S tokens attended to (S = T without a cache), C h
 H query heads, K key/value heads, D head dimension.
 """
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tilewright_kernels import apply_rotary_emb
+from tilewright_kernels import (
+    apply_rotary_emb,
+    flash_attn_decode,
+    scaled_dot_product_attention,
+)
 from tilewright_model.config import ModelConfig
 from tilewright_model.kv_cache import LayerCache
 
@@ -56,7 +58,12 @@ class Attention(nn.Module):
         if cache is None:
             y_BTHD = causal_attention(q_BTHD, k_BTKD, v_BTKD)
         else:
-            y_BTHD = causal_attention(q_BTHD, *cache.append(k_BTKD, v_BTKD))
+            k_BSKD, v_BSKD = cache.append(k_BTKD, v_BTKD)
+            if q_BTHD.shape[1] == 1:
+                # All of the cache, so that one compiled kernel serves every length.
+                y_BTHD = flash_attn_decode(q_BTHD, cache.keys, cache.values, cache.lengths)
+            else:
+                y_BTHD = causal_attention(q_BTHD, k_BSKD, v_BSKD)
         return self.o_proj(y_BTHD.flatten(-2))
 
 
@@ -66,18 +73,12 @@ def causal_attention(q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
     Returns:
         [B, T, H, D], a transposed view.
     """
-    T, S = q_BTHD.shape[1], k_BSKD.shape[1]
-    # torch's is_causal aligns the mask at the top left, which is right for T = S only. A single
-    # query sees everything and needs no mask.
-    mask = None
-    if 1 < T < S:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q_BTHD.device).tril(S - T)
-    y_BHTD = F.scaled_dot_product_attention(
+    y_BHTD = scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
         k_BSKD.transpose(1, 2),
         v_BSKD.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=T == S,
-        enable_gqa=q_BTHD.shape[2] != k_BSKD.shape[2],
+        is_causal=True,
+        causal_alignment="bottom_right",
+        enable_gqa=True,
     )
     return y_BHTD.transpose(1, 2)

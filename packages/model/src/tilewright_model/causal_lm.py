@@ -171,8 +171,8 @@ class CausalLM(nn.Module):
             cos, sin = self.rotary.cos, self.rotary.sin
 
         h_BTC = self.embed_tokens(input_ids)
-        for index, block in enumerate(self.layers):
-            layer_cache = cache.layer(index) if cache is not None else None
+        caches = [None] * len(self.layers) if cache is None else cache.layers(length)
+        for block, layer_cache in zip(self.layers, caches, strict=True):
             h_BTC = block(h_BTC, cos, sin, position_ids, layer_cache)
         if cache is not None:
             cache.advance(length)

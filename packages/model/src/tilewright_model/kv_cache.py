@@ -20,6 +20,8 @@ class LayerCache(NamedTuple):
     """[B, S, K, D]."""
     position: int
     """Tokens already there; the next one goes to this row."""
+    lengths: Tensor
+    """[B] int32: tokens there once this step's are written, where kernels read it."""
 
     def append(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
         """Write T new tokens and return all keys and values so far, [B, position + T, K, D] views.
@@ -92,9 +94,15 @@ class KVCache:
         """S, tokens that fit."""
         return self.keys.shape[2]
 
-    def layer(self, index: int) -> LayerCache:
-        """Views for layer `index`, as a block takes them."""
-        return LayerCache(self.keys[index], self.values[index], self.position)
+    def layers(self, length: int) -> list[LayerCache]:
+        """Views for a step of `length` new tokens, one a block."""
+        lengths = torch.full(
+            (self.batch_size,), self.position + length, dtype=torch.int32, device=self.keys.device
+        )
+        return [
+            LayerCache(keys, values, self.position, lengths)
+            for keys, values in zip(self.keys, self.values, strict=True)
+        ]
 
     def check_room(self, batch_size: int, length: int) -> None:
         """Fail before anything is written if [batch_size, length] tokens do not fit.
