@@ -28,6 +28,7 @@ from tilewright_kernels.activations import (
 )
 from tilewright_kernels.add_rms_norm import AddRMSNorm, add_rms_norm, add_rms_norm_reference
 from tilewright_kernels.apply_rotary_emb import apply_rotary_emb, apply_rotary_emb_reference
+from tilewright_kernels.commuting_matmul import commuting_matmul, commuting_matmul_reference
 from tilewright_kernels.cross_entropy import (
     CrossEntropyLoss,
     cross_entropy,
@@ -114,6 +115,8 @@ __all__ = [
     "attention_reference",
     "backend_report",
     "check_environment",
+    "commuting_matmul",
+    "commuting_matmul_reference",
     "cross_entropy",
     "cross_entropy_reference",
     "decode_attention_reference",

@@ -1,5 +1,6 @@
-"""The kernels of symmetric_matmul: a triangle of tiles, walked with pointers or with descriptors.
+"""The kernels of symmetric_matmul and commuting_matmul: a triangle of tiles of X·Zᵀ.
 
+X·Zᵀ is symmetric, because Z is X or commutes with it. Tiles are read with pointers or descriptors.
 Blocks are BLOCK rows and columns of the result. Those below the diagonal are stored twice, once
 transposed; those on it take their upper half from their lower.
 """
@@ -44,12 +45,13 @@ def _wide_tile_of_triangle(index):
 
 @triton.jit
 def symmetric_matmul_pointers_kernel(
-    x_ptr, c_ptr, y_ptr,
+    x_ptr, z_ptr, c_ptr, y_ptr,
     # float64, so that they are exact there.
     # pyrefly: ignore[not-a-type]
     alpha: tl.float64, beta: tl.float64,
     M, K,
-    x_batch_stride, x_m_stride, x_k_stride, c_batch_stride, c_m_stride, c_n_stride,
+    x_batch_stride, x_m_stride, x_k_stride, z_batch_stride, z_m_stride, z_k_stride,
+    c_batch_stride, c_m_stride, c_n_stride,
     ACC: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -59,8 +61,9 @@ def symmetric_matmul_pointers_kernel(
     batch = (tl.program_id(0) // per_matrix).to(tl.int64)
     m, n = _block_of_triangle(tl.program_id(0) % per_matrix)
     x_ptr += batch * x_batch_stride
+    z_ptr += batch * z_batch_stride
     acc = dot_pointers(
-        x_ptr, x_ptr, m, n, M, M, K, x_m_stride, x_k_stride, x_k_stride, x_m_stride,
+        x_ptr, z_ptr, m, n, M, M, K, x_m_stride, x_k_stride, z_k_stride, z_m_stride,
         ACC, PRECISION, EVEN_K, BLOCK, BLOCK, BLOCK_K, NUM_STAGES,
     )  # fmt: skip
     y = acc * tl.full((), alpha, ACC)
@@ -97,7 +100,7 @@ def _store_block(
 
 @triton.jit
 def symmetric_matmul_descriptors_kernel(
-    x_desc, wide_desc, c_desc, y_desc,
+    x_desc, z_desc, wide_desc, c_desc, y_desc,
     # pyrefly: ignore[not-a-type]
     alpha: tl.float64, beta: tl.float64,
     batches, M, K,
@@ -105,6 +108,8 @@ def symmetric_matmul_descriptors_kernel(
     BLOCK: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Walk the lower triangles of all matrices, in single blocks and in wide tiles of two.
+
+    z_desc and wide_desc are both of Z, for one and for two blocks of its rows.
 
     A wide tile reads a quarter less for each product than a square one, and together with every
     second block of the diagonal wide tiles make up a triangle without waste.
@@ -132,7 +137,7 @@ def symmetric_matmul_descriptors_kernel(
         else:
             m, n = _block_of_triangle(block)
         acc = dot_descriptors(
-            x_desc, x_desc, m, n, K, batch, 0, batch, 0, TRANSPOSED, not TRANSPOSED, True,
+            x_desc, z_desc, m, n, K, batch, 0, batch, 0, TRANSPOSED, not TRANSPOSED, True,
             ACC, PRECISION, BLOCK, BLOCK, BLOCK_K,
         )  # fmt: skip
         _store_block(acc, c_desc, y_desc, alpha, beta, batch, m * BLOCK, n * BLOCK, BLOCK)

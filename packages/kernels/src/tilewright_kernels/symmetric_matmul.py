@@ -121,25 +121,35 @@ def symmetric_matmul_forward(x: Tensor, c: Tensor | None, alpha: float, beta: fl
     if x.dtype == torch.float32 and tf32_is_allowed():
         x, precision = rounded_to_tf32(_OP, x), "tf32"
     if y.numel() > 0:
-        _launch(x, None if beta == 0 else c, y, alpha, beta, precision)
+        launch_triangle(_OP, x, x, None if beta == 0 else c, y, alpha, beta, precision)
     return y
 
 
-def _launch(
-    x: Tensor, c: Tensor | None, y: Tensor, alpha: float, beta: float, precision: str
-) -> None:
-    """Bring the batch to one dimension; where that is no view, launch for each of its first."""
+def launch_triangle(
+    operator: Operator, x: Tensor, z: Tensor, c: Tensor | None, y: Tensor,
+    alpha: float, beta: float, precision: str,
+) -> None:  # fmt: skip
+    """Y = α · X·Zᵀ + β · C, known to be symmetric, from its lower triangle.
+
+    The batch is brought to one dimension; where that is no view, one launch for each of its first.
+    """
     try:
-        x_3d, y_3d = _as_3d(x), _as_3d(y)
+        x_3d, z_3d, y_3d = _as_3d(x), _as_3d(z), _as_3d(y)
         c_3d = None if c is None else _as_3d(c)
     except RuntimeError:
         for i in range(len(y)):
-            _launch(x[i], None if c is None else c[i], y[i], alpha, beta, precision)
+            c_i = None if c is None else c[i]
+            launch_triangle(operator, x[i], z[i], c_i, y[i], alpha, beta, precision)
         return
     constants = {"ACC": accumulator(x.dtype), "PRECISION": precision}
-    fits = _fits_descriptors(x_3d, c_3d, y_3d, precision)
+    # One flag tells the kernel how both lie.
+    fits = (
+        _fits_descriptors(x_3d, c_3d, y_3d, precision)
+        and _fits_descriptors(z_3d, c_3d, y_3d, precision)
+        and _describable(x_3d) == _describable(z_3d)
+    )
     launch = _launch_descriptors if fits else _launch_pointers
-    launch(x_3d, c_3d, y_3d, alpha, beta, constants)
+    launch(operator, x_3d, z_3d, c_3d, y_3d, alpha, beta, constants)
 
 
 def _as_3d(x: Tensor) -> Tensor:
@@ -148,37 +158,40 @@ def _as_3d(x: Tensor) -> Tensor:
 
 
 def _launch_pointers(
-    x: Tensor, c: Tensor | None, y: Tensor, alpha: float, beta: float, constants: dict[str, Any]
-) -> None:
+    operator: Operator, x: Tensor, z: Tensor, c: Tensor | None, y: Tensor,
+    alpha: float, beta: float, constants: dict[str, Any],
+) -> None:  # fmt: skip
     batches, M, K = x.shape
     tile = POINTER_TILES[x.element_size()]
     block = min(tile["BLOCK"], max(16, next_power_of_2(M)))
     block_k = min(tile["BLOCK_K"], max(16, next_power_of_2(K))) if K else 16
     tiles_m = cdiv(M, block)
-    _OP.launch(
+    operator.launch(
         symmetric_matmul_pointers_kernel, (batches * tiles_m * (tiles_m + 1) // 2,),
-        x, c, y, alpha, beta, M, K, *x.stride(), *((0, 0, 0) if c is None else c.stride()),
+        x, z, c, y, alpha, beta, M, K, *x.stride(), *z.stride(), *((0, 0, 0) if c is None else c.stride()),
         EVEN_K=K % block_k == 0, BLOCK=block, BLOCK_K=block_k, NUM_STAGES=tile["num_stages"],
         num_warps=tile["num_warps"], num_stages=tile["num_stages"], **constants,
     )  # fmt: skip
 
 
 def _launch_descriptors(
-    x: Tensor, c: Tensor | None, y: Tensor, alpha: float, beta: float, constants: dict[str, Any]
-) -> None:
+    operator: Operator, x: Tensor, z: Tensor, c: Tensor | None, y: Tensor,
+    alpha: float, beta: float, constants: dict[str, Any],
+) -> None:  # fmt: skip
     batches, M, K = x.shape
     one_per_sm = num_programs(x.device, per_sm=1)
     tile = _choose(TILES[x.element_size()], batches, M, one_per_sm)
     transposed = not _describable(x)
     rows, cols = (tile.BLOCK_K, tile.BLOCK) if transposed else (tile.BLOCK, tile.BLOCK_K)
-    matrix = x.mT if transposed else x
-    x_desc = _describe(matrix, rows, cols)
-    wide_desc = x_desc
+    left, right = (x.mT, z.mT) if transposed else (x, z)
+    x_desc = _describe(left, rows, cols)
+    z_desc = x_desc if z is x else _describe(right, rows, cols)
+    wide_desc = z_desc
     if tile.WIDE:
         wide = (rows, 2 * cols) if transposed else (2 * rows, cols)
-        wide_desc = _describe(matrix, *wide)
-    _OP.launch(
-        symmetric_matmul_descriptors_kernel, (one_per_sm * tile.per_sm,), x_desc, wide_desc,
+        wide_desc = _describe(right, *wide)
+    operator.launch(
+        symmetric_matmul_descriptors_kernel, (one_per_sm * tile.per_sm,), x_desc, z_desc, wide_desc,
         None if c is None else _describe(c, tile.BLOCK, tile.BLOCK),
         _describe(y, tile.BLOCK, tile.BLOCK), alpha, beta, batches, M, K, TRANSPOSED=transposed,
         BLOCK=tile.BLOCK, WIDE=tile.WIDE, BLOCK_K=tile.BLOCK_K,
