@@ -141,9 +141,15 @@ def test_pages_are_written_and_checked(monkeypatch, capsys, tmp_path):
 
 
 def test_a_machine_without_matplotlib_is_told(monkeypatch, capsys):
-    def without(root, device):
-        raise ImportError
+    def without(module):
+        def update(root, device):
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
-    monkeypatch.setattr(docs, "update", without)
+        return update
+
+    monkeypatch.setattr(docs, "update", without("matplotlib.figure"))
     assert main(["docs"]) == 2
     assert capsys.readouterr().err == f"error: {commands.NO_MATPLOTLIB}\n"
+    monkeypatch.setattr(docs, "update", without("tilewright_kernels"))
+    with pytest.raises(ModuleNotFoundError, match="tilewright_kernels"):
+        main(["docs"])

@@ -121,7 +121,9 @@ def _roofline(options: argparse.Namespace) -> int:
     runs = baselines_of(options.device, options.baselines)
     try:
         plots.draw(roofline.roofline(roofline.load(path), runs), options.svg)
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if not _is_matplotlib(error):
+            raise
         print(f"{NO_MATPLOTLIB}; bench-roofline --redraw draws what was saved")
     else:
         print(f"drew {options.svg}")
@@ -135,13 +137,19 @@ def _docs(options: argparse.Namespace) -> int:
         return int(bool(found))
     try:
         changed = docs.update(options.root, options.device)
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if not _is_matplotlib(error):
+            raise
         print(f"error: {NO_MATPLOTLIB}", file=sys.stderr)
         return 2
     for path in changed:
         print(f"wrote {path}")
     print(f"{len(changed)} files changed")
     return 0
+
+
+def _is_matplotlib(error: ModuleNotFoundError) -> bool:
+    return (error.name or "").partition(".")[0] == "matplotlib"
 
 
 def _chosen(options: argparse.Namespace) -> SavedRun:

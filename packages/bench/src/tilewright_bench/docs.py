@@ -205,7 +205,7 @@ def update(root: Path, device: str) -> list[Path]:
     Raises:
         PageError: a marker that cannot be filled.
         SavedRunError: a baseline that cannot be used.
-        ImportError: a plot is to be drawn and there is no matplotlib.
+        ModuleNotFoundError: a plot is to be drawn and there is no matplotlib.
     """
     figures = Figures(root, device)
     changed = []

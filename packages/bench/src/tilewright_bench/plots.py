@@ -122,7 +122,7 @@ def draw(plot: Plot, path: Path) -> None:
     """Draw a plot as SVG; the same data give the same bytes.
 
     Raises:
-        ImportError: there is no matplotlib.
+        ModuleNotFoundError: there is no matplotlib.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -151,8 +151,6 @@ def _draw_bars(plot: Bars, figure: "Figure") -> None:
     from matplotlib.patches import Patch
 
     directions = tuple({direction: None for direction, *_ in plot.shares})
-    height = 0.7 + 1.5 * len(directions)
-    figure.set_size_inches(7.2, height)
     panels = figure.subplots(len(directions), sharex=True, sharey=True, squeeze=False)[:, 0]
     for direction, axes in zip(directions, panels, strict=True):
         _draw_panel(plot, direction, axes)
@@ -162,7 +160,10 @@ def _draw_bars(plot: Bars, figure: "Figure") -> None:
     handles = [
         Patch(color=_color(plot, name), label=NAMES.get(name, name)) for name in plot.providers
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+    # Five beside each other leave room for the sentence on the right.
+    rows = -(-len(handles) // 5)
+    figure.set_size_inches(7.2, 0.5 + 0.2 * rows + 1.5 * len(directions))
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(5, len(handles)))
     if plot.leads:
         handle = Patch(color="none", label="1.00×: speed beside the best peer")
         text = figure.legend(handles=[handle], loc="upper right", handlelength=0).get_texts()[0]
