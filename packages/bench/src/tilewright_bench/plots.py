@@ -160,10 +160,10 @@ def _draw_bars(plot: Bars, figure: "Figure") -> None:
     handles = [
         Patch(color=_color(plot, name), label=NAMES.get(name, name)) for name in plot.providers
     ]
-    # Five beside each other leave room for the sentence on the right.
-    rows = -(-len(handles) // 5)
+    # Four beside each other leave room for the sentence on the right.
+    rows = -(-len(handles) // 4)
     figure.set_size_inches(7.2, 0.5 + 0.2 * rows + 1.5 * len(directions))
-    figure.legend(handles=handles, loc="outside upper left", ncols=min(5, len(handles)))
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(handles)))
     if plot.leads:
         handle = Patch(color="none", label="1.00×: speed beside the best peer")
         text = figure.legend(handles=[handle], loc="upper right", handlelength=0).get_texts()[0]
