@@ -41,6 +41,12 @@ def row_tile(width: int, *, elements: int, elements_per_thread: int) -> RowTile:
 
 
 @cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels in Gluon that are written for Hopper run there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -23,6 +23,7 @@ from tilewright_kernels._operator import Operator, accumulator
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.flash_attention.masks import visible
 from tilewright_kernels.flash_attention.online_softmax import (
+    cap_of,
     finish_rows,
     score_factors,
     scores,
@@ -70,7 +71,7 @@ def attention_decode_kernel(
     v_batch_stride, v_row_stride, v_head_stride,
     out_batch_stride, out_row_stride, out_head_stride, out_split_stride,
     lse_batch_stride, lse_head_stride, lse_split_stride,
-    BEFORE: tl.constexpr, FACTOR: tl.constexpr, CAPPED: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BEFORE: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -109,7 +110,7 @@ def attention_decode_kernel(
         k = load_rows(
             k_ptr, batch, kv_head, 0, j, length, k_strides, D, BLOCK_N, BLOCK_D, False, False
         )
-        s = scores(tl.dot(q, k.T, input_precision="ieee", out_dtype=ACC), BEFORE, CAPPED)
+        s = scores(tl.dot(q, k.T, input_precision="ieee", out_dtype=ACC), BEFORE, CAP)
         key = (j + tl.arange(0, BLOCK_N))[None, :]
         seen = visible(token[:, None], key, length, length - tokens, window, 0, HAS_WINDOW, True)
         s = tl.where(seen, s, float("-inf"))
@@ -240,7 +241,7 @@ def launch_decode(
         q, k_cache, v_cache, lengths, parts, part_lse, tokens, kv_heads, splits, max(0, window),
         *strides(q, k_cache, v_cache, one_parts), split_strides[0],
         *one_lse.stride()[:2], split_strides[1],
-        BEFORE=before, FACTOR=factor, CAPPED=softcap > 0, HAS_WINDOW=window >= 0, GROUP=group,
+        BEFORE=before, FACTOR=factor, CAP=cap_of(softcap, q), HAS_WINDOW=window >= 0, GROUP=group,
         D=width, D_V=width_v, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
         ACC=accumulator(q.dtype), ROWS=rows, **tile._asdict(),
     )  # fmt: skip

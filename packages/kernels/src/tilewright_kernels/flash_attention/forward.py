@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tilewright_kernels._launch import cdiv, next_power_of_2
+from tilewright_kernels._launch import cdiv, is_hopper, next_power_of_2
 from tilewright_kernels._operator import Operator, accumulator
 from tilewright_kernels._tf32 import rounded_to_tf32
 from tilewright_kernels._triton import tl, triton
@@ -28,12 +28,13 @@ from tilewright_kernels.flash_attention.masks import (
 )
 from tilewright_kernels.flash_attention.online_softmax import (
     as_operand,
+    cap_of,
     finish_rows,
     score_factors,
     scores,
     take_piece,
 )
-from tilewright_kernels.flash_attention.operands import dot_precision, sources, strides
+from tilewright_kernels.flash_attention.operands import describable, dot_precision, sources, strides
 from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
 
 
@@ -56,6 +57,9 @@ TILES: dict[int, dict[int, Tile]] = {
     8: {256: Tile(16, 16, 1, 4)},
 }
 
+HOPPER_WIDTHS = 33, 128
+"""Head dimensions, least and most, that `forward_hopper` is for."""
+
 DROPOUT_BLOCK_N = 32
 """Keys at a time with dropout, by 8 warps: random words take the registers of the rest."""
 
@@ -70,7 +74,7 @@ TFLOP/s on an H200 at T = 4096, 16 heads of 128: 407; with 16 MiB 402, 8 MiB 394
 def _walk(
     q, k, v, m, l, acc, begin, end, index, kv_head, first_k, query, len_k, shift, left, right,
     k_strides, v_strides, seed, drop_head, len_q_max, len_k_max, kept,
-    BEFORE: tl.constexpr, FACTOR: tl.constexpr, CAPPED: tl.constexpr,
+    BEFORE: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
     DROPOUT: tl.constexpr, CLEAR: tl.constexpr, TMA: tl.constexpr,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -82,7 +86,7 @@ def _walk(
             k, index, kv_head, first_k, j, len_k, k_strides, D, BLOCK_N, BLOCK_D, TMA, False
         )
         products = tl.dot(q, k_tile.T, input_precision=PRECISION, out_dtype=ACC)
-        s = scores(products, BEFORE, CAPPED)
+        s = scores(products, BEFORE, CAP)
         key = (j + tl.arange(0, BLOCK_N))[None, :]
         if MASKED:
             seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
@@ -125,7 +129,7 @@ def attention_forward_kernel(
     q_batch_stride, q_row_stride, q_head_stride, k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride, out_batch_stride, out_row_stride, out_head_stride,
     lse_batch_stride, lse_head_stride,
-    BEFORE: tl.constexpr, FACTOR: tl.constexpr, CAPPED: tl.constexpr, GROUP: tl.constexpr,
+    BEFORE: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, GROUP: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     DROPOUT: tl.constexpr, TMA: tl.constexpr,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -175,7 +179,7 @@ def attention_forward_kernel(
                 q_tile, k, v, m, l, acc, part_begin, part_end, index, head // GROUP, first_k,
                 query, len_k, shift, left, right, k_strides, v_strides,
                 seed, batch_head, len_q_max, len_k_max, kept,
-                BEFORE, FACTOR, CAPPED, HAS_LEFT, HAS_RIGHT, part != 1, DROPOUT, PACKED, TMA,
+                BEFORE, FACTOR, CAP, HAS_LEFT, HAS_RIGHT, part != 1, DROPOUT, PACKED, TMA,
                 D, D_V, BLOCK_D, BLOCK_DV, ACC, PRECISION, BLOCK_N,
             )  # fmt: skip
 
@@ -247,26 +251,46 @@ def launch_forward(
     blocks = [max(16, next_power_of_2(n)) for n in (width, width_v)]
     kept = kept_words(dropout_p)
     dropout = kept < 2**32
+    before, factor = score_factors(scale, softcap)
+    group = heads // max(1, kv_heads)
+    together = _heads_together(len_k, (width + width_v) * q.element_size(), group)
+    if not dropout and _hopper_takes(q, k, v):
+        # Imported here: Gluon is there where Triton is, and this file must not need it.
+        from tilewright_kernels.flash_attention.forward_hopper import launch_forward_hopper
+
+        launch_forward_hopper(
+            operator, q, k, v, out, lse, mask=mask, before=before, factor=factor,
+            cap=cap_of(softcap, q), together=together, cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k, batches=batches, len_q=len_q, len_k=len_k,
+        )  # fmt: skip
+        return
     tile = tile_for(max(blocks), q.element_size(), len_q, len_k, dropout)
     rows = tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_N
     (q_source, k_source, v_source), tma = sources(
         (q, k, v), rows, (blocks[0], blocks[0], blocks[1])
     )
-    group = heads // max(1, kv_heads)
     left, right = mask.window
-    before, factor = score_factors(scale, softcap)
     operator.launch(
         attention_forward_kernel, (cdiv(len_q, tile.BLOCK_M) * heads * batches,),
         q_source, k_source, v_source, out, lse, seed, cu_seqlens_q, cu_seqlens_k,
         batches, heads, len_q, len_k, left, right, kept if dropout else 0,
         *strides(q, k, v, out), *lse.stride()[:2],
-        BEFORE=before, FACTOR=factor, CAPPED=softcap > 0, GROUP=group,
+        BEFORE=before, FACTOR=factor, CAP=cap_of(softcap, q), GROUP=group,
         BOTTOM_RIGHT=mask.bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
         DROPOUT=dropout, TMA=tma, D=width, D_V=width_v, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
-        ACC=accumulator(q.dtype), PRECISION=precision,
-        TOGETHER=_heads_together(len_k, (width + width_v) * q.element_size(), group),
-        **tile._asdict(),
+        ACC=accumulator(q.dtype), PRECISION=precision, TOGETHER=together, **tile._asdict(),
     )  # fmt: skip
+
+
+def _hopper_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel of `forward_hopper` is for these, and faster."""
+    return (
+        is_hopper(q.device)
+        and q.element_size() == 2
+        and HOPPER_WIDTHS[0] <= min(q.shape[3], v.shape[3])
+        and max(q.shape[3], v.shape[3]) <= HOPPER_WIDTHS[1]
+        and describable(q, k, v)
+    )
 
 
 def _heads_together(len_k: int, bytes_per_key: int, group: int) -> int:

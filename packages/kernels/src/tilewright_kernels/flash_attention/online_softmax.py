@@ -8,6 +8,9 @@ Exponentials are powers of two, which the hardware has: m counts in base 2. The 
 with it the scale of q·k, is multiplied in where the maximum is subtracted, in one instruction.
 """
 
+import torch
+from torch import Tensor
+
 from tilewright_kernels._triton import tl, triton
 
 _LOG2_E = 1.4426950408889634
@@ -23,27 +26,53 @@ def score_factors(scale: float, softcap: float) -> tuple[float | None, float]:
         softcap: c of c · tanh(s / c), 0 for none.
     """
     if softcap > 0:
-        return 2 * _LOG2_E * scale / softcap, softcap * _LOG2_E
+        return scale / softcap, softcap * _LOG2_E
     if scale > 0:
         return None, scale * _LOG2_E
     return scale * _LOG2_E, 1.0
 
 
-@triton.jit
-def scores(products, BEFORE: tl.constexpr, CAPPED: tl.constexpr):
-    """Scores, less FACTOR, from q·k.
+def cap_of(softcap: float, x: Tensor) -> str:
+    """How kernels take the tanh of a softcap, their CAP: "" without one, "exact", or "approximate".
 
-    CAPPED: tanh(x) = 1 - 2 / (1 + e²ˣ), with 2x / ln 2 = BEFORE · q·k. It cancels near zero, where
-    its relative error grows; what an exponential wants of it is a small absolute one. 1 / d is the
-    reciprocal root of d², two instructions instead of eight; e²ˣ ends at 2⁶⁰ so that d² is finite.
+    Args:
+        softcap: c of c · tanh(s / c), 0 for none.
+        x: one of q, k and v. 16 bits have room for no more than the approximation gives.
     """
-    if CAPPED:
-        d = 1.0 + tl.exp2(tl.minimum(products * BEFORE, 60.0))
-        s = 1.0 - 2.0 * (1.0 / d if d.dtype == tl.float64 else tl.rsqrt(d * d))
-    elif BEFORE is not None:
-        s = products * BEFORE
+    if softcap <= 0:
+        return ""
+    nvidia = x.is_cuda and torch.version.hip is None
+    return "approximate" if nvidia and x.element_size() == 2 else "exact"
+
+
+@triton.jit
+def tanh(x, CAP: tl.constexpr):
+    """Hyperbolic tangent of what a softcap caps; CAP is "exact" or "approximate".
+
+    Exact: 1 - 2 / (1 + e²ˣ). It cancels near zero, where its relative error grows; what an
+    exponential wants of it is a small absolute one. 1 / d is the reciprocal root of d², two
+    instructions instead of eight; e²ˣ ends at 2⁶⁰ so that d² is finite.
+
+    Approximate: the one instruction that the hardware has, with a relative error of 2⁻¹¹.
+    """
+    if CAP == "approximate":
+        t = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
-        s = products
+        d = 1.0 + tl.exp2(tl.minimum(x * 2.8853900817779268, 60.0))
+        t = 1.0 - 2.0 * (1.0 / d if d.dtype == tl.float64 else tl.rsqrt(d * d))
+    return t
+
+
+@triton.jit
+def scores(products, BEFORE: tl.constexpr, CAP: tl.constexpr):
+    """Scores, less FACTOR, from q·k."""
+    s = products
+    if BEFORE is not None:
+        s = products * BEFORE
+    if CAP != "":
+        s = tanh(s, CAP)
     return s
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tilewright_kernels._launch import cdiv
+from tilewright_kernels._tf32 import tf32_is_allowed
 from tilewright_kernels._triton import HAS_TRITON
 
 if HAS_TRITON:
@@ -25,7 +26,7 @@ def sources(
     Returns:
         What the kernel gets, and whether it is descriptors: of [B, H, T, D], blocks of one head.
     """
-    if not all(map(_describable, tensors)):
+    if not describable(*tensors):
         return tensors, False
     described = zip(tensors, rows, widths, strict=True)
     return tuple(_describe(x, row, width) for x, row, width in described), True
@@ -38,12 +39,16 @@ def strides(*tensors: Tensor) -> tuple[int, ...]:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies: it matters for float32 alone, and is torch's setting."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = dtype == torch.float32 and tf32_is_allowed()
     return "tf32" if tf32 else "ieee"
 
 
+def describable(*tensors: Tensor) -> bool:
+    """Whether all can have a descriptor: rows of [B, T, H, D] at multiples of 16 bytes."""
+    return all(map(_describable, tensors))
+
+
 def _describable(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can fetch rows: all at multiples of 16 bytes."""
     unit = 16 // x.element_size()
     return (
         x.dtype != torch.float64
@@ -58,9 +63,14 @@ def _describable(x: Tensor) -> bool:
     )
 
 
-def _describe(x: Tensor, rows: int, width: int) -> Any:
+def extents(x: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    """[B, T, H, D] as a descriptor wants it: [B, H, T, D], its shape and its strides."""
     x = x.transpose(1, 2)
     unit = 16 // x.element_size()
     anything = cdiv(x.shape[3], unit) * unit
     steps = [anything if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*steps[:3], 1], [1, 1, rows, width])
+    return x, list(x.shape), [*steps[:3], 1]
+
+
+def _describe(x: Tensor, rows: int, width: int) -> Any:
+    return TensorDescriptor(*extents(x), [1, 1, rows, width])

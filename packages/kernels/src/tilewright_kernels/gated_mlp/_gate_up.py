@@ -11,14 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from tilewright_kernels._launch import cdiv, num_programs
+from tilewright_kernels._launch import cdiv, is_hopper, num_programs
 from tilewright_kernels._operator import Operator, accumulator
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.gated_mlp._launch import (
     Tile,
     describable,
     describe,
-    is_hopper,
     operands,
     tile_for,
 )

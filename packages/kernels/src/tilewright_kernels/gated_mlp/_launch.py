@@ -48,12 +48,6 @@ def tile_for(M: int, N: int, K: int, element_size: int) -> Tile:
     return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps)
 
 
-@cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the kernels of `_hopper` run there."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program of the descriptor kernels may need. GPUs with less (Ampere and Ada, and the
 Blackwell of workstations) read through pointers; the interpreter has all it wants."""

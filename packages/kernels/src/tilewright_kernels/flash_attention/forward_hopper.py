@@ -1,0 +1,435 @@
+# What Gluon's decorators and annotations say of themselves is not what they do.
+# pyrefly: ignore-errors
+"""The forward for Hopper, in Gluon: softmax of one tile while the tensor cores are at another.
+
+`forward` waits for each product before it goes on. Here a program has two warpgroups of 64 queries
+each, and one warp more that does nothing but fetch keys and values (FlashAttention-3, Shah et al.
+2024, arXiv:2407.08608). Within a warpgroup the products of step j are started together,
+
+    S(j) = Q · K(j)ᵀ          acc += P(j - 1) · V(j - 1)
+
+and while the second runs, exponentials are taken of what the first gave. Between the warpgroups
+nothing is agreed: whoever takes exponentials leaves the tensor cores to the other.
+
+A program stays on its multiprocessor and takes one tile of 128 queries after another, so that the
+keys of the next are fetched while the last is written.
+
+Left to `forward`: heads wider than 128, float32, dropout, and tensors that no descriptor fits.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tilewright_kernels._launch import cdiv, num_programs
+from tilewright_kernels._operator import Operator
+from tilewright_kernels.flash_attention.masks import Mask, key_blocks, shift_of, visible
+from tilewright_kernels.flash_attention.online_softmax import finish_rows, scores, take_piece
+from tilewright_kernels.flash_attention.operands import extents, strides
+from tilewright_kernels.flash_attention.sequence_rows import sequence
+
+ROWS = gl.constexpr(64)
+"""Queries of a warpgroup."""
+
+CONSUMERS = gl.constexpr(2)
+"""Warpgroups that multiply."""
+
+BLOCK_N, STAGES = {64: 128, 128: 128}, {64: 2, 128: 2}
+"""Keys of a tile and buffers for them, by head dimension."""
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def _place(index, tiles, heads, TOGETHER: gl.constexpr):
+    """(tile, head) as `forward` has them: groups of heads, in each the last tiles first."""
+    first = index // (tiles * TOGETHER) * TOGETHER
+    group = gl.minimum(heads - first, TOGETHER)
+    within = index - first * tiles
+    return tiles - 1 - within // group, first + within % group
+
+
+@gluon.jit
+def _task(
+    index, shape, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    TOGETHER: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Where task `index` lies: its head, its sequence, its first query, and the blocks of keys."""
+    batches, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr = shape
+    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
+    tile, batch_head = _place(index, gl.cdiv(len_q, BLOCK_M), heads * batches, TOGETHER)
+    batch, head = batch_head // heads, batch_head % heads
+    place = sequence(batch, len_q, len_k, cu_q_ptr, cu_k_ptr)
+    _, _, len_q, _, len_k = place
+    first = tile * BLOCK_M
+    shift = shift_of(len_q, len_k, BOTTOM_RIGHT)
+    last = gl.minimum(first + BLOCK_M, len_q) - 1
+    begin, full_begin, full_end, end = key_blocks(
+        first, last, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+    # One block at least, be it all hidden.
+    end = gl.maximum(end, begin + BLOCK_N)
+    return head, place, first, shift, (begin, full_begin, full_end, end)
+
+
+@gluon.jit
+def _copy(desc, bar, buffer, index, head, row):
+    """Start a copy of rows of one head; `bar` has been told how many bytes to expect."""
+    shape: gl.constexpr = [1, 1, buffer.shape[0], buffer.shape[1]]
+    tma.async_copy_global_to_shared(
+        desc, [index, head, row, 0], bar, buffer._reinterpret(desc.dtype, shape, desc.layout)
+    )
+
+
+@gluon.jit
+def _publish(counter_ptr, tasks, message, bars, told):
+    """Take a next task, one past the last if there is none, and tell the warpgroups."""
+    task = tasks
+    if counter_ptr is not None:
+        task = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
+        mbarrier.wait(bars.index(1), told & 1 ^ 1)
+        message.store(gl.full((1,), 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + task)
+        mbarrier.arrive(bars.index(0))
+    return task
+
+
+@gluon.jit
+def _told(counter_ptr, tasks, message, bars, told):
+    """What `_publish` said."""
+    task = tasks
+    if counter_ptr is not None:
+        mbarrier.wait(bars.index(0), told & 1)
+        task = gl.sum(message.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+        mbarrier.arrive(bars.index(1))
+    return task
+
+
+@gluon.jit
+def _fetch(
+    q_desc, k_desc, v_desc, bufs, bars, counter_ptr, message, tasks, shape,
+    GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, TOGETHER: gl.constexpr,
+):  # fmt: skip
+    """The one warp that fetches: queries of each task, and a ring of keys and one of values."""
+    q_bufs, k_bufs, v_bufs = bufs
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, message_bars = bars
+    STAGES: gl.constexpr = k_bufs.shape[0]
+    BLOCK_N: gl.constexpr = k_bufs.shape[1]
+    BYTES: gl.constexpr = 2 * k_bufs.shape[2]
+    turn, step, told, task = 0, 0, 0, gl.program_id(0)
+    while task < tasks:
+        head, place, first, _, blocks = _task(
+            task, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, TOGETHER, BLOCK_N
+        )
+        index, first_q, len_q, first_k, _ = place
+        begin, _, _, end = blocks
+        if first < len_q:
+            for i in gl.static_range(CONSUMERS):
+                mbarrier.wait(q_empty.index(i), turn & 1 ^ 1)
+                mbarrier.expect(q_full.index(i), ROWS * BYTES)
+                _copy(
+                    q_desc,
+                    q_full.index(i),
+                    q_bufs.index(i),
+                    index,
+                    head,
+                    first_q + first + i * ROWS,
+                )
+            for j in range(begin, end, BLOCK_N):
+                slot, phase = step % STAGES, step // STAGES & 1
+                mbarrier.wait(k_empty.index(slot), phase ^ 1)
+                mbarrier.expect(k_full.index(slot), BLOCK_N * BYTES)
+                _copy(
+                    k_desc,
+                    k_full.index(slot),
+                    k_bufs.index(slot),
+                    index,
+                    head // GROUP,
+                    first_k + j,
+                )
+                mbarrier.wait(v_empty.index(slot), phase ^ 1)
+                mbarrier.expect(v_full.index(slot), BLOCK_N * BYTES)
+                _copy(
+                    v_desc,
+                    v_full.index(slot),
+                    v_bufs.index(slot),
+                    index,
+                    head // GROUP,
+                    first_k + j,
+                )
+                step += 1
+            turn += 1
+        task = _publish(counter_ptr, tasks, message, message_bars, told)
+        told += 1
+
+
+@gluon.jit
+def _hide(s, query, j, len_k, shift, left, right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+    """-inf where a query does not see a key of the block at j."""
+    BLOCK_N: gl.constexpr = s.shape[1]
+    key = (j + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s.type.layout)))[None, :]
+    seen = visible(query[:, None], key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
+    return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def _clear(v, rows, SLICE: gl.constexpr):
+    """Zeros in the rows of a buffer from `rows` on: there may be NaN, which 0 does not cancel.
+
+    Both warpgroups do it, to the same effect, and each reads the buffer after its own.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    row = gl.arange(0, SLICE, gl.SliceLayout(1, layout))[:, None]
+    for i in gl.static_range(v.shape[0] // SLICE):
+        if rows < (i + 1) * SLICE:
+            part = v.slice(i * SLICE, SLICE)
+            part.store(gl.where(i * SLICE + row < rows, part.load(layout), 0.0))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _attend(
+    WHICH: gl.constexpr, out_ptr, lse_ptr, bufs, bars, counter_ptr, message, tasks, shape,
+    out_strides, lse_strides,
+    BEFORE: gl.constexpr, FACTOR: gl.constexpr, CAP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, D_V: gl.constexpr, TOGETHER: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: rows WHICH · 64 … of each task."""
+    q_bufs, k_bufs, v_bufs = bufs
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, message_bars = bars
+    left, right = shape[4], shape[5]
+    dtype: gl.constexpr = k_bufs.dtype
+    STAGES: gl.constexpr = k_bufs.shape[0]
+    BLOCK_N: gl.constexpr = k_bufs.shape[1]
+    BLOCK_D: gl.constexpr = k_bufs.shape[2]
+    PACKED: gl.constexpr = gl.constexpr(shape[6] is not None)
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    store_layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0]
+    )
+    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, s_layout)
+    q = q_bufs.index(WHICH)
+    turn, step, told, task = 0, 0, 0, gl.program_id(0)
+    while task < tasks:
+        head, place, first, shift, blocks = _task(
+            task, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, TOGETHER, BLOCK_N
+        )
+        index, first_q, len_q, _, len_k = place
+        begin, full_begin, full_end, end = blocks
+        if first < len_q:
+            first += WHICH * ROWS
+            query = first + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+            m = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+            l = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, s_layout))
+            acc = gl.zeros((ROWS, BLOCK_D), gl.float32, acc_layout)
+
+            mbarrier.wait(q_full.index(WHICH), turn & 1)
+            mbarrier.wait(k_full.index(step % STAGES), step // STAGES & 1)
+            k = k_bufs.index(step % STAGES).permute((1, 0))
+            s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(k_empty.index(step % STAGES))
+            s = _hide(
+                scores(s, BEFORE, CAP), query, begin, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT
+            )
+            p, m, l, alpha = take_piece(s, m, l, FACTOR, True)
+            p = gl.convert_layout(p.to(dtype), p_layout)
+            if begin + BLOCK_N < end:
+                mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
+
+            for part in gl.static_range(3):
+                if part == 0:
+                    part_begin, part_end = begin, full_begin
+                elif part == 1:
+                    part_begin, part_end = full_begin, full_end
+                else:
+                    part_begin, part_end = full_end, end
+                if HAS_LEFT or part > 0:
+                    for j in range(gl.maximum(part_begin, begin + BLOCK_N), part_end, BLOCK_N):
+                        before, now = step % STAGES, (step + 1) % STAGES
+                        v_phase = step // STAGES & 1
+                        step += 1
+                        k = k_bufs.index(now).permute((1, 0))
+                        s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+                        mbarrier.wait(v_full.index(before), v_phase)
+                        acc = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
+                        s = warpgroup_mma_wait(1, deps=(s,))
+                        mbarrier.arrive(k_empty.index(now))
+                        s = scores(s, BEFORE, CAP)
+                        if part != 1:
+                            s = _hide(s, query, j, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
+                        weights, m, l, alpha = take_piece(s, m, l, FACTOR, part != 1)
+                        if j + BLOCK_N < end:
+                            mbarrier.wait(
+                                k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1
+                            )
+                        acc = warpgroup_mma_wait(0, deps=(acc,))
+                        mbarrier.arrive(v_empty.index(before))
+                        p = gl.convert_layout(weights.to(dtype), p_layout)
+                        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc_layout))[:, None]
+
+            mbarrier.arrive(q_empty.index(WHICH))
+            slot = step % STAGES
+            mbarrier.wait(v_full.index(slot), step // STAGES & 1)
+            if PACKED and end > len_k:
+                _clear(v_bufs.index(slot), len_k - (end - BLOCK_N), 32)
+            acc = warpgroup_mma(p, v_bufs.index(slot), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(v_empty.index(slot))
+            step += 1
+            turn += 1
+
+            l = gl.convert_layout(l, gl.SliceLayout(1, acc_layout))
+            m = gl.convert_layout(m, gl.SliceLayout(1, acc_layout))
+            acc, lse = finish_rows(m, l, acc)
+            lse_batch_stride, lse_head_stride = lse_strides
+            row = first + gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
+            to = (
+                lse_ptr
+                + index.to(gl.int64) * lse_batch_stride
+                + head.to(gl.int64) * lse_head_stride
+            )
+            gl.store(to + first_q + row, lse, mask=row < len_q)
+
+            batch_stride, row_stride, head_stride = out_strides
+            row = first + gl.arange(0, ROWS, gl.SliceLayout(1, store_layout))[:, None]
+            col = gl.arange(0, BLOCK_D, gl.SliceLayout(0, store_layout))[None, :]
+            to = out_ptr + index.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
+            to += (first_q + row).to(gl.int64) * row_stride + col
+            out = gl.convert_layout(acc.to(dtype), store_layout)
+            gl.store(to, out, mask=(row < len_q) & (col < D_V))
+        task = _told(counter_ptr, tasks, message, message_bars, told)
+        told += 1
+
+
+@gluon.jit
+def attention_forward_hopper_kernel(
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, counter_ptr, cu_q_ptr, cu_k_ptr,
+    batches, heads, len_q, len_k, left, right,
+    out_batch_stride, out_row_stride, out_head_stride, lse_batch_stride, lse_head_stride,
+    BEFORE: gl.constexpr, FACTOR: gl.constexpr, CAP: gl.constexpr, GROUP: gl.constexpr,
+    BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    D_V: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """`attention_forward_kernel` with a division of labour; lengths are those of `forward`."""
+    dtype: gl.constexpr = k_desc.dtype
+    BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
+    BLOCK_D: gl.constexpr = k_desc.block_type.shape[3]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
+    bufs = (
+        gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], layout),
+        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], layout),
+        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], layout),
+    )
+    message = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    message_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(message_bars.index(0), count=1)
+    mbarrier.init(message_bars.index(1), count=CONSUMERS)
+    bars = (
+        _barriers(CONSUMERS, 1), _barriers(CONSUMERS, 1), _barriers(STAGES, 1),
+        _barriers(STAGES, CONSUMERS), _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS),
+        message_bars,
+    )  # fmt: skip
+    shape = batches, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr
+    out_strides = out_batch_stride, out_row_stride, out_head_stride
+    lse_strides = lse_batch_stride, lse_head_stride
+    tasks = gl.cdiv(len_q, CONSUMERS * ROWS) * heads * batches
+    gl.warp_specialize(
+        [
+            (
+                _attend,
+                (
+                    0, out_ptr, lse_ptr, bufs, bars, counter_ptr, message, tasks, shape,
+                    out_strides, lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT,
+                    HAS_LEFT, HAS_RIGHT, D_V, TOGETHER,
+                ),
+            ),
+            (
+                _attend,
+                (
+                    1, out_ptr, lse_ptr, bufs, bars, counter_ptr, message, tasks, shape,
+                    out_strides, lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT,
+                    HAS_LEFT, HAS_RIGHT, D_V, TOGETHER,
+                ),
+            ),
+            (
+                _fetch,
+                (
+                    q_desc, k_desc, v_desc, bufs, bars, counter_ptr, message, tasks, shape,
+                    GROUP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, TOGETHER,
+                ),
+            ),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
+def launch_forward_hopper(
+    operator: Operator, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *,
+    mask: Mask, before: float | None, factor: float, cap: str, together: int,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    batches: int, len_q: int, len_k: int,
+) -> None:  # fmt: skip
+    """`launch_forward` of tensors [B, T, H, D] packed ones with B = 1.
+
+    Args:
+        operator: whose launch it is.
+        q: likewise.
+        k: likewise.
+        v: likewise.
+        out: likewise.
+        lse: [B, H, T].
+        mask: what a query sees.
+        before: of `score_factors`, with the next.
+        factor: the other.
+        cap: of `cap_of`.
+        together: heads whose keys and values stay in L2.
+        cu_seqlens_q: where sequences are packed.
+        cu_seqlens_k: likewise.
+        batches: sequences.
+        len_q: of the longest.
+        len_k: likewise.
+    """
+    heads, width_v = q.shape[2], v.shape[3]
+    width = 64 if max(q.shape[3], width_v) <= 64 else 128
+    stages, block_n = STAGES[width], BLOCK_N[width]
+    tasks = cdiv(len_q, CONSUMERS.value * ROWS.value) * heads * batches
+    programs = num_programs(q.device, per_sm=1)
+    counter = None if tasks <= programs else q.new_zeros((1,), dtype=torch.int32)
+    left, right = mask.window
+    operator.launch(
+        attention_forward_hopper_kernel, (min(tasks, programs),),
+        _describe(q, ROWS.value, width), _describe(k, block_n, width),
+        _describe(v, block_n, width), out, lse, counter, cu_seqlens_q, cu_seqlens_k,
+        batches, heads, len_q, len_k, left, right, *strides(out), *lse.stride()[:2],
+        BEFORE=before, FACTOR=factor, CAP=cap, GROUP=heads // k.shape[2],
+        BOTTOM_RIGHT=mask.bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
+        D_V=width_v, TOGETHER=together, STAGES=stages, num_warps=4, maxnreg=168,
+    )  # fmt: skip
+
+
+def _describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """A descriptor of [B, H, T, D] for tiles of one head, which lie in memory as wgmma wants."""
+    block = [1, 1, rows, width]
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(*extents(x), block, layout)
