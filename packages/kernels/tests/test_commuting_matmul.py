@@ -1,4 +1,4 @@
-"""commuting_matmul: against float64, symmetry to the bit, gradients; tiles are symmetric_matmul's."""
+"""commuting_matmul: against float64, symmetry to the bit, and gradients."""
 
 import importlib
 

@@ -168,7 +168,8 @@ def _launch_pointers(
     tiles_m = cdiv(M, block)
     operator.launch(
         symmetric_matmul_pointers_kernel, (batches * tiles_m * (tiles_m + 1) // 2,),
-        x, z, c, y, alpha, beta, M, K, *x.stride(), *z.stride(), *((0, 0, 0) if c is None else c.stride()),
+        x, z, c, y, alpha, beta, M, K,
+        *x.stride(), *z.stride(), *((0, 0, 0) if c is None else c.stride()),
         EVEN_K=K % block_k == 0, BLOCK=block, BLOCK_K=block_k, NUM_STAGES=tile["num_stages"],
         num_warps=tile["num_warps"], num_stages=tile["num_stages"], **constants,
     )  # fmt: skip
