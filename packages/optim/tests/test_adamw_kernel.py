@@ -13,7 +13,7 @@ from tilewright_kernels.testing import (
     count_launches,
 )
 from tilewright_optim import AdamW, adamw_reference
-from tilewright_optim._adamw_kernel import CHUNK, adamw_triton
+from tilewright_optim._adam_kernel import CHUNK, adam_triton
 from tilewright_optim._tables import PointerTables
 
 # One element; odd; a whole chunk; one past it, ragged; several, ragged but whole 16-byte vectors.
@@ -48,7 +48,12 @@ def launch(columns, capturable=False, tables=None, **options):
     if capturable:
         columns[5][:] = [step.to(device) for step in columns[5]]
     with count_launches() as launches:
-        adamw_triton(*columns, tables=tables, capturable=capturable, **{**HYPER, **options})
+        adam_triton(
+            *columns,
+            tables=tables,
+            capturable=capturable,
+            **{**HYPER, "decoupled": True, **options},
+        )
     assert launches["adamw"] == 1
 
 

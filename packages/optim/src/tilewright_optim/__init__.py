@@ -4,8 +4,17 @@ On CUDA devices one kernel launch updates all tensors of a parameter group in on
 elsewhere the plain-torch definition runs. State dicts are torch.optim's.
 """
 
+from tilewright_optim.adam import Adam
 from tilewright_optim.adamw import AdamW
-from tilewright_optim.functional import adamw_reference
+from tilewright_optim.clip_grad import clip_grad_norm_
+from tilewright_optim.functional import adam_reference, adamw_reference
 from tilewright_optim.schedule import WarmupCosine
 
-__all__ = ["AdamW", "WarmupCosine", "adamw_reference"]
+__all__ = [
+    "Adam",
+    "AdamW",
+    "WarmupCosine",
+    "adam_reference",
+    "adamw_reference",
+    "clip_grad_norm_",
+]

@@ -11,9 +11,12 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise a ValueError unless the options of a parameter group are in their ranges."""
-    lr, betas = options["lr"], options["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; give one of one element")
+    betas = options["betas"]
+    for name in ("lr", "weight_decay"):
+        value = options[name]
+        if isinstance(value, Tensor) and value.numel() != 1:
+            shape = tuple(value.shape)
+            raise ValueError(f"{name} is a tensor of shape {shape}; give one of one element")
     if len(betas) != 2 or any(isinstance(beta, Tensor) for beta in betas):
         raise ValueError(f"betas are {betas}; give two floats, for example (0.9, 0.999)")
     for i, beta in enumerate(betas):
@@ -22,6 +25,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         if not options[name] >= 0.0:
             raise ValueError(f"{name} is {options[name]}; it must be a number of at least 0")
+    if options["cautious"] and not options["decoupled_weight_decay"]:
+        raise ValueError("cautious is for decoupled decay; use AdamW, or leave it out")
 
 
 def check_tensors(param: Tensor, grad: Tensor, *states: Tensor) -> None:

@@ -55,3 +55,27 @@ def _has_strides(tensor: Tensor, strides: Sequence[int]) -> bool:
     """Whether tensor has these strides; along dimensions of size 1 any will do."""
     dims = zip(tensor.shape, tensor.stride(), strides, strict=True)
     return all(ours == theirs for size, ours, theirs in dims if size > 1)
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """x's dimensions as `empty_like` orders them in memory, the slowest first."""
+    strides = torch.empty_like(x, device="meta").stride()
+    return sorted(range(x.dim()), key=lambda i: strides[i], reverse=True)
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """x's elements [size] as they lie in memory."""
+    return x.permute(memory_order(x)).reshape(-1)
+
+
+def like_in_memory(elements: Tensor, like: Tensor) -> Tensor:
+    """The inverse: a tensor of like's shape and strides that holds elements [size]."""
+    out = torch.empty_like(like, dtype=elements.dtype)
+    ordered = out.permute(memory_order(like))
+    ordered.copy_(elements.view(ordered.shape))
+    return out
+
+
+def lies_dense(x: Tensor) -> bool:
+    """Whether x's elements fill their memory without gaps, in whatever order."""
+    return x.is_contiguous() or _has_strides(x, torch.empty_like(x, device="meta").stride())

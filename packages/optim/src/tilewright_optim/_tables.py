@@ -14,10 +14,28 @@ that it was captured with.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from tilewright_kernels.authoring import tl, triton
+
+
+@triton.jit
+def element(address, DTYPE: tl.constexpr, index):
+    """Pointer to element `index` of the tensor at an address."""
+    return address.to(tl.pointer_type(DTYPE)) + index  # pyrefly: ignore[bad-argument-type]
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Where the tensors' elements begin."""
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """Triton's type of a tensor's elements."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def chunk_list(sizes: Sequence[int], chunk: int) -> Tensor:

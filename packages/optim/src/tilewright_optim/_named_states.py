@@ -1,0 +1,77 @@
+"""Optimizer state as named tensors, for safetensors and its like, which hold no pickles."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+Named = Iterable[tuple[str, Tensor]]
+
+
+class NamedStates(Optimizer):
+    """An optimizer whose state is tensors alone, one or more a parameter."""
+
+    def state_tensors(self, named_parameters: Named | None = None) -> dict[str, Tensor]:
+        """The state by «parameter name.state», such as «layers.0.weight.exp_avg».
+
+        Options of groups (learning rates and so on) are not in it. Tensors are the optimizer's own,
+        but for step counts, which are copies.
+
+        Args:
+            named_parameters: `module.named_parameters()`; None where the optimizer was made of it.
+        """
+        tensors = {}
+        for name, param in self._named(named_parameters).items():
+            for key, value in self.state.get(param, {}).items():
+                # Counts are views of one tensor, which a file would hold once for each.
+                tensors[f"{name}.{key}"] = value.clone() if key == "step" else value
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(
+        self, tensors: Mapping[str, Tensor], named_parameters: Named | None = None
+    ) -> None:
+        """Take over a state that `state_tensors` gave; parameters without one lose theirs.
+
+        Args:
+            tensors: by «parameter name.state», on any device.
+            named_parameters: as there.
+
+        Raises:
+            ValueError: a tensor of no parameter, or of another size than its parameter.
+        """
+        named = self._named(named_parameters)
+        numbers = {id(p): i for i, p in enumerate(self._all_params())}
+        states: dict[int, dict[str, Tensor]] = {}
+        for full_name, tensor in tensors.items():
+            name, _, key = full_name.rpartition(".")
+            if name not in named:
+                raise ValueError(
+                    f"{full_name} belongs to no parameter of this optimizer; it has "
+                    f"{', '.join(list(named)[:5])} …"
+                )
+            param = named[name]
+            if tensor.shape not in (param.shape, ()) and not key.endswith("_scale"):
+                raise ValueError(
+                    f"{full_name} has shape {tuple(tensor.shape)} and its parameter "
+                    f"{tuple(param.shape)}; load the state of the same model"
+                )
+            states.setdefault(numbers[id(param)], {})[key] = tensor.to(param.device, copy=True)
+        groups = self.state_dict()["param_groups"]
+        self.load_state_dict({"state": states, "param_groups": groups})
+
+    def _named(self, named_parameters: Named | None) -> dict[str, Tensor]:
+        if named_parameters is not None:
+            ours = set(map(id, self._all_params()))
+            return {name: param for name, param in named_parameters if id(param) in ours}
+        if any("param_names" not in group for group in self.param_groups):
+            raise ValueError(
+                "the parameters have no names; give named_parameters, or make the optimizer of "
+                "module.named_parameters()"
+            )
+        names = [name for group in self.param_groups for name in group["param_names"]]
+        return dict(zip(names, self._all_params(), strict=True))
+
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]

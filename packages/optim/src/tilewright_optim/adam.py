@@ -1,0 +1,355 @@
+"""Adam as a torch.optim.Optimizer: groups, states, and what each step hands to which backend.
+
+The arithmetic is in `functional` (plain torch) and `_adam_kernel` (Triton), two functions of one
+signature; here is what an optimizer is in torch's terms. The state is torch.optim's, key by key, so
+that checkpoints go both ways. `AdamW` is the same class with decoupled decay.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, repeat
+from operator import ne
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from tilewright_optim._adam_kernel import CHUNK, OPERATORS, adam_triton
+from tilewright_optim._checks import check_options, check_tensors
+from tilewright_optim._kinds import Kind, by_kind
+from tilewright_optim._named_states import NamedStates
+from tilewright_optim._norm_kernel import NormTables
+from tilewright_optim._states import Master, StateDtype, Storage, pack_steps
+from tilewright_optim._tables import PointerTables
+from tilewright_optim.clip_grad import total_norm
+from tilewright_optim.functional import adam_reference
+
+_CPU = -1
+"""What `Tensor.get_device` says of a tensor on the CPU."""
+
+
+class Adam(NamedStates, Optimizer):
+    """Adam in one kernel launch for all tensors of a parameter group, one pass over memory.
+
+    Arguments, per-group options and state_dict are torch.optim.Adam's. Parameters on a CUDA device
+    are updated by a Triton kernel, others in plain torch; `tilewright_kernels.use_backend` chooses
+    otherwise, under the operator name "adam". A group whose tensors differ in device or in the
+    dtypes of parameter, gradient or states takes one launch for each combination.
+
+    Loss scaling: `optimizer.grad_scale` (0-d, what gradients are divided by) and
+    `optimizer.found_inf` (0-d, where it is not 0 the step is skipped), while set, are honoured in
+    the kernel, as by torch's fused optimizers; torch.amp.GradScaler sets them. Gradients are never
+    written. Without capturable, a found_inf that is set costs one synchronization a step.
+
+    CUDA graphs: capturable=True keeps step counts on the device and synchronizes nowhere. Make one
+    step before the capture. A learning rate or a decay to be changed between replays is a tensor on
+    the device.
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups, as torch.optim takes them.
+        lr: learning rate, a float or a tensor of one element.
+        betas: decay rates of the averages of the gradient and of its square, each in [0, 1).
+        eps: added to the root of the second average.
+        weight_decay: added to the gradient as a multiple of the parameter, or decoupled, in units
+            of the learning rate; a float or a tensor of one element.
+        amsgrad: divide by the running maximum of the second average.
+        foreach: without effect, as fused: there is one implementation.
+        maximize: go up the gradient.
+        capturable: keep step counts on the parameters' devices.
+        differentiable: not supported.
+        fused: without effect.
+        decoupled_weight_decay: AdamW's decay.
+        cautious: decay only where the update shrinks the parameter too; for decoupled decay.
+        master: what is kept of bfloat16 parameters beyond their bits: "none"; "exact", 16 bits more
+            that make them float32 to the optimizer; "stochastic", nothing, but they are rounded
+            stochastically.
+        state_dtype: of the averages: None for float32 beside exact masters and else the parameter's
+            own, torch.bfloat16, or "int8" for codes of 8 bits and a scale every 256 elements.
+        max_grad_norm: clip by the norm of the gradients of all groups (divided by grad_scale). The
+            norm is `optimizer.grad_norm` then.
+
+    Raises:
+        ValueError: an option out of its range; no parameters; tensors of one parameter on different
+            devices.
+        TypeError: a parameter that is not float16, bfloat16, float32 or float64.
+        RuntimeError: a sparse gradient; a capture without capturable or before the first step.
+    """
+
+    # GradScaler leaves unscaling to the step then, and sets and deletes these for it.
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 0.0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        cautious: bool = False,
+        master: Master = "none",
+        state_dtype: StateDtype = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if differentiable:
+            raise ValueError("differentiable is True; this optimizer writes in place, use torch's")
+        self._storage = Storage(master=master, state_dtype=state_dtype)
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | None = None
+        self._reset()
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": False,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "cautious": cautious,
+        }
+        self._check(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as torch.optim does, after a check of its options."""
+        if isinstance(param_group, dict):
+            self._check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of ours or of torch.optim's; dtypes of states are kept as saved.
+
+        States that are stored otherwise than this optimizer is set to (`state_dtype`, `master`) are
+        converted.
+        """
+        self._loading = state_dict
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._loading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "_storage": self._storage,
+            "max_grad_norm": self.max_grad_norm,
+        }
+
+    @torch.no_grad()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict comes through here, and so do copy and pickle, on an empty object.
+        super().__setstate__(state)
+        decoupled = self.defaults["decoupled_weight_decay"]
+        for group in self.param_groups:
+            for option, default in self.defaults.items():
+                group.setdefault(option, default)
+            group["decoupled_weight_decay"] = decoupled
+        self.__dict__.setdefault("_loading", None)
+        if self._loading is not None:
+            self._keep_dtypes(self._loading)
+        for param in self._all_params():
+            if self.state.get(param):
+                self._storage.convert(param, self.state[param])
+        pack_steps(self.state.get(param, {}) for param in self._all_params())
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget what was derived from the state."""
+        self._tables: dict[tuple[int, Kind], PointerTables] = {}
+        self._norms: dict[torch.device, NormTables] = {}
+        self.grad_norm = None
+        self._loading: dict[str, Any] | None = None
+
+    def _keep_dtypes(self, saved: dict[str, Any]) -> None:
+        """Undo torch's casts of states to the parameter's dtype, which lose what float32 holds."""
+        indices = chain.from_iterable(group["params"] for group in saved["param_groups"])
+        for index, param in zip(indices, self._all_params(), strict=True):
+            for key, value in saved["state"].get(index, {}).items():
+                loaded = self.state[param].get(key)
+                if isinstance(loaded, Tensor) and loaded.dtype != value.dtype and key != "step":
+                    self.state[param][key] = value.to(param.device)
+
+    def _check(self, options: dict[str, Any]) -> None:
+        check_options(options)
+        if options["amsgrad"] and self._storage.state_dtype == "int8":
+            raise ValueError(
+                "amsgrad is set and state_dtype is 'int8', in which a maximum would not stay one; "
+                "use torch.bfloat16"
+            )
+
+    @torch.compiler.disable  # it works with addresses and counts on the host, each a graph break
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model anew and returns the loss.
+
+        Returns:
+            What closure returned, else None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and not all(group["capturable"] for group in self.param_groups):
+            # Step counts on the host cannot follow the device without asking it.
+            if found_inf.item():
+                return loss
+            found_inf = None
+        norm = None if self.max_grad_norm is None else self._total_norm()
+        for index, group in enumerate(self.param_groups):
+            self._step_group(index, group, found_inf, norm)
+        return loss
+
+    def _total_norm(self) -> Tensor | None:
+        grads = [param.grad for param in self._all_params() if param.grad is not None]
+        if not grads:
+            return None
+        device = grads[0].device
+        if device not in self._norms:
+            self._norms[device] = NormTables(device)
+        norm = total_norm(grads, self._norms[device])
+        scale = getattr(self, "grad_scale", None)
+        self.grad_norm = norm if scale is None else norm / scale.to(device)
+        return norm
+
+    def _step_group(
+        self, index: int, group: dict[str, Any], found_inf: Tensor | None, norm: Tensor | None
+    ) -> None:
+        beta1, beta2 = map(float, group["betas"])
+        decoupled = group["decoupled_weight_decay"]
+        for kind, columns in self._by_kind(group):
+            params, grads, m, v, maxima, steps, lows, m_scales, v_scales, seeds = columns
+            check_tensors(params[0], grads[0], m[0], v[0])
+            device = params[0].device
+            capturing = _is_capturing(device)
+            if capturing and not group["capturable"]:
+                raise RuntimeError(
+                    "a CUDA graph is being captured and capturable is False; create the optimizer "
+                    "with capturable=True, so that step counts live on the device"
+                )
+            update: Callable[..., None] = adam_reference
+            if any(map(Tensor.numel, params)) and OPERATORS[decoupled].uses_triton(
+                params[0], _obstacle(params)
+            ):
+                if (index, kind) not in self._tables:
+                    self._tables[index, kind] = PointerTables(device, CHUNK)
+                update = partial(
+                    adam_triton,
+                    tables=self._tables[index, kind],
+                    capturable=group["capturable"],
+                )
+            update(
+                params,
+                grads,
+                m,
+                v,
+                maxima,
+                steps,
+                lr=_number("lr", group["lr"], device, capturing),
+                beta1=beta1,
+                beta2=beta2,
+                eps=float(group["eps"]),
+                weight_decay=_number("weight_decay", group["weight_decay"], device, capturing),
+                amsgrad=group["amsgrad"],
+                maximize=group["maximize"],
+                decoupled=decoupled,
+                cautious=group["cautious"],
+                master_lows=lows if lows[0] is not None else (),
+                stochastic=self._storage.master_of(params[0]) == "stochastic",
+                exp_avg_scales=m_scales if m_scales[0] is not None else (),
+                exp_avg_sq_scales=v_scales if v_scales[0] is not None else (),
+                seeds=seeds,
+                grad_scale=_on(device, getattr(self, "grad_scale", None)),
+                found_inf=_on(device, found_inf),
+                total_norm=_on(device, norm),
+                max_norm=self.max_grad_norm,
+            )
+
+    def _by_kind(self, group: dict[str, Any]) -> Iterator[tuple[Kind, list[list[Any]]]]:
+        """The group's tensors as lists, for each launch."""
+        params = [param for param in group["params"] if param.grad is not None]
+        self._make_states(params, group)
+        grads = [param.grad for param in params]
+        states = [self.state[param] for param in params]
+        exp_avgs = [state["exp_avg"] for state in states]
+        exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+        maxima = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
+        places = map(Tensor.get_device, params) if group["capturable"] else repeat(_CPU)
+        if any(map(ne, [state["step"].get_device() for state in states], places)):
+            # capturable was changed, or the model was moved
+            for param, state in zip(params, states, strict=True):
+                place = param.device if group["capturable"] else "cpu"
+                state["step"] = state["step"].to(place, torch.float32)
+        steps = [state["step"] for state in states]
+        names = ("master_low", "exp_avg_scale", "exp_avg_sq_scale")
+        stored = [[state.get(name) for state in states] for name in names]
+        numbers = {id(param): i for i, param in enumerate(self._all_params())}
+        seeds = [numbers[id(param)] for param in params]
+        return by_kind((params, grads, exp_avgs, exp_avg_sqs), (maxima, steps, *stored, seeds))
+
+    def _make_states(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        new = [param for param in params if not self.state[param]]
+        if not new:
+            return
+        if _is_capturing(new[0].device):
+            raise RuntimeError(
+                "a CUDA graph is being captured before the optimizer's first step; make one step "
+                "before the capture, which creates the states and compiles the kernel"
+            )
+        double = torch.get_default_dtype() == torch.float64 and not group["capturable"]
+        for param in new:
+            state = self._storage.new(param, amsgrad=group["amsgrad"])
+            place = param.device if group["capturable"] else "cpu"
+            dtype = torch.float64 if double else torch.float32
+            step = torch.zeros((), dtype=dtype, device=place)
+            self.state[param] = {"step": step, **state}
+        pack_steps(self.state[param] for param in new)
+
+
+def _obstacle(params: list[Tensor]) -> str | None:
+    """Why the kernel cannot take these parameters, or None if it can."""
+    subclasses = set(map(type, params)) - {Tensor, torch.nn.Parameter}
+    if not subclasses:
+        return None
+    return f"a parameter is a {subclasses.pop().__name__}, which may not lie at one address"
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _number(
+    name: str, number: float | Tensor, device: torch.device, capturing: bool
+) -> float | Tensor:
+    """A float, or a tensor on the device that a kernel reads."""
+    if not isinstance(number, Tensor):
+        return float(number)
+    if number.device == device or not number.is_cpu:
+        return number.to(device)
+    if capturing:
+        raise RuntimeError(
+            f"{name} is a tensor on cpu, whose value a captured CUDA graph would keep for ever; "
+            f"give one on {device}, or a float if that is meant"
+        )
+    return number.item()
+
+
+def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
+    return scalar if scalar is None else scalar.to(device)
