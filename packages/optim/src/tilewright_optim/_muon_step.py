@@ -1,0 +1,91 @@
+"""Muon's step on tensors of one kind: which matrices, in which batches, through which launches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tilewright_optim._coefficients import Coefficients, triples
+from tilewright_optim._muon_kernels import Tensors, momentum_and_normalize, update
+from tilewright_optim._muon_matrices import Batch, batches_of, matrices_of
+from tilewright_optim._newton_schulz_products import iterate
+from tilewright_optim._tables import PointerTables
+from tilewright_optim.muon_functional import AdjustLr, lr_factor
+
+MOST_ELEMENTS = 2**27
+"""Elements of a batch; X, its successor and the small matrices take about 10 bytes each for a
+while."""
+
+
+@dataclass
+class Plan:
+    """The batches of one kind of tensors, and their tables on the device; kept between steps."""
+
+    shapes: list[torch.Size] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
+    tables: list[PointerTables] = field(default_factory=list)
+
+    def follow(self, params: Sequence[Tensor], split_sizes: Sequence[int] | None) -> None:
+        """Make the batches anew where other shapes take part than in the step before."""
+        shapes = [param.shape for param in params]
+        if shapes == self.shapes:
+            return
+        self.shapes = shapes
+        matrices = [x for i, s in enumerate(shapes) for x in matrices_of(i, s, split_sizes)]
+        self.batches = batches_of(matrices, MOST_ELEMENTS)
+        self.tables = [PointerTables(params[0].device, chunk=16) for _ in self.batches]
+
+
+def muon_triton(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lows: Sequence[Tensor] = (),
+    *,
+    plan: Plan,
+    lr: float | Tensor,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+    ns_coefficients: Coefficients,
+    eps: float,
+    ns_steps: int,
+    adjust_lr_fn: AdjustLr | None = None,
+    split_sizes: Sequence[int] | None = None,
+    cautious: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    form: str = "auto",
+) -> None:
+    """`muon_reference` for tensors on one device and of one dtype a column, in batches.
+
+    Arguments are as there; lr, grad_scale and found_inf on the parameters' device where they are
+    tensors. `plan` belongs to these parameters and is kept by the caller from step to step; `form`
+    is that of `newton_schulz`.
+    """
+    plan.follow(params, split_sizes)
+    steps = triples(ns_coefficients, ns_steps)
+    rows = [_in_rows(column) for column in (params, grads, momentum_buffers, lows)]
+    tensors = Tensors(*(column for column, _ in rows))
+    for batch, tables in zip(plan.batches, plan.tables, strict=True):
+        x = momentum_and_normalize(
+            batch, tensors, tables, momentum=momentum, nesterov=nesterov, eps=eps,
+            grad_scale=grad_scale, found_inf=found_inf,
+        )  # fmt: skip
+        x = iterate(x, steps, form)
+        update(
+            batch, tensors, tables, x, lr=lr, weight_decay=weight_decay,
+            factor=partial(lr_factor, adjust_lr_fn), cautious=cautious, found_inf=found_inf,
+        )  # fmt: skip
+    for i in (0, 2, 3):  # gradients are only read
+        for original, copy in rows[i][1]:
+            original.copy_(copy)
+
+
+def _in_rows(column: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """The tensors, contiguous, and which of them are copies of which."""
+    contiguous = [tensor.contiguous() for tensor in column]
+    pairs = zip(column, contiguous, strict=True)
+    return contiguous, [(old, new) for old, new in pairs if old is not new]
