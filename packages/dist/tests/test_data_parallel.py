@@ -64,12 +64,20 @@ def train(model, rows, micro_batches=1, set_to_none=True, steps=3):
         optimizer.zero_grad(set_to_none=set_to_none)
 
 
-def train_replica(rank, device_type, micro_batches, set_to_none):
-    torch.manual_seed(rank)  # unequal on purpose: rank 0's values must win
-    model = TinyModel().to(f"cuda:{rank}" if device_type == "cuda" else "cpu")
-    rows = slice(4 * rank, 4 * rank + 4)
-    train(DistributedDataParallel(model), rows, micro_batches, set_to_none)
-    return {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+STRATEGIES: list[Any] = ["naive", "per_parameter", "bucketed"]
+
+
+def train_replicas(rank, device_type, micro_batches, set_to_none):
+    """States after training, by strategy."""
+    states = {}
+    for strategy in STRATEGIES:
+        torch.manual_seed(rank)  # unequal on purpose: rank 0's values must win
+        model = TinyModel().to(f"cuda:{rank}" if device_type == "cuda" else "cpu")
+        rows = slice(4 * rank, 4 * rank + 4)
+        wrapper = DistributedDataParallel(model, strategy=strategy, find_unused_parameters=True)
+        train(wrapper, rows, micro_batches, set_to_none)
+        states[strategy] = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    return states
 
 
 @pytest.mark.parametrize(("micro_batches", "set_to_none"), [(1, True), (2, True), (2, False)])
@@ -78,18 +86,21 @@ def train_replica(rank, device_type, micro_batches, set_to_none):
     [("gloo", "cpu"), pytest.param("nccl", "cuda", marks=pytest.mark.multigpu(2))],
 )
 def test_two_ranks_equal_one_process(backend, device_type, micro_batches, set_to_none):
-    states = run_ranks(train_replica, device_type, micro_batches, set_to_none, backend=backend)
+    ranks = run_ranks(train_replicas, device_type, micro_batches, set_to_none, backend=backend)
 
     torch.manual_seed(0)
     expected = TinyModel()
     unused_at_start = expected.unused.weight.detach().clone()
     train(expected, slice(None))
 
+    state = ranks[0]["naive"]
     for name, tensor in expected.state_dict().items():
-        assert torch.equal(states[0][name], states[1][name]), name
-        torch.testing.assert_close(states[0][name], tensor, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(state[name], tensor, rtol=1e-12, atol=1e-12)
+        for strategy in STRATEGIES:
+            for replicas in ranks:
+                assert torch.equal(replicas[strategy][name], state[name]), (strategy, name)
     # Were it given a gradient of zeros, AdamW would decay it.
-    assert torch.equal(states[0]["unused.weight"], unused_at_start)
+    assert torch.equal(state["unused.weight"], unused_at_start)
 
 
 def vector(value):
@@ -99,12 +110,17 @@ def vector(value):
     return module
 
 
-def weight_gradients(rank):
+def weight_gradients(rank, strategy):
     """d(mean loss)/dw of `vector` on rank r's input [r+1, r+1] is r+1: average 1.5 over two."""
     module = vector(1.0)
-    wrapper = DistributedDataParallel(module)
+    wrapper = DistributedDataParallel(module, strategy=strategy, find_unused_parameters=True)
     inputs = torch.full((1, 2), rank + 1.0, dtype=torch.float64)
     return module, wrapper, inputs
+
+
+def on_all_strategies(rank, name):
+    """What a function of this file returns for each strategy, in turn."""
+    return [globals()[name](rank, strategy) for strategy in STRATEGIES]
 
 
 def gradient_of(module):
@@ -112,8 +128,8 @@ def gradient_of(module):
     return module.weight.grad
 
 
-def leave_no_sync_by_exception(rank):
-    module, wrapper, inputs = weight_gradients(rank)
+def leave_no_sync_by_exception(rank, strategy):
+    module, wrapper, inputs = weight_gradients(rank, strategy)
 
     def fail_after_backward():
         with wrapper.no_sync():
@@ -131,14 +147,15 @@ def leave_no_sync_by_exception(rank):
 
 
 def test_no_sync_keeps_local_gradients_and_survives_an_exception():
-    results = run_ranks(leave_no_sync_by_exception)
-    for rank, (inside, after) in enumerate(results):
-        assert inside.tolist() == [[rank + 1.0] * 2]
-        assert after.tolist() == [[1.5] * 2]
+    results = run_ranks(on_all_strategies, "leave_no_sync_by_exception")
+    for rank, strategies in enumerate(results):
+        for inside, after in strategies:
+            assert inside.tolist() == [[rank + 1.0] * 2]
+            assert after.tolist() == [[1.5] * 2]
 
 
-def finish_twice(rank):
-    module, wrapper, inputs = weight_gradients(rank)
+def finish_twice(rank, strategy):
+    module, wrapper, inputs = weight_gradients(rank, strategy)
     with wrapper.no_sync():
         wrapper(inputs).backward()
     wrapper.finish_gradient_synchronization()
@@ -149,15 +166,16 @@ def finish_twice(rank):
 
 
 def test_finish_averages_what_no_sync_left_and_then_does_nothing():
-    for rank, (averaged, after) in enumerate(run_ranks(finish_twice)):
-        assert averaged.tolist() == [[1.5] * 2]
-        assert after.tolist() == [[1.5 + rank] * 2]
+    for rank, strategies in enumerate(run_ranks(on_all_strategies, "finish_twice")):
+        for averaged, after in strategies:
+            assert averaged.tolist() == [[1.5] * 2]
+            assert after.tolist() == [[1.5 + rank] * 2]
 
 
-def several_passes(rank):
+def several_passes(rank, strategy):
     gradients = {}
     for case in ("two forwards", "two backwards", "reentrant checkpoint"):
-        module, wrapper, inputs = weight_gradients(rank)
+        module, wrapper, inputs = weight_gradients(rank, strategy)
         if case == "two forwards":
             (wrapper(inputs) + wrapper(2 * inputs)).sum().backward()
         elif case == "two backwards":
@@ -175,13 +193,14 @@ def several_passes(rank):
 
 
 def test_several_passes_add_up():
-    for gradients in run_ranks(several_passes):
-        for case, gradient in gradients.items():
-            assert gradient.tolist() == [[4.5] * 2], case
+    for strategies in run_ranks(on_all_strategies, "several_passes"):
+        for strategy, gradients in zip(STRATEGIES, strategies, strict=True):
+            for case, gradient in gradients.items():
+                assert gradient.tolist() == [[4.5] * 2], (strategy, case)
 
 
-def one_rank_without_loss(rank):
-    module, wrapper, inputs = weight_gradients(rank)
+def one_rank_without_loss(rank, strategy):
+    module, wrapper, inputs = weight_gradients(rank, strategy)
     output = wrapper(inputs)
     if rank == 0:
         output.backward()
@@ -190,8 +209,9 @@ def one_rank_without_loss(rank):
 
 
 def test_rank_without_any_gradient_takes_part_through_finish():
-    for gradient in run_ranks(one_rank_without_loss):
-        assert gradient.tolist() == [[0.5] * 2]
+    for gradients in run_ranks(on_all_strategies, "one_rank_without_loss"):
+        for gradient in gradients:
+            assert gradient.tolist() == [[0.5] * 2]
 
 
 def average_in_subgroup(rank):
@@ -239,7 +259,10 @@ def test_one_rank(one_rank_group):
     torch.manual_seed(0)
     wrapped, plain = TinyModel(), TinyModel()
     plain.load_state_dict(wrapped.state_dict())
-    train(DistributedDataParallel(wrapped, process_group=one_rank_group), slice(None))
+    wrapper = DistributedDataParallel(
+        wrapped, process_group=one_rank_group, find_unused_parameters=True
+    )
+    train(wrapper, slice(None))
     train(plain, slice(None))
     for name, tensor in plain.state_dict().items():
         assert torch.equal(wrapped.state_dict()[name], tensor), name
@@ -247,7 +270,7 @@ def test_one_rank(one_rank_group):
 
 def test_tied_parameters_are_reduced_once_and_frozen_ones_not_at_all(reductions):
     model = TinyModel()
-    wrapper = DistributedDataParallel(model)
+    wrapper = DistributedDataParallel(model, strategy="naive", find_unused_parameters=True)
     wrapper(batch(0)[0]).sum().backward()
     expected = [p.shape for p in model.parameters() if p.requires_grad]
     assert len(expected) == 5
@@ -271,7 +294,7 @@ class FailingBackward(torch.autograd.Function):
 
 def test_backward_that_raised_does_not_stop_later_synchronization(reductions):
     model = nn.Sequential(vector(1.0), nn.Linear(1, 1, dtype=torch.float64))
-    wrapper = DistributedDataParallel(model)
+    wrapper = DistributedDataParallel(model, strategy="per_parameter")
     inputs = torch.ones(1, 2, dtype=torch.float64)
     for fails in (True, False):
         hidden = FailingBackward.apply(model[0](inputs), fails)
@@ -279,12 +302,12 @@ def test_backward_that_raised_does_not_stop_later_synchronization(reductions):
             with pytest.raises(KeyError, match="planted"):
                 model[1](hidden).backward()
             assert model[1].weight.grad is not None
-            assert reductions == []
+            assert len(reductions) == 2  # had started when it raised
         else:
             model[1](hidden).backward()
-    assert len(reductions) == 4
+    assert len(reductions) == 5
     wrapper.finish_gradient_synchronization()
-    assert len(reductions) == 4
+    assert len(reductions) == 5
 
 
 def test_forward_without_gradients_leaves_nothing_to_synchronize(reductions):
@@ -344,7 +367,9 @@ def test_unfreezing_after_wrapping_is_refused(one_rank_group):
 
 def test_unknown_strategy_lists_the_valid_ones(one_rank_group):
     strategy: Any = "fast"
-    with pytest.raises(ValueError, match="unknown strategy 'fast'; valid: 'naive'"):
+    with pytest.raises(
+        ValueError, match="unknown strategy 'fast'; valid: 'naive', 'per_parameter', 'bucketed'"
+    ):
         DistributedDataParallel(vector(1.0), strategy=strategy)
 
 

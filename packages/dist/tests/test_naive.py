@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tilewright_dist.naive import NaiveReducer
+from tilewright_dist.options import ReducerOptions
 from tilewright_dist.testing import run_ranks
 
 
@@ -18,7 +19,7 @@ def reduce(gradients, parameters=None):
     named = {f"p{index}": parameter for index, parameter in enumerate(parameters)}
     group = dist.group.WORLD
     assert group is not None
-    NaiveReducer(named).finish(group)
+    NaiveReducer(named, group, ReducerOptions(find_unused_parameters=True)).finish(group)
     return parameters
 
 

@@ -2,9 +2,12 @@
 
 from tilewright_dist.data_parallel import DistributedDataParallel
 from tilewright_dist.environment import DistributedEnvironment, init_from_environment
+from tilewright_dist.failure import NonFiniteGradientError, RankFailure
 
 __all__ = [
     "DistributedDataParallel",
     "DistributedEnvironment",
+    "NonFiniteGradientError",
+    "RankFailure",
     "init_from_environment",
 ]

@@ -1,31 +1,56 @@
 """DistributedDataParallel: the wrapper that all strategies share.
 
-Every rank holds a whole replica and computes on its own part of the batch. After backward each
-gradient is replaced by its average over the ranks, so replicas that start equal stay equal, and W
-ranks take the step that one process would take on the joined batch.
+Every rank holds a whole replica and computes on its own part of the batch. Each gradient is
+replaced by its average over the ranks, so replicas that start equal stay equal, and W ranks take
+the step that one process would take on the joined batch.
 
-Here: checks at the door, equal starting weights, the gradient hooks, `no_sync` and the moment at
-which the averaging happens. How the bytes travel is a strategy's own file: `naive.py`. Left out, as
-torch's class has them and nobody here needs them: several devices a process, buffers broadcast at
-every forward, uneven inputs (Join).
+Here: checks at the door, equal starting weights, the gradient hooks, `no_sync`, buffers and the
+moment at which the averaging ends. How the bytes travel is a strategy's own file: `naive.py`,
+`per_parameter.py`, `bucketed.py`. Left out, as nobody here needs them: several devices a process,
+uneven inputs (Join).
 """
 
 import contextlib
+import dataclasses
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 
-from tilewright_dist.module_state import broadcast_module_state, verify_module_state
+from tilewright_dist.bucketed import BucketedReducer
+from tilewright_dist.comm_hook import CommHook
+from tilewright_dist.failure import NonFiniteGradients, naming_the_missing
+from tilewright_dist.module_state import (
+    broadcast_buffers,
+    broadcast_module_state,
+    verify_module_state,
+)
 from tilewright_dist.naive import NaiveReducer
+from tilewright_dist.options import ReducerOptions
+from tilewright_dist.per_parameter import PerParameterReducer
 
-Strategy = Literal["naive"]
+Strategy = Literal["naive", "per_parameter", "bucketed"]
 
-_REDUCERS = {"naive": NaiveReducer}
+
+class Reducer(Protocol):
+    """What a strategy does."""
+
+    def gradient_arrived(self, name: str, process_group: dist.ProcessGroup | None) -> None:
+        """Called by every gradient's hook; under no_sync without a group."""
+
+    def finish(self, process_group: dist.ProcessGroup) -> None:
+        """Called when backward is over: gradients are averages afterwards."""
+
+
+_REDUCERS: dict[str, Callable[..., Reducer]] = {
+    "naive": NaiveReducer,
+    "per_parameter": PerParameterReducer,
+    "bucketed": BucketedReducer,
+}
 
 
 class DistributedDataParallel(nn.Module):
@@ -39,23 +64,31 @@ class DistributedDataParallel(nn.Module):
     begin with `module.`, both as in torch.nn.parallel.DistributedDataParallel. Save
     `wrapper.module.state_dict()` for a file that a single process loads.
 
-    Buffers are broadcast at construction only. A buffer that changes in training (the running
-    statistics of BatchNorm) is each rank's own from then on.
-
     Construction, the end of every backward outside `no_sync` and
     `finish_gradient_synchronization` are collective: all ranks do them, in the same order.
 
     Args:
         module: The replica of this rank, with at least one trainable parameter.
         process_group: Ranks to average over; None is the default group.
-        strategy: "naive" averages gradient by gradient when backward is over.
+        strategy: "naive" averages gradient by gradient when backward is over, "per_parameter" each
+            as it arrives, "bucketed" in buckets as they fill.
+        bucket_cap_mb: Mebibytes of a bucket.
+        first_bucket_mb: Mebibytes of the bucket that starts first.
+        reduce_dtype: What travels; None is the gradients' dtype. bfloat16 halves the bytes of
+            float32 gradients; they are added in float32 all the same.
+        gradient_as_bucket_view: Let `.grad` be the bucket's memory instead of a second copy.
+        static_graph: Promise that every backward uses the same parameters, equally often: allows
+            reentrant checkpointing and parameters that never have a gradient.
+        find_unused_parameters: Let parameters lack gradients, at the cost of a small collective.
+        broadcast_buffers: Send rank 0's buffers to all at every forward in training mode with
+            gradients enabled, outside `no_sync`.
 
     Raises:
         TypeError: module is not an nn.Module.
-        ValueError: An unknown strategy; no process group, or one that this rank is not part of or
-            that cannot move tensors of the module's device; a module without trainable
-            parameters, with parameters on several devices or on the meta device; modules that
-            differ between ranks (raised on every rank, with the tensor and the ranks).
+        ValueError: An unknown strategy or an option out of range; no process group, or one that
+            this rank is not part of or that cannot move tensors of the module's device; a module
+            without trainable parameters, with parameters on several devices or on the meta device;
+            modules or options that differ between ranks (raised on every rank, with the ranks).
     """
 
     def __init__(
@@ -63,7 +96,14 @@ class DistributedDataParallel(nn.Module):
         module: nn.Module,
         *,
         process_group: dist.ProcessGroup | None = None,
-        strategy: Strategy = "naive",
+        strategy: Strategy = "bucketed",
+        bucket_cap_mb: float = 25.0,
+        first_bucket_mb: float = 1.0,
+        reduce_dtype: torch.dtype | None = None,
+        gradient_as_bucket_view: bool = True,
+        static_graph: bool = False,
+        find_unused_parameters: bool = False,
+        broadcast_buffers: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -71,6 +111,14 @@ class DistributedDataParallel(nn.Module):
         if strategy not in _REDUCERS:
             valid = ", ".join(repr(name) for name in get_args(Strategy))
             raise ValueError(f"unknown strategy {strategy!r}; valid: {valid}")
+        options = ReducerOptions(
+            bucket_cap_mb=bucket_cap_mb,
+            first_bucket_mb=first_bucket_mb,
+            reduce_dtype=reduce_dtype,
+            gradient_as_bucket_view=gradient_as_bucket_view,
+            static_graph=static_graph,
+            find_unused_parameters=find_unused_parameters,
+        )
         self.module = module
         self.strategy = strategy
 
@@ -85,11 +133,18 @@ class DistributedDataParallel(nn.Module):
         # the interpreter shuts down, a thread could ask for the GIL then, which aborts the
         # process (in 6 of 40 runs of a short program with torch 2.11).
         self._process_group = weakref.ref(process_group)
+        self._device = device
+        self._static_graph = static_graph
+        self._broadcasts_buffers = broadcast_buffers and any(True for _ in module.buffers())
         self._frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
-        self._reducer = _REDUCERS[strategy](trainable)
+        self._trainable = trainable
+        self._reducer = _REDUCERS[strategy](trainable, process_group, options)
         self._synchronize_after_backward = True
-        self._unsynchronized = False
-        self._register_gradient_hooks(trainable.values())
+        self._has_arrived = False
+        self._has_run = False
+        self._steps = 0
+        self._inspected: NonFiniteGradients | None = None
+        self._register_gradient_hooks(trainable)
 
     @property
     def process_group(self) -> dist.ProcessGroup:
@@ -117,11 +172,16 @@ class DistributedDataParallel(nn.Module):
                     f"parameter {name!r} was frozen when the module was wrapped and would not be "
                     "synchronized: set requires_grad first, then wrap the module"
                 )
-        # A rank whose loss reaches no parameter gets no hook call; through this mark
-        # finish_gradient_synchronization() still makes it take part.
-        if torch.is_grad_enabled():
-            self._unsynchronized = True
-        return self.module(*args, **kwargs)
+        if torch.is_grad_enabled() and not _inside_backward():
+            # A rank whose loss reaches no parameter gets no hook call; through this mark
+            # finish_gradient_synchronization() still makes it take part.
+            self._has_run = True
+            if self._broadcasts_buffers and self.training and self._synchronize_after_backward:
+                broadcast_buffers(self.module, self.process_group, self._device)
+        outputs = self.module(*args, **kwargs)
+        if self._static_graph and torch.is_grad_enabled():
+            self._finish_after_backward_of(outputs)
+        return outputs
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -146,33 +206,117 @@ class DistributedDataParallel(nn.Module):
         ended inside `no_sync`, and on every rank where the loss of some rank reaches no
         parameter. With nothing outstanding it does nothing.
         """
-        if self._unsynchronized:
-            self._reducer.finish(self.process_group)
-            self._unsynchronized = False
+        if self._has_arrived or self._has_run:
+            self._finish()
+
+    def register_comm_hook(self, state: Any, hook: CommHook) -> None:
+        """Have `hook(state, bucket)` average the buckets instead of an all-reduce.
+
+        The protocol is torch's, so hooks of torch.distributed.algorithms.ddp_comm_hooks run as they
+        are. Only for the bucketed strategy. Register it on every rank, before the first backward.
+
+        Raises:
+            RuntimeError: Another strategy; a hook or a ShardedOptimizer is there already.
+        """
+        if not isinstance(self._reducer, BucketedReducer):
+            raise RuntimeError(f"strategy {self.strategy!r} has no buckets: use 'bucketed'")
+        self._reducer.register_comm_hook(state, hook)
+
+    @contextlib.contextmanager
+    def detect_nonfinite_gradients(self) -> Iterator[None]:
+        """Look at every gradient of this rank before it is averaged, which hides its origin.
+
+        A backward inside that makes an infinity or a NaN on any rank ends, on all ranks, with a
+        NonFiniteGradientError that names the parameters and the ranks. It reads each gradient once
+        more and waits for the device: for finding the culprit, not for every step. Collective: all
+        ranks enter it.
+        """
+        before = self._inspected
+        self._inspected = NonFiniteGradients(list(self._trainable), self._device)
+        try:
+            yield
+        finally:
+            self._inspected = before
 
     def extra_repr(self) -> str:
         """The strategy, for print()."""
         return f"strategy={self.strategy!r}"
 
-    def _register_gradient_hooks(self, parameters: Iterable[nn.Parameter]) -> None:
+    def _register_gradient_hooks(self, parameters: Mapping[str, nn.Parameter]) -> None:
         # A strong reference would close the cycle parameter → hook → wrapper → parameter and keep
         # a dropped model's memory until the garbage collector comes by.
         reference = weakref.ref(self)
 
-        def gradient_arrived(_: torch.Tensor) -> None:
-            wrapper = reference()
-            if wrapper is not None:
-                wrapper._gradient_arrived()
+        def hook_of(name: str) -> Callable[[torch.Tensor], None]:
+            def gradient_arrived(_: torch.Tensor) -> None:
+                wrapper = reference()
+                if wrapper is not None:
+                    wrapper._gradient_arrived(name)
 
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(gradient_arrived)
+            return gradient_arrived
 
-    def _gradient_arrived(self) -> None:
-        self._unsynchronized = True
-        if self._synchronize_after_backward:
+        for name, parameter in parameters.items():
+            parameter.register_post_accumulate_grad_hook(hook_of(name))
+
+    def _gradient_arrived(self, name: str) -> None:
+        self._has_arrived = True
+        if self._inspected is not None:
+            self._inspected.inspect(name, self._trainable[name].grad)
+        if not self._synchronize_after_backward:
+            self._reducer.gradient_arrived(name, None)
+            return
+        with naming_the_missing(self.process_group, self._steps):
+            self._reducer.gradient_arrived(name, self.process_group)
+        if not self._static_graph:
             # Queued for every gradient, and only the first call has anything to do. A flag «queued
             # already» would outlive a backward that raised and silence all that follow.
-            Variable._execution_engine.queue_callback(self.finish_gradient_synchronization)
+            Variable._execution_engine.queue_callback(self._finish_if_arrived)
+
+    def _finish_after_backward_of(self, outputs: Any) -> None:
+        """Finish at the end of the backward that begins at the outputs.
+
+        Inner backward passes of reentrant checkpoints end earlier: a callback that one of their
+        gradients queued would come too soon.
+        """
+
+        def began(_: torch.Tensor) -> None:
+            if self._synchronize_after_backward:
+                Variable._execution_engine.queue_callback(self._finish_if_arrived)
+
+        for tensor in _tensors_in(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(began)
+
+    def _finish_if_arrived(self) -> None:
+        """Finish, unless no gradient arrived since the last time."""
+        if self._has_arrived:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._has_arrived = self._has_run = False
+        with naming_the_missing(self.process_group, self._steps):
+            self._reducer.finish(self.process_group)
+            if self._inspected is not None:
+                self._inspected.report(self.process_group)
+        self._steps += 1
+
+
+def _inside_backward() -> bool:
+    # Where checkpoints run forward again.
+    return torch._C._current_graph_task_id() != -1
+
+
+def _tensors_in(outputs: Any) -> Iterator[torch.Tensor]:
+    """All tensors of a module's result."""
+    if isinstance(outputs, torch.Tensor):
+        yield outputs
+    elif isinstance(outputs, Mapping):
+        yield from _tensors_in(list(outputs.values()))
+    elif isinstance(outputs, list | tuple):
+        for output in outputs:
+            yield from _tensors_in(output)
+    elif dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        yield from _tensors_in([getattr(outputs, f.name) for f in dataclasses.fields(outputs)])
 
 
 def _checked_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:

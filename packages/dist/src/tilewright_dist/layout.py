@@ -14,6 +14,7 @@ How a bucket is divided is its partition:
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class BucketLayout:
     @property
     def is_even(self) -> bool:
         """Whether all ranks' pieces are equally long."""
-        return len({b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)}) == 1
+        return len({b - a for a, b in itertools.pairwise(self.bounds)}) == 1
 
     def piece(self, rank: int) -> slice:
         """What a rank owns."""

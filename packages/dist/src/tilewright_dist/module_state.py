@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+_BROADCAST_BYTES = 25 * 2**20
+"""From here on, joining tensors costs more memory than the latency that it saves."""
+
 
 class _TensorDescription(NamedTuple):
     """What has to agree between ranks for one parameter or buffer."""
@@ -71,15 +74,45 @@ def broadcast_module_state(
         device: Where the values travel. A buffer that lives elsewhere (a counter on the CPU of a
             module on the GPU) passes through it.
     """
-    for tensor in [*module.parameters(), *module.buffers()]:
-        target = tensor.detach()
-        if target.numel() == 0:
+    _broadcast([*module.parameters(), *module.buffers()], process_group, device)
+
+
+def broadcast_buffers(
+    module: nn.Module, process_group: dist.ProcessGroup, device: torch.device
+) -> None:
+    """Overwrite buffers with those of rank 0 of the group, bit for bit."""
+    # .data: a forward that runs before another one's backward (several passes, one loss) must not
+    # count as a change of what that one saved; where buffers are constant it is none.
+    _broadcast([buffer.data for buffer in module.buffers()], process_group, device)
+
+
+def _broadcast(
+    tensors: list[torch.Tensor], process_group: dist.ProcessGroup, device: torch.device
+) -> None:
+    """Send rank 0's values of tensors, up to 25 MiB of them in a collective."""
+    waiting: list[torch.Tensor] = []
+    for tensor in tensors:
+        if tensor.numel() == 0:
             continue
-        values = target.to(device).contiguous().view(-1)
-        # As bytes: no backend moves every dtype (bool, float8, complex), all move uint8.
-        dist.broadcast(values.view(torch.uint8), group=process_group, group_src=0)
-        if values.data_ptr() != target.data_ptr():
-            target.copy_(values.view(target.shape))
+        waiting.append(tensor.detach())
+        if sum(t.nbytes for t in waiting) >= _BROADCAST_BYTES:
+            _broadcast_together(waiting, process_group, device)
+            waiting = []
+    if waiting:
+        _broadcast_together(waiting, process_group, device)
+
+
+def _broadcast_together(
+    tensors: list[torch.Tensor], process_group: dist.ProcessGroup, device: torch.device
+) -> None:
+    # As bytes: no backend moves every dtype (bool, float8, complex), all move uint8.
+    values = [t.to(device).contiguous().view(-1).view(torch.uint8) for t in tensors]
+    joined = values[0] if len(values) == 1 else torch.cat(values)
+    dist.broadcast(joined, group=process_group, group_src=0)
+    for tensor, part in zip(tensors, joined.split([len(v) for v in values]), strict=True):
+        if part.data_ptr() != tensor.data_ptr():
+            # A copy: a part of the joined bytes need not lie at a multiple of the element's size.
+            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
 
 def _cuda_index(module: nn.Module) -> int:

@@ -12,21 +12,36 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tilewright_dist.channel import Channel
+from tilewright_dist.missing import give_missing, presence, presence_anywhere, refuse_sparse
+from tilewright_dist.options import ReducerOptions
+from tilewright_dist.wire import all_reduce_any_layout
+
 
 class NaiveReducer:
     """Averages the gradients of a fixed set of parameters over a process group.
 
     Every call runs the same collectives in the same order on every rank, whatever gradients a rank
-    has: a missing one counts as zeros. One more collective, a byte a parameter, tells which
-    parameters have a gradient on any rank at all; the others keep None, so that an optimizer
-    passes over them as it would in a single process.
+    has.
 
     Args:
         parameters: Trainable parameters by name, the same on all ranks, on one device.
+        process_group: The ranks; not kept.
+        options: Those of the wrapper.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        process_group: dist.ProcessGroup,
+        options: ReducerOptions,
+    ) -> None:
         self._parameters = parameters
+        self._options = options
+        self._channel = Channel(next(iter(parameters.values())).device)
+
+    def gradient_arrived(self, name: str, process_group: dist.ProcessGroup | None) -> None:
+        """Nothing: all is done at the end."""
 
     @torch.no_grad()
     def finish(self, process_group: dist.ProcessGroup) -> None:
@@ -34,44 +49,20 @@ class NaiveReducer:
 
         Raises:
             TypeError: A gradient is sparse.
+            RuntimeError: A gradient is missing, without find_unused_parameters.
         """
-        self._refuse_sparse_gradients()
-        has_gradient = self._gradient_anywhere(process_group)
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                refuse_sparse(name, parameter.grad)
+        anywhere = None
+        if self._options.find_unused_parameters:
+            anywhere = presence(self._parameters)
+            self._channel.start(presence_anywhere(anywhere, process_group)).wait()
         filled: dict[str, torch.Tensor] = {}
         for name, parameter in self._parameters.items():
             gradient = parameter.grad
             if gradient is None:
                 gradient = filled[name] = torch.zeros_like(parameter)
-            _average(gradient, process_group)
-        # Reading the answer waits for the device, so only a rank that lacks a gradient reads it.
-        if filled:
-            for name, anywhere in zip(self._parameters, has_gradient.tolist(), strict=True):
-                if anywhere and name in filled:
-                    self._parameters[name].grad = filled[name]
-
-    def _gradient_anywhere(self, process_group: dist.ProcessGroup) -> torch.Tensor:
-        """[number of parameters] uint8, 1 where at least one rank has a gradient."""
-        device = next(iter(self._parameters.values())).device
-        present = torch.ones(len(self._parameters), dtype=torch.uint8, device=device)
-        for index, parameter in enumerate(self._parameters.values()):
-            if parameter.grad is None:
-                present[index] = 0
-        dist.all_reduce(present, op=dist.ReduceOp.MAX, group=process_group)
-        return present
-
-    def _refuse_sparse_gradients(self) -> None:
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None and parameter.grad.layout != torch.strided:
-                raise TypeError(
-                    f"the gradient of {name!r} has layout {parameter.grad.layout}, which cannot be "
-                    "averaged: build its module with sparse=False"
-                )
-
-
-def _average(tensor: torch.Tensor, process_group: dist.ProcessGroup) -> None:
-    # Collectives send memory as it lies: a layout of this rank's own must not reach the others.
-    values = tensor.contiguous()
-    # gloo of torch 2.11 has AVG as NCCL has: one path for both, and no second pass that divides.
-    dist.all_reduce(values, op=dist.ReduceOp.AVG, group=process_group)
-    if values.data_ptr() != tensor.data_ptr():
-        tensor.copy_(values)
+            average = all_reduce_any_layout(gradient, process_group, self._options.reduce_dtype)
+            self._channel.start(average).wait()
+        give_missing(self._parameters, filled, anywhere)

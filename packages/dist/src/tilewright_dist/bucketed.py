@@ -1,0 +1,236 @@
+"""The bucketed strategy: gradients gather in flat buckets, which travel while backward goes on.
+
+A bucket (25 MiB) is large enough that bandwidth counts and latency does not, and small enough that
+the first one leaves early and the last one, which nothing can hide, is short. Buckets fill from the
+last layer to the first, at first by the order of registration and after the first backward in the
+order in which gradients arrived on rank 0.
+
+`.grad` is a view of its bucket. A gradient that backward allocated (after zero_grad) is copied in
+once, which costs less than zeroing the bucket and adding to it; one that is there already (in
+accumulation) is added to in place.
+
+A sharded optimizer may `attach`: its buckets are then divided among the ranks (layout.Partition),
+and each rank receives the averages of its piece only.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tilewright_dist.agreement import from_first, verify_agreement
+from tilewright_dist.buckets import Bucket, allocate, describe
+from tilewright_dist.channel import Channel, Handle
+from tilewright_dist.comm_hook import CommHook, GradBucket, HookHandle
+from tilewright_dist.layout import Partition, fingerprint, plan_buckets
+from tilewright_dist.missing import give_missing, presence, presence_anywhere, refuse_sparse
+from tilewright_dist.options import ReducerOptions
+from tilewright_dist.readiness import ReadyQueue
+from tilewright_dist.wire import all_reduce, reduce_scatter
+
+
+class BucketedReducer:
+    """Averages gradients bucket by bucket, beside backward.
+
+    Args:
+        parameters: Trainable parameters by name, the same on all ranks, on one device.
+        process_group: The ranks; not kept.
+        options: Those of the wrapper.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        process_group: dist.ProcessGroup,
+        options: ReducerOptions,
+    ) -> None:
+        self._parameters = parameters
+        self._options = options
+        self._device = next(iter(parameters.values())).device
+        self._channel = Channel(self._device)
+        self._handles: list[Handle] = []
+        self._hook: tuple[Any, CommHook] | None = None
+        self._partitions: dict[str, Partition] = {}
+        self._is_final = False
+        self._is_scattered = False
+        self._task = -1
+        self._build(list(reversed(list(parameters))), process_group, learns=options.static_graph)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """In starting order."""
+        return self._buckets
+
+    @torch.no_grad()
+    def gradient_arrived(self, name: str, process_group: dist.ProcessGroup | None) -> None:
+        """Put a gradient into its bucket, start what may start; without a group (no_sync) nothing.
+
+        Raises:
+            TypeError: The gradient is sparse.
+            RuntimeError: It arrived too often, or on top of one that was scattered.
+        """
+        task = torch._C._current_graph_task_id()
+        if task != self._task and not self._options.static_graph:
+            self._abandon()
+        self._task = task
+        if self._is_scattered:
+            self._begin_after_scatter(name)
+        self._put(name)
+        if process_group is not None:
+            for unit in self._queue.arrived(name):
+                self._start(unit, process_group)
+
+    @torch.no_grad()
+    def finish(self, process_group: dist.ProcessGroup) -> None:
+        """Start the rest and wait for all; after the first time, rebuild the buckets.
+
+        Raises:
+            RuntimeError: A gradient is missing, without find_unused_parameters; or all of this
+                window are averaged and scattered already.
+        """
+        if self._is_scattered:
+            raise RuntimeError("gradients have been scattered already: call zero_grad() first")
+        missing = {n: self._views[n] for n, p in self._parameters.items() if p.grad is None}
+        for unit in self._queue.rest():
+            for name in self._buckets[unit].views:
+                if name in missing:
+                    missing[name].zero_()
+                else:
+                    self._put(name)
+            self._start(unit, process_group)
+        anywhere = None
+        if self._options.find_unused_parameters:
+            anywhere = presence(self._parameters)
+            self._handles.append(self._channel.start(presence_anywhere(anywhere, process_group)))
+        counts = self._queue.counts
+        self._abandon()
+        self._copy_back()
+        if not self._options.gradient_as_bucket_view:
+            missing = {name: view.clone() for name, view in missing.items()}
+        give_missing(self._parameters, missing, anywhere)
+        self._is_scattered = any(p != "replicated" for p in self._partitions.values())
+        if not self._is_final:
+            self._rebuild([*counts], process_group)
+        if self._options.static_graph and self._learns:
+            self._set_queue(counts)
+
+    def attach(self, partitions: Mapping[str, Partition], process_group: dist.ProcessGroup) -> None:
+        """Divide the buckets among the ranks, for good. Gradients that are there are kept.
+
+        Raises:
+            RuntimeError: A communication hook is registered; or an optimizer is attached already.
+        """
+        if self._hook is not None:
+            raise RuntimeError("a communication hook averages on every rank: it excludes sharding")
+        if self._partitions:
+            raise RuntimeError("a ShardedOptimizer is attached to this module already")
+        self._partitions = dict(partitions)
+        self._is_final = True
+        order = [name for bucket in self._buckets for name in bucket.views]
+        self._build(order, process_group, learns=self._learns)
+
+    def gradients_are_gone(self) -> None:
+        """Let the next backward begin: the scattered gradients have been used or zeroed."""
+        self._is_scattered = False
+
+    def register_comm_hook(self, state: Any, hook: CommHook) -> None:
+        """Have a hook average the buckets.
+
+        Raises:
+            RuntimeError: There is one already, or the buckets are divided among the ranks.
+        """
+        if self._hook is not None:
+            raise RuntimeError("a communication hook is registered already")
+        if self._partitions:
+            raise RuntimeError("the buckets belong to a ShardedOptimizer, which scatters averages")
+        self._hook = (state, hook)
+
+    def _build(self, order: list[str], process_group: dist.ProcessGroup, *, learns: bool) -> None:
+        """Lay the gradients out anew, in the order in which they are expected."""
+        specs = describe({name: self._parameters[name] for name in order}, self._partitions)
+        layouts = plan_buckets(
+            specs,
+            process_group.size(),
+            cap_bytes=self._options.cap_bytes,
+            first_cap_bytes=self._options.first_cap_bytes,
+        )
+        digest = fingerprint(specs, layouts)[:12]
+        settings = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(self._options).items())
+        what = "how gradients are laid out in buckets"
+        verify_agreement(what, f"{digest} ({settings})", process_group, self._device)
+        self._buckets = allocate(layouts, specs, self._device)
+        former = getattr(self, "_views", {})
+        self._views = {n: view for bucket in self._buckets for n, view in bucket.views.items()}
+        for name, view in former.items():
+            gradient = self._parameters[name].grad
+            if gradient is not None and gradient.data_ptr() == view.data_ptr():
+                self._put(name)
+        self._learns = learns
+        self._set_queue(None)
+
+    def _set_queue(self, expected: Mapping[str, int] | None) -> None:
+        self._learns = self._learns and expected is None
+        units = [list(bucket.views) for bucket in self._buckets]
+        self._queue = ReadyQueue(units, expected, learns=self._learns)
+
+    def _rebuild(self, arrivals: list[str], process_group: dist.ProcessGroup) -> None:
+        """Buckets in the order of rank 0's arrivals; those that did not arrive come last."""
+        self._is_final = True
+        late = [name for name in self._views if name not in set(arrivals)]
+        order = from_first(arrivals + late, process_group, self._device)
+        self._build(order, process_group, learns=self._learns)
+
+    def _put(self, name: str) -> None:
+        """Make the bucket hold the parameter's gradient."""
+        parameter, view = self._parameters[name], self._views[name]
+        gradient = parameter.grad
+        assert gradient is not None
+        refuse_sparse(name, gradient)
+        if gradient.data_ptr() == view.data_ptr():
+            return
+        view.copy_(gradient)
+        # One that is part of a graph (create_graph) has to stay what it is.
+        if self._options.gradient_as_bucket_view and not gradient.requires_grad:
+            parameter.grad = view
+
+    def _copy_back(self) -> None:
+        """Give the averages to the gradients that are not views of their bucket."""
+        for name, view in self._views.items():
+            gradient = self._parameters[name].grad
+            if gradient is not None and gradient.data_ptr() != view.data_ptr():
+                gradient.detach().copy_(view)
+
+    def _start(self, unit: int, process_group: dist.ProcessGroup) -> None:
+        bucket = self._buckets[unit]
+        if self._hook is not None:
+            state, hook = self._hook
+            is_last = unit == len(self._buckets) - 1
+            seen = GradBucket(bucket, self._parameters, index=unit, is_last=is_last)
+            self._handles.append(HookHandle(hook(state, seen), bucket.memory))
+            return
+        dtype = self._options.reduce_dtype
+        if bucket.layout.partition == "replicated":
+            exchange = all_reduce(bucket.memory, process_group, dtype)
+        else:
+            exchange = reduce_scatter(bucket.memory, bucket.layout.bounds, process_group, dtype)
+        self._handles.append(self._channel.start(exchange))
+
+    def _begin_after_scatter(self, name: str) -> None:
+        """Accept a backward after scattering only if it did not add to what was scattered."""
+        gradient = self._parameters[name].grad
+        if gradient is not None and gradient.data_ptr() == self._views[name].data_ptr():
+            raise RuntimeError(
+                f"the gradient of {name!r} was added to one that is averaged and scattered: run "
+                "all but the last backward of a step under no_sync(), zero_grad() after the step"
+            )
+        self._is_scattered = False
+
+    def _abandon(self) -> None:
+        """Wait for what is under way and forget all arrivals, also of a backward that raised."""
+        for handle in self._handles:
+            handle.wait()
+        self._handles.clear()
+        self._queue.reset()

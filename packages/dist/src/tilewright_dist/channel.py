@@ -1,0 +1,73 @@
+"""Where exchanges run: beside the computation, started now and waited for later.
+
+An exchange is a generator that yields every collective it has started (as an asynchronous `Work`)
+and goes on when that one is over; `wire.py` holds them. The same generator runs on both kinds of
+device:
+
+- On CUDA at once and to its end, on a stream of the channel's own: waiting for a collective there
+  makes that stream wait, never the host, and casts between two collectives leave the stream of the
+  computation alone.
+- On the CPU up to its first collective, which gloo's threads carry out. The rest runs when somebody
+  waits for the exchange.
+"""
+
+from collections.abc import Generator
+
+import torch
+import torch.distributed as dist
+
+Exchange = Generator[dist.Work | None, None, None]
+"""Yields the collectives that it started, None where there was nothing to send."""
+
+
+class Handle:
+    """An exchange that has been started."""
+
+    def wait(self) -> None:
+        """Return when the result may be used: by the host, or by what is launched from now on."""
+        raise NotImplementedError
+
+
+class Channel:
+    """Starts exchanges on one device.
+
+    Args:
+        device: Where the tensors are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # High priority: a collective's few blocks are not queued behind a product's thousands.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def start(self, exchange: Exchange) -> Handle:
+        """Start an exchange of what the current stream has written so far."""
+        if self._stream is None:
+            return _HostHandle(exchange)
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            for work in exchange:
+                if work is not None:
+                    work.wait()
+            return _StreamHandle(self._stream.record_event())
+
+
+class _StreamHandle(Handle):
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self._event)
+
+
+class _HostHandle(Handle):
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._work = next(exchange, None)
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        for work in self._exchange:
+            if work is not None:
+                work.wait()
