@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tilewright_kernels._launch import cdiv, next_power_of_2
+from tilewright_kernels._launch import cdiv, is_hopper, next_power_of_2
 from tilewright_kernels._operator import Operator, accumulator
 from tilewright_kernels._tf32 import rounded_to_tf32
 from tilewright_kernels._triton import HAS_TRITON, INTERPRETED
@@ -23,10 +23,17 @@ from tilewright_kernels.flash_attention.backward_queries import attention_backwa
 from tilewright_kernels.flash_attention.backward_rows import (
     attention_backward_finish_kernel,
     attention_backward_rows_kernel,
+    attention_backward_unpack_kernel,
 )
 from tilewright_kernels.flash_attention.backward_tiles import SCRATCH_ROWS
 from tilewright_kernels.flash_attention.masks import Mask
-from tilewright_kernels.flash_attention.operands import dot_precision, sources, strides
+from tilewright_kernels.flash_attention.online_softmax import cap_of
+from tilewright_kernels.flash_attention.operands import (
+    describable,
+    dot_precision,
+    sources,
+    strides,
+)
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -34,6 +41,9 @@ if HAS_TRITON:
 PADDED = SCRATCH_ROWS.value if HAS_TRITON else 128
 ROWS = 32
 """Queries that one program of the kernels before and after the tiles takes; divides PADDED."""
+
+HOPPER_WIDTHS = 40, 128
+"""Head dimensions, the least and the greatest, of which `backward_hopper` is the faster mode."""
 
 
 class Tile(NamedTuple):
@@ -195,13 +205,17 @@ def launch_backward(
             "BOTTOM_RIGHT": mask.bottom_right,
             "HAS_LEFT": left >= 0,
             "HAS_RIGHT": right >= 0,
-            "HAS_SOFTCAP": softcap > 0,
+            "CAP": cap_of(softcap, q),
             "HAS_DROPOUT": kept < 2**32,
             "PACKED": packed,
             "ACC": accumulator(q.dtype),
             "PRECISION": dot_precision(q.dtype),
         },
     )  # fmt: skip
+    if not deterministic and _hopper_takes(problem, dout, q, k, v):
+        _launch_rows(problem, out, dout, lse, dlse, None)
+        _launch_hopper(problem, q, k, v, dout, dq, dk, dv, mask)
+        return
     sums = None
     if ADDS_PAY[q.element_size()] and not deterministic:
         sums = q.new_empty((problem.widths["BLOCK_D"], num_rows), dtype=wide)
@@ -279,6 +293,46 @@ def _launch_finish(problem: _Problem, sums: Tensor, dq: Tensor) -> None:
         sums, dq, cu_seqlens_q, scale, problem.lengths[0], heads, *problem.rows,
         *dq.stride()[:3], D=problem.widths["D"], BLOCK_D=problem.widths["BLOCK_D"], ROWS=ROWS,
         **problem.constants("PACKED", "ACC"), num_warps=4,
+    )  # fmt: skip
+
+
+def _hopper_takes(problem: _Problem, *inputs: Tensor) -> bool:
+    """Whether the kernel of `backward_hopper` is for these."""
+    width, width_v = problem.widths["D"], problem.widths["D_V"]
+    return (
+        is_hopper(inputs[0].device)
+        and inputs[0].element_size() == 2
+        and HOPPER_WIDTHS[0] <= min(width, width_v)
+        and max(width, width_v) <= HOPPER_WIDTHS[1]
+        and problem.flags["CAP"] == ""
+        and not problem.flags["HAS_DROPOUT"]
+        and describable(*inputs)
+    )
+
+
+def _launch_hopper(
+    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, mask: Mask,
+) -> None:  # fmt: skip
+    # Imported here: Gluon is there where Triton is, and this file must not need it.
+    from tilewright_kernels.flash_attention.backward_hopper import launch_backward_hopper
+
+    _, cu_seqlens_q, cu_seqlens_k, scale, _, _ = problem.extras
+    rows_per_head, num_rows = problem.rows
+    block_d = 64 if max(problem.widths["D"], problem.widths["D_V"]) <= 64 else 128
+    sums = q.new_zeros((num_rows, block_d), dtype=torch.float32)
+    launch_backward_hopper(
+        problem.operator, q, k, v, dout, problem.scratch[0], problem.scratch[1], sums, dk, dv,
+        scale=scale, window=problem.window, bottom_right=mask.bottom_right, rows_per_head=rows_per_head,
+        batch=problem.batch, lengths=problem.lengths,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
+    problem.operator.launch(
+        attention_backward_unpack_kernel,
+        (cdiv(problem.lengths[0], 64) * q.shape[2] * problem.batch,),
+        sums, dq, cu_seqlens_q, scale, problem.lengths[0], q.shape[2], rows_per_head,
+        *dq.stride()[:3], D=problem.widths["D"], BLOCK_D=block_d,
+        **problem.constants("PACKED"), num_warps=4,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def _walk_queries(
     num_q, num_k, shift, left, right, scale, softcap, kept, rows_per_head, all_rows,
     q_strides, dout_strides, GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     TMA: tl.constexpr, SUMS_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -65,9 +65,7 @@ def _walk_queries(
             q_source, index, head, first_q, row, len_q, q_strides, D, BLOCK_M, BLOCK_D, TMA, False
         )
         products = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=ACC)
-        p, slope = probabilities(
-            products, tl.load(lse2_ptr + rows)[None, :], scale, softcap, HAS_SOFTCAP
-        )
+        p, slope = probabilities(products, tl.load(lse2_ptr + rows)[None, :], scale, softcap, CAP)
         if (row < full_begin) | (row >= full_end):
             seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
             p = tl.where(seen, p, 0.0)
@@ -93,7 +91,7 @@ def _walk_queries(
             input_precision=PRECISION, out_dtype=ACC,
         )  # fmt: skip
         ds = p * dp
-        if HAS_SOFTCAP:
+        if CAP != "":
             ds = ds * slope
         ds = as_operand(ds, q.dtype, PRECISION)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION, out_dtype=ACC)
@@ -117,7 +115,7 @@ def attention_backward_keys_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr,
+    CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr,
     TMA: tl.constexpr, SUMS_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of BLOCK_N keys of one key head, and their part of dq, unscaled, where sums is given.
@@ -156,7 +154,7 @@ def attention_backward_keys_kernel(
     key = (first_key + tl.arange(0, BLOCK_N))[:, None]
     scale = tl.full((), scale, ACC)
     softcap = tl.full((), softcap, ACC)
-    if HAS_SOFTCAP:
+    if CAP != "":
         inner_scale, softcap = scale / softcap, softcap * 1.4426950408889634
     else:
         inner_scale = scale * 1.4426950408889634
@@ -172,7 +170,7 @@ def attention_backward_keys_kernel(
             batch, index, kv_head, heads, first_q, len_q, len_k, num_q, num_k, shift,
             left, right, inner_scale, softcap, kept, rows_per_head, all_rows,
             q_strides, dout_strides, GROUP, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT,
+            HAS_LEFT, HAS_RIGHT, CAP, HAS_DROPOUT,
             PACKED, TMA and part == 0, SUMS_TMA, ACC, PRECISION,
         )  # fmt: skip
     store_rows(

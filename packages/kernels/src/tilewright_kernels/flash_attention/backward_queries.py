@@ -20,7 +20,7 @@ def _walk_keys(
     num_q, num_k, shift, left, right, scale, softcap, kept, k_strides, v_strides,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what keys begin … end - 1 contribute to dq.
@@ -38,7 +38,7 @@ def _walk_keys(
             v_source, index, kv_head, first_k, row, len_k, v_strides, D_V,
             BLOCK_N, BLOCK_DV, TMA, False,
         )  # fmt: skip
-        p, slope = probabilities(products, lse2, scale, softcap, HAS_SOFTCAP)
+        p, slope = probabilities(products, lse2, scale, softcap, CAP)
         if (row < full_begin) | (row >= full_end):
             seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
             p = tl.where(seen, p, 0.0)
@@ -53,7 +53,7 @@ def _walk_keys(
             dp = tl.broadcast_to(minus_delta, (BLOCK_M, BLOCK_N))
             dp = tl.dot(dout, v.T, dp, input_precision=PRECISION, out_dtype=ACC)
         ds = p * dp
-        if HAS_SOFTCAP:
+        if CAP != "":
             ds = ds * slope
         dq = tl.dot(
             as_operand(ds, k.dtype, PRECISION), k, dq, input_precision=PRECISION, out_dtype=ACC
@@ -74,7 +74,7 @@ def attention_backward_queries_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PACKED: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head. The last have most keys to see and are started first."""
@@ -112,7 +112,7 @@ def attention_backward_queries_kernel(
     minus_delta = tl.load(minus_delta_ptr + rows)[:, None]
     scale = tl.full((), scale, ACC)
     softcap = tl.full((), softcap, ACC)
-    if HAS_SOFTCAP:
+    if CAP != "":
         inner_scale, softcap = scale / softcap, softcap * 1.4426950408889634
     else:
         inner_scale = scale * 1.4426950408889634
@@ -125,7 +125,7 @@ def attention_backward_queries_kernel(
             index, kv_head, batch * heads + head, first_k, len_k, num_q, num_k, shift,
             left, right, inner_scale, softcap, kept,
             (k_batch, k_row, k_head), (v_batch, v_row, v_head),
-            D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, CAP,
             HAS_DROPOUT, TMA and part == 0, ACC, PRECISION,
         )  # fmt: skip
     store_rows(

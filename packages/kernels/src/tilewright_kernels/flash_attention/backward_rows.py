@@ -85,3 +85,34 @@ def attention_backward_finish_kernel(
         sums.T * tl.full((), scale, ACC), dq_ptr, index, head, first, row, length,
         (dq_batch, dq_row, dq_head), D, ROWS, BLOCK_D,
     )  # fmt: skip
+
+
+@triton.jit
+def attention_backward_unpack_kernel(
+    sums_ptr, dq_ptr, cu_q_ptr,
+    # float64, so that it is as exact as elsewhere.
+    # pyrefly: ignore[not-a-type]
+    scale: tl.float64,
+    len_q, heads, rows_per_head, dq_batch, dq_row, dq_head,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """dq = scale · sums of 64 queries, whose elements lie as backward_hopper.py adds them up.
+
+    That is by warp of four, half of the columns, eight columns, row of eight, pair of columns,
+    half of the 16 rows, and column of the pair.
+    """
+    tiles = tl.cdiv(len_q, 64)
+    row = tl.program_id(0) % tiles * 64
+    head = tl.program_id(0) // tiles % heads
+    batch = tl.program_id(0) // tiles // heads
+    index, first, length, _, _ = sequence(batch, len_q, len_q, cu_q_ptr, cu_q_ptr)
+    if row >= length:
+        return
+    at = scratch_row(batch, head, heads, first, rows_per_head, PACKED) + row
+    sums_ptr += tl.cast(at, tl.int64) * BLOCK_D
+    sums = tl.load(sums_ptr + tl.arange(0, 64 * BLOCK_D))
+    sums = sums.reshape(4, 2, BLOCK_D // 16, 8, 4, 2, 2).permute(0, 5, 3, 1, 2, 4, 6)
+    sums = sums.reshape(64, BLOCK_D) * tl.full((), scale, tl.float32)
+    store_rows(
+        sums, dq_ptr, index, head, first, row, length, (dq_batch, dq_row, dq_head), D, 64, BLOCK_D
+    )

@@ -5,6 +5,7 @@ log-sum-exp that forward left, p = exp(s - lse), without a maximum and without a
 """
 
 from tilewright_kernels._triton import tl, triton
+from tilewright_kernels.flash_attention.online_softmax import tanh
 
 SCRATCH_ROWS = tl.constexpr(128)
 """Rows of a sequence in scratch memory are padded to a multiple of this: no block needs a mask."""
@@ -26,20 +27,18 @@ def scratch_row(batch, head, heads, first_q, rows_per_head, PACKED: tl.constexpr
 
 
 @triton.jit
-def probabilities(products, lse, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def probabilities(products, lse, scale, softcap, CAP: tl.constexpr):
     """p = exp(s - lse), and the slope of the softcap at s, 1 where there is none.
 
-    products are q·k, of queries by keys or of keys by queries, as lse is shaped. That is
+    products are q·k, of queries by keys or of keys by queries, as lse is shaped. lse is
     in base 2, +inf where a query sees nothing. The scale of the products is divided by the softcap
     where there is one, else times log2(e); softcap is times log2(e).
     """
     slope = 1.0
-    if HAS_SOFTCAP:
-        # tanh through e²ˣ, which may be inf. 1 / d is the reciprocal root of d².
-        d = 1.0 + tl.exp2(products * (scale * 2.8853900817779268))
-        tanh = 1.0 - 2.0 * (1.0 / d if products.dtype == tl.float64 else tl.rsqrt(d * d))
-        slope = 1.0 - tanh * tanh
-        p = tl.exp2(tanh * softcap - lse)
+    if CAP != "":
+        t = tanh(products * scale, CAP)
+        slope = 1.0 - t * t
+        p = tl.exp2(t * softcap - lse)
     else:
         p = tl.exp2(products * scale - lse)
     return p, slope

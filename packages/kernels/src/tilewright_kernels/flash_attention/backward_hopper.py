@@ -1,0 +1,309 @@
+# What Gluon's decorators and annotations say of themselves is not what they do.
+# pyrefly: ignore-errors
+"""The backward for Hopper, in Gluon: five products, and the tensor cores always have the next one.
+
+    s = k · qᵀ     dp = v · doutᵀ - delta     dv += p · dout     dk += ds · q     dq = dsᵀ · k
+
+as keys by queries. backward_keys.py computes the same where it adds dq up, but waits for each
+product before it goes on. Here, while exponentials are taken of s, dp is multiplied; while p · dp
+is taken, dv; while ds goes to shared memory, dk; and while dq is added to memory, s of the next
+queries (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608).
+
+dq is added up in float32, atomically and so in no fixed order, in sums whose elements lie as the
+tensor cores leave them: each warp adds 512 adjacent bytes at a time. `attention_backward_unpack`
+puts them in order.
+
+Left to the other kernels: heads wider than 128, float32, dropout, softcap, and tensors that no
+descriptor fits.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tilewright_kernels._launch import cdiv, next_power_of_2
+from tilewright_kernels._operator import Operator
+from tilewright_kernels.flash_attention.backward_tiles import scratch_row
+from tilewright_kernels.flash_attention.masks import query_blocks, shift_of, visible
+from tilewright_kernels.flash_attention.operands import extents
+from tilewright_kernels.flash_attention.sequence_rows import sequence
+
+BLOCK_M, BLOCK_N, STAGES = 64, 128, 3
+
+CACHED_QUERIES = 32 * 2**20
+"""Bytes of q, dout and sums of dq that programs which run at one time may use and find in L2."""
+
+
+@gluon.jit
+def _copy(desc, bar, buffer, index, head, row, pred):
+    """Start a copy of rows of one head."""
+    shape: gl.constexpr = [1, 1, buffer.shape[0], buffer.shape[1]]
+    buffer = buffer._reinterpret(desc.dtype, shape, desc.layout)
+    tma.async_copy_global_to_shared(desc, [index, head, row, 0], bar, buffer, pred=pred)
+
+
+@gluon.jit
+def _fetch(descs, bufs, full, slot, batch, head, row, scratch, pred):
+    """Start the copies of BLOCK_M queries; `full` of the slot is signalled when they are there."""
+    q_desc, dout_desc, lse2_desc, minus_delta_desc = descs
+    q_bufs, dout_bufs, lse2_bufs, minus_delta_bufs = bufs
+    bar = full.index(slot)
+    mbarrier.expect(bar, 4 * q_bufs.shape[1] * (q_bufs.shape[2] + 2), pred=pred)
+    _copy(q_desc, bar, q_bufs.index(slot), batch, head, row, pred)
+    _copy(dout_desc, bar, dout_bufs.index(slot), batch, head, row, pred)
+    at = [scratch]
+    tma.async_copy_global_to_shared(lse2_desc, at, bar, lse2_bufs.index(slot), pred=pred)
+    tma.async_copy_global_to_shared(
+        minus_delta_desc, at, bar, minus_delta_bufs.index(slot), pred=pred
+    )
+
+
+@gluon.jit
+def _clear(buffer, count, BLOCK_D: gl.constexpr):
+    """Zeros in all rows but the first `count`: there lies another sequence, and 0 · NaN is NaN."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [8, 1], [1, 0])
+    rows = gl.arange(0, buffer.shape[0], gl.SliceLayout(1, layout))
+    x = buffer.load(layout)
+    buffer.store(gl.where((rows < count)[:, None], x, 0.0))
+
+
+@gluon.jit
+def _add(sums_ptr, dq, BLOCK_D: gl.constexpr):
+    """sums += dq, atomically, in the order of `attention_backward_unpack_kernel`."""
+    parts = dq.reshape((4, 2, 8, 2, BLOCK_D // 16, 4, 2)).permute((0, 3, 4, 2, 5, 1, 6))
+    flat = parts.reshape((64 * BLOCK_D,))
+    layout: gl.constexpr = flat.type.layout
+    gl.atomic_add(sums_ptr + gl.arange(0, 64 * BLOCK_D, layout), flat, sem="relaxed")
+
+
+@gluon.jit
+def _store(x, pointer, row, length, row_stride, D: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Rows row … of one head, as far as there are any."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [8, 1], [1, 0])
+    x = gl.convert_layout(x.to(pointer.dtype.element_ty), layout)
+    rows = row + gl.arange(0, x.shape[0], gl.SliceLayout(1, layout))
+    cols = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))
+    offsets = rows.to(gl.int64)[:, None] * row_stride + cols[None, :]
+    gl.store(pointer + offsets, x, mask=(rows < length)[:, None] & (cols < D)[None, :])
+
+
+@gluon.jit
+def _member(step, begin, blocks, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Which query head of the group a step is at, and its first query."""
+    member = 0
+    if GROUP > 1:
+        member = step // blocks
+    return member, begin + (step - member * blocks) * BLOCK_M
+
+
+@gluon.jit
+def attention_backward_hopper_kernel(
+    q_desc, k_desc, v_desc, dout_desc, lse2_desc, minus_delta_desc, sums_ptr, dk_ptr, dv_ptr,
+    cu_q_ptr, cu_k_ptr, scale, num_q, num_k, kv_heads, batches, left, right, rows_per_head,
+    dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
+    GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr, TOGETHER: gl.constexpr,
+    D: gl.constexpr, D_V: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of BLOCK_N keys of one key head, and their part of dq, unscaled.
+
+    TOGETHER key heads are worked on at one time, and of these the first keys are taken first: under
+    a causal mask most queries see them.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    tiles = gl.cdiv(num_k, BLOCK_N)
+    first_head = gl.program_id(0) // (tiles * TOGETHER) * TOGETHER
+    together = gl.minimum(kv_heads * batches - first_head, TOGETHER)
+    within = gl.program_id(0) - first_head * tiles
+    first_key = within // together * BLOCK_N
+    batch = (first_head + within % together) // kv_heads
+    kv_head = (first_head + within % together) % kv_heads
+    index, first_q, len_q, first_k, len_k = sequence(batch, num_q, num_k, cu_q_ptr, cu_k_ptr)
+    if first_key >= len_k:
+        return
+    shift = shift_of(len_q, len_k, BOTTOM_RIGHT)
+    begin, full_begin, full_end, end = query_blocks(
+        first_key, first_key + BLOCK_N - 1, len_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+    )
+    if first_key + BLOCK_N > len_k:
+        full_begin, full_end = end, end
+    blocks = (end - begin) // BLOCK_M
+    steps = blocks * GROUP
+
+    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
+    k = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_D], tile)
+    v = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_D], tile)
+    q_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], tile)
+    dout_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], tile)
+    lse2_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse2_desc.layout)
+    minus_delta_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse2_desc.layout)
+    ds_tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
+    ds_bufs = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_M], ds_tile)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    keys_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    mbarrier.init(keys_full, count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    descs = q_desc, dout_desc, lse2_desc, minus_delta_desc
+    bufs = q_bufs, dout_bufs, lse2_bufs, minus_delta_bufs
+
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_D, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_D // 2, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
+    zeros = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, s_layout)
+    dq_zeros = gl.zeros((BLOCK_M, BLOCK_D), gl.float32, dq_layout)
+    dk = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_D), gl.float32, dk_layout))
+    dv = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_D), gl.float32, dk_layout))
+    key = (first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, s_layout)))[:, None]
+    factor = scale * 1.4426950408889634
+    first_scratch = scratch_row(
+        batch, kv_head * GROUP, kv_heads * GROUP, first_q, rows_per_head, PACKED
+    )
+    if steps > 0:
+        mbarrier.expect(keys_full, 4 * BLOCK_N * BLOCK_D)
+        _copy(k_desc, keys_full, k, index, kv_head, first_k + first_key, True)
+        _copy(v_desc, keys_full, v, index, kv_head, first_k + first_key, True)
+        member, row = _member(0, begin, blocks, GROUP, BLOCK_M)
+        _fetch(
+            descs, bufs, full, 0, index, kv_head * GROUP, first_q + row, first_scratch + row, True
+        )
+        mbarrier.wait(keys_full, 0)
+        if PACKED and first_key + BLOCK_N > len_k:
+            _clear(k, len_k - first_key, BLOCK_D)
+            _clear(v, len_k - first_key, BLOCK_D)
+        # The sums of the step before, whose dq is still to be multiplied.
+        sums = sums_ptr
+        for step in range(steps):
+            slot = step % STAGES
+            fence_async_shared()
+            gl.thread_barrier()
+            other, next_row = _member(step + 1, begin, blocks, GROUP, BLOCK_M)
+            _fetch(
+                descs, bufs, full, (step + 1) % STAGES, index, kv_head * GROUP + other,
+                first_q + next_row, first_scratch + other * rows_per_head + next_row,
+                step + 1 < steps,
+            )  # fmt: skip
+            # Before the first step this multiplies what is there, and nobody looks at it.
+            dq = warpgroup_mma(
+                ds_bufs.index(step + 1 & 1).permute((1, 0)), k, dq_zeros,
+                use_acc=False, is_async=True,
+            )  # fmt: skip
+            mbarrier.wait(full.index(slot), step // STAGES & 1)
+            q, dout = q_bufs.index(slot), dout_bufs.index(slot)
+            if PACKED and row + BLOCK_M > len_q:
+                _clear(q, len_q - row, BLOCK_D)
+                _clear(dout, len_q - row, BLOCK_D)
+                fence_async_shared()
+                gl.thread_barrier()
+            s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dq, dk, dv = warpgroup_mma_wait(1, deps=(dq, dk, dv))
+            if step > 0:
+                _add(sums, dq, BLOCK_D)
+            dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            lse2 = lse2_bufs.index(slot).load(gl.SliceLayout(0, s_layout))
+            s = warpgroup_mma_wait(1, deps=(s,))
+            p = gl.exp2(s * factor - lse2[None, :])
+            if (row < full_begin) | (row >= full_end):
+                query = (row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout)))[None, :]
+                seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
+                p = gl.where(seen, p, 0.0)
+            p_operand = gl.convert_layout(p.to(dtype), operand)
+            dv = warpgroup_mma(p_operand, dout, dv, is_async=True)
+            minus_delta = minus_delta_bufs.index(slot).load(gl.SliceLayout(0, s_layout))
+            dp = warpgroup_mma_wait(1, deps=(dp,))
+            ds = (p * (dp + minus_delta[None, :])).to(dtype)
+            ds_operand = gl.convert_layout(ds, operand)
+            dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
+            ds_bufs.index(step & 1).store(ds)
+            scratch = first_scratch + member * rows_per_head + row
+            sums = sums_ptr + scratch.to(gl.int64) * BLOCK_D
+            member, row = other, next_row
+        fence_async_shared()
+        gl.thread_barrier()
+        dq = warpgroup_mma(
+            ds_bufs.index(steps + 1 & 1).permute((1, 0)), k, dq_zeros, use_acc=False, is_async=True
+        )
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        _add(sums, dq, BLOCK_D)
+    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+    to_dk = index.to(gl.int64) * dk_batch + kv_head.to(gl.int64) * dk_head
+    to_dv = index.to(gl.int64) * dv_batch + kv_head.to(gl.int64) * dv_head
+    to_dk += first_k.to(gl.int64) * dk_row
+    to_dv += first_k.to(gl.int64) * dv_row
+    _store(dk * scale, dk_ptr + to_dk, first_key, len_k, dk_row, D, BLOCK_D)
+    _store(dv, dv_ptr + to_dv, first_key, len_k, dv_row, D_V, BLOCK_D)
+
+
+def launch_backward_hopper(
+    operator: Operator, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor,
+    minus_delta: Tensor, sums: Tensor, dk: Tensor, dv: Tensor, *, scale: float,
+    window: tuple[int, int], bottom_right: bool, rows_per_head: int, batch: int,
+    lengths: tuple[int, int], cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+) -> None:  # fmt: skip
+    """Write dk and dv, and add dq to sums.
+
+    Args:
+        operator: whose launch it is.
+        q: [B, T_q, H, D], packed ones with B = 1; like all others with adjacent columns.
+        k: [B, T_k, K, D].
+        v: [B, T_k, K, D_v].
+        dout: [B, T_q, H, D_v].
+        lse2: log-sum-exp in base 2, in rows of scratch memory.
+        minus_delta: likewise.
+        sums: [rows of scratch memory, 64 or 128] float32.
+        dk: like k.
+        dv: like v.
+        scale: of q·k.
+        window: (left, right), -1 for no limit.
+        bottom_right: the last query stands at the last key.
+        rows_per_head: of scratch memory.
+        batch: sequences.
+        lengths: (T_q, T_k), or those of the longest sequences.
+        cu_seqlens_q: where sequences are packed.
+        cu_seqlens_k: likewise.
+    """
+    (len_q, len_k), (heads, width), kv_heads = lengths, q.shape[2:], k.shape[2]
+    left, right = window
+    block_d = sums.shape[1]
+    group = heads // kv_heads
+    bytes_per_head = max(1, len_q * group * block_d * 8)
+    operator.launch(
+        attention_backward_hopper_kernel, (cdiv(len_k, BLOCK_N) * kv_heads * batch,),
+        _describe(q, BLOCK_M, block_d), _describe(k, BLOCK_N, block_d),
+        _describe(v, BLOCK_N, block_d), _describe(dout, BLOCK_M, block_d),
+        _describe_vector(lse2), _describe_vector(minus_delta), sums, dk, dv,
+        cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k, kv_heads, batch, left, right,
+        rows_per_head, *dk.stride()[:3], *dv.stride()[:3],
+        GROUP=group, BOTTOM_RIGHT=bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
+        PACKED=cu_seqlens_q is not None,
+        TOGETHER=next_power_of_2(max(1, CACHED_QUERIES // bytes_per_head)),
+        D=width, D_V=v.shape[3], BLOCK_D=block_d, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES,
+        num_warps=8,
+    )  # fmt: skip
+
+
+def _describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """A descriptor of [B, H, T, D] for tiles of one head, which lie in memory as wgmma wants."""
+    block = [1, 1, rows, width]
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(*extents(x), block, layout)
+
+
+def _describe_vector(x: Tensor) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for([BLOCK_M], gl.float32)
+    return TensorDescriptor(x, list(x.shape), [1], [BLOCK_M], layout)
