@@ -323,8 +323,8 @@ def _launch_hopper(
     sums = q.new_zeros((num_rows, block_d), dtype=torch.float32)
     launch_backward_hopper(
         problem.operator, q, k, v, dout, problem.scratch[0], problem.scratch[1], sums, dk, dv,
-        scale=scale, window=problem.window, bottom_right=mask.bottom_right, rows_per_head=rows_per_head,
-        batch=problem.batch, lengths=problem.lengths,
+        scale=scale, window=problem.window, bottom_right=mask.bottom_right,
+        rows_per_head=rows_per_head, batch=problem.batch, lengths=problem.lengths,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     problem.operator.launch(
