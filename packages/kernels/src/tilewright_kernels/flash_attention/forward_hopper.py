@@ -40,9 +40,7 @@ from tilewright_kernels.flash_attention.sequence_rows import sequence
 ROWS = gl.constexpr(64)
 """Queries of a warpgroup."""
 
-CONSUMERS = gl.constexpr(2)
-"""Warpgroups that multiply."""
-
+VARIANT = {"PING_PONG": False, "DEFER": False, "CONSUMERS": 2}
 BLOCK_N, STAGES = {64: 128, 128: 128}, {64: 2, 128: 2}
 """Keys of a tile and buffers for them, by head dimension."""
 
@@ -56,10 +54,10 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def _place(index, tiles, heads, TOGETHER: gl.constexpr):
+def _place(index, tiles, heads, together):
     """(tile, head) as `forward` has them: groups of heads, in each the last tiles first."""
-    first = index // (tiles * TOGETHER) * TOGETHER
-    group = gl.minimum(heads - first, TOGETHER)
+    first = index // (tiles * together) * together
+    group = gl.minimum(heads - first, together)
     within = index - first * tiles
     return tiles - 1 - within // group, first + within % group
 
@@ -67,12 +65,12 @@ def _place(index, tiles, heads, TOGETHER: gl.constexpr):
 @gluon.jit
 def _task(
     index, shape, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    TOGETHER: gl.constexpr, BLOCK_N: gl.constexpr,
+    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Where task `index` lies: its head, its sequence, its first query, and the blocks of keys."""
-    batches, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr = shape
+    batches, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, together = shape
     BLOCK_M: gl.constexpr = CONSUMERS * ROWS
-    tile, batch_head = _place(index, gl.cdiv(len_q, BLOCK_M), heads * batches, TOGETHER)
+    tile, batch_head = _place(index, gl.cdiv(len_q, BLOCK_M), heads * batches, together)
     batch, head = batch_head // heads, batch_head % heads
     place = sequence(batch, len_q, len_k, cu_q_ptr, cu_k_ptr)
     _, _, len_q, _, len_k = place
@@ -97,25 +95,19 @@ def _copy(desc, bar, buffer, index, head, row):
 
 
 @gluon.jit
-def _publish(counter_ptr, tasks, message, bars, told):
-    """Take a next task, one past the last if there is none, and tell the warpgroups."""
-    task = tasks
-    if counter_ptr is not None:
-        task = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
-        mbarrier.wait(bars.index(1), told & 1 ^ 1)
-        message.store(gl.full((1,), 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + task)
-        mbarrier.arrive(bars.index(0))
-    return task
+def _tell(task, message, bars, turn):
+    """Give the warpgroups a task, or one past the last, which ends them."""
+    mbarrier.wait(bars.index(1), turn & 1 ^ 1)
+    message.store(gl.full((1,), 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + task)
+    mbarrier.arrive(bars.index(0))
 
 
 @gluon.jit
-def _told(counter_ptr, tasks, message, bars, told):
-    """What `_publish` said."""
-    task = tasks
-    if counter_ptr is not None:
-        mbarrier.wait(bars.index(0), told & 1)
-        task = gl.sum(message.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-        mbarrier.arrive(bars.index(1))
+def _told(message, bars, turn):
+    """What `_tell` said."""
+    mbarrier.wait(bars.index(0), turn & 1)
+    task = gl.sum(message.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(bars.index(1))
     return task
 
 
@@ -123,22 +115,24 @@ def _told(counter_ptr, tasks, message, bars, told):
 def _fetch(
     q_desc, k_desc, v_desc, bufs, bars, counter_ptr, message, tasks, shape,
     GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, TOGETHER: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """The one warp that fetches: queries of each task, and a ring of keys and one of values."""
     q_bufs, k_bufs, v_bufs = bufs
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, message_bars = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, message_bars, _turn_bars = bars
+    CONSUMERS: gl.constexpr = q_bufs.shape[0]
     STAGES: gl.constexpr = k_bufs.shape[0]
     BLOCK_N: gl.constexpr = k_bufs.shape[1]
     BYTES: gl.constexpr = 2 * k_bufs.shape[2]
-    turn, step, told, task = 0, 0, 0, gl.program_id(0)
+    turn, step, task = 0, 0, gl.program_id(0)
     while task < tasks:
         head, place, first, _, blocks = _task(
-            task, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, TOGETHER, BLOCK_N
+            task, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, CONSUMERS, BLOCK_N
         )
         index, first_q, len_q, first_k, _ = place
         begin, _, _, end = blocks
         if first < len_q:
+            _tell(task, message, message_bars, turn)
             for i in gl.static_range(CONSUMERS):
                 mbarrier.wait(q_empty.index(i), turn & 1 ^ 1)
                 mbarrier.expect(q_full.index(i), ROWS * BYTES)
@@ -174,8 +168,10 @@ def _fetch(
                 )
                 step += 1
             turn += 1
-        task = _publish(counter_ptr, tasks, message, message_bars, told)
-        told += 1
+        task = tasks
+        if counter_ptr is not None:
+            task = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
+    _tell(tasks, message, message_bars, turn)
 
 
 @gluon.jit
@@ -204,16 +200,38 @@ def _clear(v, rows, SLICE: gl.constexpr):
 
 
 @gluon.jit
+def _partial_sums(p):
+    """Sums of each row over the columns that one thread holds, [rows, 4]."""
+    x = p.reshape((p.shape[0], p.shape[1] // 8, 4, 2))
+    return gl.sum(gl.sum(x, 3), 1)
+
+
+@gluon.jit
+def _take(s, m, l, FACTOR: gl.constexpr, MASKED: gl.constexpr):
+    """`take_piece`, with l in four parts a row."""
+    m_new = gl.maximum(m, gl.max(s, 1) * FACTOR)
+    base = m_new
+    if MASKED:
+        base = gl.where(m_new == float("-inf"), 0.0, m_new)
+    p = gl.exp2(s * FACTOR - base[:, None])
+    alpha = gl.exp2(m - base)
+    scale = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None]
+    return p, m_new, l * scale + _partial_sums(p), alpha
+
+
+@gluon.jit
 def _attend(
-    WHICH: gl.constexpr, out_ptr, lse_ptr, bufs, bars, counter_ptr, message, tasks, shape,
+    WHICH: gl.constexpr, out_ptr, lse_ptr, bufs, bars, message, tasks, shape,
     out_strides, lse_strides,
     BEFORE: gl.constexpr, FACTOR: gl.constexpr, CAP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, D_V: gl.constexpr, TOGETHER: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, D_V: gl.constexpr,
+    PING_PONG: gl.constexpr, DEFER: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: rows WHICH · 64 … of each task."""
     q_bufs, k_bufs, v_bufs = bufs
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, message_bars = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, message_bars, turn_bars = bars
     left, right = shape[4], shape[5]
+    CONSUMERS: gl.constexpr = q_bufs.shape[0]
     dtype: gl.constexpr = k_bufs.dtype
     STAGES: gl.constexpr = k_bufs.shape[0]
     BLOCK_N: gl.constexpr = k_bufs.shape[1]
@@ -227,107 +245,118 @@ def _attend(
     )
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, s_layout)
     q = q_bufs.index(WHICH)
-    turn, step, told, task = 0, 0, 0, gl.program_id(0)
+    turn, step, turns = 0, 0, 0
+    task = _told(message, message_bars, turn)
     while task < tasks:
         head, place, first, shift, blocks = _task(
-            task, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, TOGETHER, BLOCK_N
+            task, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, CONSUMERS, BLOCK_N
         )
         index, first_q, len_q, _, len_k = place
         begin, full_begin, full_end, end = blocks
-        if first < len_q:
-            first += WHICH * ROWS
-            query = first + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-            m = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-            l = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, s_layout))
-            acc = gl.zeros((ROWS, BLOCK_D), gl.float32, acc_layout)
+        first += WHICH * ROWS
+        query = first + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+        m = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+        l = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, s_layout))
+        acc = gl.zeros((ROWS, BLOCK_D), gl.float32, acc_layout)
 
-            mbarrier.wait(q_full.index(WHICH), turn & 1)
-            mbarrier.wait(k_full.index(step % STAGES), step // STAGES & 1)
-            k = k_bufs.index(step % STAGES).permute((1, 0))
-            s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=(s,))
-            mbarrier.arrive(k_empty.index(step % STAGES))
-            s = _hide(
-                scores(s, BEFORE, CAP), query, begin, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT
-            )
-            p, m, l, alpha = take_piece(s, m, l, FACTOR, True)
-            p = gl.convert_layout(p.to(dtype), p_layout)
-            if begin + BLOCK_N < end:
-                mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
+        mbarrier.wait(q_full.index(WHICH), turn & 1)
+        mbarrier.wait(k_full.index(step % STAGES), step // STAGES & 1)
+        k = k_bufs.index(step % STAGES).permute((1, 0))
+        s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index(step % STAGES))
+        s = _hide(
+            scores(s, BEFORE, CAP), query, begin, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT
+        )
+        p, m, l, alpha = take_piece(s, m, l, FACTOR, True)
+        if DEFER:
+            l = _partial_sums(p)
+        p = gl.convert_layout(p.to(dtype), p_layout)
+        if begin + BLOCK_N < end:
+            mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
 
-            for part in gl.static_range(3):
-                if part == 0:
-                    part_begin, part_end = begin, full_begin
-                elif part == 1:
-                    part_begin, part_end = full_begin, full_end
-                else:
-                    part_begin, part_end = full_end, end
-                if HAS_LEFT or part > 0:
-                    for j in range(gl.maximum(part_begin, begin + BLOCK_N), part_end, BLOCK_N):
-                        before, now = step % STAGES, (step + 1) % STAGES
-                        v_phase = step // STAGES & 1
-                        step += 1
-                        k = k_bufs.index(now).permute((1, 0))
-                        s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-                        mbarrier.wait(v_full.index(before), v_phase)
-                        acc = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
-                        s = warpgroup_mma_wait(1, deps=(s,))
-                        mbarrier.arrive(k_empty.index(now))
-                        s = scores(s, BEFORE, CAP)
-                        if part != 1:
-                            s = _hide(s, query, j, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
+        for part in gl.static_range(3):
+            if part == 0:
+                part_begin, part_end = begin, full_begin
+            elif part == 1:
+                part_begin, part_end = full_begin, full_end
+            else:
+                part_begin, part_end = full_end, end
+            if HAS_LEFT or part > 0:
+                for j in range(gl.maximum(part_begin, begin + BLOCK_N), part_end, BLOCK_N):
+                    before, now = step % STAGES, (step + 1) % STAGES
+                    v_phase = step // STAGES & 1
+                    step += 1
+                    if PING_PONG:
+                        mbarrier.wait(turn_bars.index(WHICH), (turns & 1) ^ (WHICH == 0))
+                        turns += 1
+                    k = k_bufs.index(now).permute((1, 0))
+                    s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+                    mbarrier.wait(v_full.index(before), v_phase)
+                    acc = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
+                    if PING_PONG:
+                        mbarrier.arrive(turn_bars.index((WHICH + 1) % CONSUMERS))
+                    s = warpgroup_mma_wait(1, deps=(s,))
+                    mbarrier.arrive(k_empty.index(now))
+                    s = scores(s, BEFORE, CAP)
+                    if part != 1:
+                        s = _hide(s, query, j, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
+                    if DEFER:
+                        weights, m, l, alpha = _take(s, m, l, FACTOR, part != 1)
+                    else:
                         weights, m, l, alpha = take_piece(s, m, l, FACTOR, part != 1)
-                        if j + BLOCK_N < end:
-                            mbarrier.wait(
-                                k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1
-                            )
-                        acc = warpgroup_mma_wait(0, deps=(acc,))
-                        mbarrier.arrive(v_empty.index(before))
-                        p = gl.convert_layout(weights.to(dtype), p_layout)
-                        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc_layout))[:, None]
+                    if j + BLOCK_N < end:
+                        mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
+                    acc = warpgroup_mma_wait(0, deps=(acc,))
+                    mbarrier.arrive(v_empty.index(before))
+                    p = gl.convert_layout(weights.to(dtype), p_layout)
+                    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc_layout))[:, None]
 
-            mbarrier.arrive(q_empty.index(WHICH))
-            slot = step % STAGES
-            mbarrier.wait(v_full.index(slot), step // STAGES & 1)
-            if PACKED and end > len_k:
-                _clear(v_bufs.index(slot), len_k - (end - BLOCK_N), 32)
-            acc = warpgroup_mma(p, v_bufs.index(slot), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(v_empty.index(slot))
-            step += 1
-            turn += 1
+        mbarrier.arrive(q_empty.index(WHICH))
+        slot = step % STAGES
+        mbarrier.wait(v_full.index(slot), step // STAGES & 1)
+        if PACKED and end > len_k:
+            _clear(v_bufs.index(slot), len_k - (end - BLOCK_N), 32)
+        acc = warpgroup_mma(p, v_bufs.index(slot), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_empty.index(slot))
+        step += 1
+        turn += 1
 
-            l = gl.convert_layout(l, gl.SliceLayout(1, acc_layout))
-            m = gl.convert_layout(m, gl.SliceLayout(1, acc_layout))
-            acc, lse = finish_rows(m, l, acc)
-            lse_batch_stride, lse_head_stride = lse_strides
-            row = first + gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
-            to = (
-                lse_ptr
-                + index.to(gl.int64) * lse_batch_stride
-                + head.to(gl.int64) * lse_head_stride
-            )
-            gl.store(to + first_q + row, lse, mask=row < len_q)
+        if DEFER:
+            l = gl.sum(l, 1)
+        l = gl.convert_layout(l, gl.SliceLayout(1, acc_layout))
+        m = gl.convert_layout(m, gl.SliceLayout(1, acc_layout))
+        acc, lse = finish_rows(m, l, acc)
+        lse_batch_stride, lse_head_stride = lse_strides
+        row = first + gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
+        to = lse_ptr + index.to(gl.int64) * lse_batch_stride + head.to(gl.int64) * lse_head_stride
+        gl.store(to + first_q + row, lse, mask=row < len_q)
 
-            batch_stride, row_stride, head_stride = out_strides
-            row = first + gl.arange(0, ROWS, gl.SliceLayout(1, store_layout))[:, None]
-            col = gl.arange(0, BLOCK_D, gl.SliceLayout(0, store_layout))[None, :]
-            to = out_ptr + index.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
-            to += (first_q + row).to(gl.int64) * row_stride + col
-            out = gl.convert_layout(acc.to(dtype), store_layout)
-            gl.store(to, out, mask=(row < len_q) & (col < D_V))
-        task = _told(counter_ptr, tasks, message, message_bars, told)
-        told += 1
+        batch_stride, row_stride, head_stride = out_strides
+        row = first + gl.arange(0, ROWS, gl.SliceLayout(1, store_layout))[:, None]
+        col = gl.arange(0, BLOCK_D, gl.SliceLayout(0, store_layout))[None, :]
+        to = out_ptr + index.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
+        to += (first_q + row).to(gl.int64) * row_stride + col
+        out = gl.convert_layout(acc.to(dtype), store_layout)
+        gl.store(to, out, mask=(row < len_q) & (col < D_V))
+        task = _told(message, message_bars, turn)
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=[
+        *("batches", "heads", "len_q", "len_k", "left", "right", "together"),
+        *("lse_batch_stride", "lse_head_stride"),
+    ]
+)
 def attention_forward_hopper_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, counter_ptr, cu_q_ptr, cu_k_ptr,
-    batches, heads, len_q, len_k, left, right,
+    batches, heads, len_q, len_k, left, right, together,
     out_batch_stride, out_row_stride, out_head_stride, lse_batch_stride, lse_head_stride,
     BEFORE: gl.constexpr, FACTOR: gl.constexpr, CAP: gl.constexpr, GROUP: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    D_V: gl.constexpr, TOGETHER: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    D_V: gl.constexpr, PING_PONG: gl.constexpr, DEFER: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """`attention_forward_kernel` with a division of labour; lengths are those of `forward`."""
     dtype: gl.constexpr = k_desc.dtype
@@ -346,41 +375,80 @@ def attention_forward_hopper_kernel(
     bars = (
         _barriers(CONSUMERS, 1), _barriers(CONSUMERS, 1), _barriers(STAGES, 1),
         _barriers(STAGES, CONSUMERS), _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS),
-        message_bars,
+        message_bars, _barriers(CONSUMERS, 1),
     )  # fmt: skip
-    shape = batches, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr
+    shape = batches, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, together
     out_strides = out_batch_stride, out_row_stride, out_head_stride
     lse_strides = lse_batch_stride, lse_head_stride
     tasks = gl.cdiv(len_q, CONSUMERS * ROWS) * heads * batches
-    gl.warp_specialize(
-        [
-            (
-                _attend,
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
                 (
-                    0, out_ptr, lse_ptr, bufs, bars, counter_ptr, message, tasks, shape,
-                    out_strides, lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT,
-                    HAS_LEFT, HAS_RIGHT, D_V, TOGETHER,
+                    _attend,
+                    (
+                        0, out_ptr, lse_ptr, bufs, bars, message, tasks, shape, out_strides,
+                        lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
+                        PING_PONG, DEFER,
+                    ),
                 ),
-            ),
-            (
-                _attend,
                 (
-                    1, out_ptr, lse_ptr, bufs, bars, counter_ptr, message, tasks, shape,
-                    out_strides, lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT,
-                    HAS_LEFT, HAS_RIGHT, D_V, TOGETHER,
+                    _attend,
+                    (
+                        1, out_ptr, lse_ptr, bufs, bars, message, tasks, shape, out_strides,
+                        lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
+                        PING_PONG, DEFER,
+                    ),
                 ),
-            ),
-            (
-                _fetch,
                 (
-                    q_desc, k_desc, v_desc, bufs, bars, counter_ptr, message, tasks, shape,
-                    GROUP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, TOGETHER,
+                    _fetch,
+                    (
+                        q_desc, k_desc, v_desc, bufs, bars, counter_ptr, message, tasks, shape,
+                        GROUP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT,
+                    ),
                 ),
-            ),
-        ],
-        [4, 1],
-        [232, 40],
-    )  # fmt: skip
+            ],
+            [4, 1],
+            [232, 40],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _attend,
+                    (
+                        0, out_ptr, lse_ptr, bufs, bars, message, tasks, shape, out_strides,
+                        lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
+                        PING_PONG, DEFER,
+                    ),
+                ),
+                (
+                    _attend,
+                    (
+                        1, out_ptr, lse_ptr, bufs, bars, message, tasks, shape, out_strides,
+                        lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
+                        PING_PONG, DEFER,
+                    ),
+                ),
+                (
+                    _attend,
+                    (
+                        2, out_ptr, lse_ptr, bufs, bars, message, tasks, shape, out_strides,
+                        lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
+                        PING_PONG, DEFER,
+                    ),
+                ),
+                (
+                    _fetch,
+                    (
+                        q_desc, k_desc, v_desc, bufs, bars, counter_ptr, message, tasks, shape,
+                        GROUP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT,
+                    ),
+                ),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )  # fmt: skip
 
 
 def launch_forward_hopper(
@@ -412,7 +480,7 @@ def launch_forward_hopper(
     heads, width_v = q.shape[2], v.shape[3]
     width = 64 if max(q.shape[3], width_v) <= 64 else 128
     stages, block_n = STAGES[width], BLOCK_N[width]
-    tasks = cdiv(len_q, CONSUMERS.value * ROWS.value) * heads * batches
+    tasks = cdiv(len_q, VARIANT["CONSUMERS"] * ROWS.value) * heads * batches
     programs = num_programs(q.device, per_sm=1)
     counter = None if tasks <= programs else q.new_zeros((1,), dtype=torch.int32)
     left, right = mask.window
@@ -420,10 +488,11 @@ def launch_forward_hopper(
         attention_forward_hopper_kernel, (min(tasks, programs),),
         _describe(q, ROWS.value, width), _describe(k, block_n, width),
         _describe(v, block_n, width), out, lse, counter, cu_seqlens_q, cu_seqlens_k,
-        batches, heads, len_q, len_k, left, right, *strides(out), *lse.stride()[:2],
+        batches, heads, len_q, len_k, left, right, together, *strides(out), *lse.stride()[:2],
         BEFORE=before, FACTOR=factor, CAP=cap, GROUP=heads // k.shape[2],
         BOTTOM_RIGHT=mask.bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
-        D_V=width_v, TOGETHER=together, STAGES=stages, num_warps=4, maxnreg=168,
+        D_V=width_v, STAGES=stages, **VARIANT, num_warps=4,
+         maxnreg={2: 168, 3: 128}[VARIANT["CONSUMERS"]],
     )  # fmt: skip
 
 
