@@ -8,13 +8,22 @@ from tilewright_optim.adam import Adam
 from tilewright_optim.adamw import AdamW
 from tilewright_optim.clip_grad import clip_grad_norm_
 from tilewright_optim.functional import adam_reference, adamw_reference
+from tilewright_optim.muon import Muon
+from tilewright_optim.muon_functional import muon_reference
+from tilewright_optim.muonw import MuonW
+from tilewright_optim.newton_schulz import newton_schulz, newton_schulz_reference
 from tilewright_optim.schedule import WarmupCosine
 
 __all__ = [
     "Adam",
     "AdamW",
+    "Muon",
+    "MuonW",
     "WarmupCosine",
     "adam_reference",
     "adamw_reference",
     "clip_grad_norm_",
+    "muon_reference",
+    "newton_schulz",
+    "newton_schulz_reference",
 ]

@@ -117,6 +117,7 @@ def _update_kernel(
     x_ptr += (first + matrix).to(tl.int64) * rows * cols
     x = tl.load(x_ptr + at_x, mask=mask, other=0.0).to(ACC)
     p_ptr = _pointer(work_ptr, first + matrix, PARAM, ALIGNED)
+    low_ptr = p_ptr
     if EXACT:
         low_ptr = _pointer(work_ptr + 2 * num_matrices, first + matrix, tl.int16, ALIGNED)
         high = tl.load(p_ptr + at, mask=mask, other=0)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from tilewright_optim._coefficients import Coefficients, triples
@@ -23,16 +22,17 @@ while."""
 class Plan:
     """The batches of one kind of tensors, and their tables on the device; kept between steps."""
 
-    shapes: list[torch.Size] = field(default_factory=list)
+    key: object = None
     batches: list[Batch] = field(default_factory=list)
     tables: list[PointerTables] = field(default_factory=list)
 
     def follow(self, params: Sequence[Tensor], split_sizes: Sequence[int] | None) -> None:
         """Make the batches anew where other shapes take part than in the step before."""
         shapes = [param.shape for param in params]
-        if shapes == self.shapes:
+        key = shapes, None if split_sizes is None else tuple(split_sizes)
+        if key == self.key:
             return
-        self.shapes = shapes
+        self.key = key
         matrices = [x for i, s in enumerate(shapes) for x in matrices_of(i, s, split_sizes)]
         self.batches = batches_of(matrices, MOST_ELEMENTS)
         self.tables = [PointerTables(params[0].device, chunk=16) for _ in self.batches]

@@ -213,9 +213,8 @@ class Muon(Optimizer):
                 "before the capture, which creates the states and compiles the kernels"
             )
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(
-                param.grad, memory_format=torch.preserve_format
-            )
+            assert param.grad is not None
+            state["momentum_buffer"] = torch.zeros_like(param.grad)
         if exact:
             state["master_low"] = split_master(param.float())[1]
         return state

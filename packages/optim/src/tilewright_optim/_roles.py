@@ -1,0 +1,43 @@
+"""Which of a model's parameters Muon is for, by what they do in the model.
+
+Muon's steps are right for matrices that map one hidden space to another. An embedding's rows are
+looked up one at a time, and the output layer's are one for each word, often of no gradient at all:
+both do better with AdamW, as do vectors (norms, biases) and convolutions (Jordan et al. 2024).
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from torch import nn
+
+Role = Literal["matrix", "embedding", "vector"]
+
+HEADS = frozenset(("lm_head", "head", "output", "output_layer", "classifier", "unembed", "score"))
+"""Names under which models keep their output layer."""
+
+ROUTERS = frozenset(("router", "gate", "wg"))
+"""Names of the layers that choose experts: small, and a row for each expert."""
+
+
+def roles(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Role]]:
+    """Name, parameter and role of each parameter that is trained, shared ones once.
+
+    A parameter is an embedding if it is that of an `nn.Embedding`, of its shape (an output layer
+    that is not tied), or of a layer named as in `HEADS` or `ROUTERS`; else a matrix if it has two
+    dimensions or, for experts, three; else a vector, whatever its shape.
+    """
+    embeddings = [
+        m.weight for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+    ]
+    known = {id(weight) for weight in embeddings}
+    shapes = {weight.shape for weight in embeddings}
+    for name, param in module.named_parameters():
+        if not param.requires_grad:
+            continue
+        layer = name.split(".")[-2:-1]
+        if param.ndim not in (2, 3):
+            yield name, param, "vector"
+        elif id(param) in known or param.shape in shapes or (HEADS | ROUTERS) & set(layer):
+            yield name, param, "embedding"
+        else:
+            yield name, param, "matrix"
