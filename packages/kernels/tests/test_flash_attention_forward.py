@@ -12,7 +12,6 @@ from tilewright_kernels.flash_attention.masks import Mask, keep_reference
 from tilewright_kernels.testing import assert_as_accurate, check_deterministic, poisoned_memory
 
 OPERATOR = Operator("scaled_dot_product_attention")
-HALVES = torch.float16, torch.bfloat16
 NO_MASK = Mask()
 CAUSAL = Mask(causal=True)
 BOTTOM_RIGHT = Mask(causal=True, bottom_right=True)
@@ -250,15 +249,36 @@ def test_bits_repeat(device):
         check_deterministic(lambda: attend(*inputs, mask=BOTTOM_RIGHT, scale=0.3))
 
 
+@pytest.fixture(params=["chosen", "portable"])
+def kernel(request, monkeypatch):
+    """The kernel that launch_forward takes on this GPU, and the one that any GPU has."""
+    if request.param == "portable":
+        monkeypatch.setattr(forward, "is_hopper", lambda _: False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mask", [NO_MASK, CAUSAL, Mask(True, True, left=200)], ids=str)
 @pytest.mark.parametrize(
     "lengths", [(1, 1024), (239, 1), (113, 203), (1023, 1024), (2048, 2048)], ids=str
 )
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_real_tiles(dtype, lengths, mask):
-    for width in (16, 64, 96, 128, 256):
+@pytest.mark.parametrize(
+    ("dtype", "widths"),
+    [(torch.bfloat16, (16, 64, 96, 128, 256)), (torch.float16, (128,))],
+    ids=str,
+)
+def test_real_tiles(dtype, widths, lengths, mask):
+    for width in widths:
         check(*make(lengths, (2, 4, 2), width, dtype, torch.device("cuda")), mask=mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", [NO_MASK, CAUSAL, BOTTOM_RIGHT], ids=str)
+def test_head_dimensions_at_real_sizes(mask, kernel):
+    # Of k and v different ones; queries of more tiles than an H200 has multiprocessors.
+    for width, width_v in ((128, 64), (64, 64), (40, 72)):
+        inputs = make((700, 500), (4, 12, 4), width, torch.bfloat16, torch.device("cuda"),
+                      width_v=width_v)  # fmt: skip
+        check(*inputs, mask=mask)
 
 
 @pytest.mark.gpu
@@ -277,7 +297,7 @@ def test_float32_at_real_sizes(tf32):
 @pytest.mark.gpu
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_real_tiles_with_softcap_and_through_pointers(softcap, aligned):
+def test_real_tiles_with_softcap_and_through_pointers(softcap, aligned, kernel):
     q, k, v = make((700, 700), (1, 4, 2), 128, torch.bfloat16, torch.device("cuda"), size=2.0)
     if not aligned:
         v = torch.nn.functional.pad(v, (1, 0))[..., 1:]
@@ -299,7 +319,7 @@ def test_real_tiles_with_dropout():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mask", [NO_MASK, BOTTOM_RIGHT, Mask(True, True, left=100)], ids=str)
-def test_packed_at_real_sizes(mask):
+def test_packed_at_real_sizes(mask, kernel):
     lengths = ((700, 700), (0, 0), (128, 300), (300, 128), (1, 1), (0, 50), (129, 129))
     q, k, v, (cu_q, cu_k) = pack(lengths, (4, 2), 128, torch.bfloat16, torch.device("cuda"))
     out, _ = attend(
@@ -312,6 +332,13 @@ def test_packed_at_real_sizes(mask):
         same = written_out(*inputs, mask=mask, scale=0.1)[0]
         wide = written_out(*(x.double() for x in inputs), mask=mask, scale=0.1)[0]
         assert_as_accurate(out[None, q0:q1], same, wide, what="out")
+
+
+@pytest.mark.gpu
+def test_bits_repeat_at_real_sizes(kernel):
+    inputs = make((1500, 1500), (4, 16, 4), 128, torch.bfloat16, torch.device("cuda"))
+    with poisoned_memory():
+        check_deterministic(lambda: attend(*inputs, mask=BOTTOM_RIGHT, scale=0.1))
 
 
 @pytest.mark.gpu

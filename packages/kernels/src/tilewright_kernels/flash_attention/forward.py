@@ -60,6 +60,9 @@ TILES: dict[int, dict[int, Tile]] = {
 HOPPER_WIDTHS = 33, 128
 """Head dimensions, least and most, that `forward_hopper` is for."""
 
+HOPPER_QUERIES = 64
+"""More than so many: it has a tile of one size."""
+
 DROPOUT_BLOCK_N = 32
 """Keys at a time with dropout, by 8 warps: random words take the registers of the rest."""
 
@@ -122,7 +125,12 @@ def _place(program, tiles, heads, TOGETHER: tl.constexpr):
     return tiles - 1 - within // group, first + within % group
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        *("batches", "heads", "len_q_max", "len_k_max", "left", "right", "kept"),
+        *("lse_batch_stride", "lse_head_stride"),
+    ]
+)
 def attention_forward_kernel(
     q, k, v, out_ptr, lse_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
     batches, heads, len_q_max, len_k_max, left, right, kept,
@@ -254,7 +262,7 @@ def launch_forward(
     before, factor = score_factors(scale, softcap)
     group = heads // max(1, kv_heads)
     together = _heads_together(len_k, (width + width_v) * q.element_size(), group)
-    if not dropout and _hopper_takes(q, k, v):
+    if not dropout and len_q > HOPPER_QUERIES and _hopper_takes(q, k, v):
         # Imported here: Gluon is there where Triton is, and this file must not need it.
         from tilewright_kernels.flash_attention.forward_hopper import launch_forward_hopper
 
