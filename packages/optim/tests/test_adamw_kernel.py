@@ -12,8 +12,9 @@ from tilewright_kernels.testing import (
     check_deterministic,
     count_launches,
 )
-from tilewright_optim import AdamW, adamw_reference
+from tilewright_optim import AdamW, adam_reference, adamw_reference
 from tilewright_optim._adam_kernel import CHUNK, adam_triton
+from tilewright_optim._plan import STATES, Columns, Launch
 from tilewright_optim._tables import PointerTables
 
 # One element; odd; a whole chunk; one past it, ragged; several, ragged but whole 16-byte vectors.
@@ -47,22 +48,28 @@ def launch(columns, capturable=False, tables=None, **options):
     tables = tables or PointerTables(device, CHUNK)
     if capturable:
         columns[5][:] = [step.to(device) for step in columns[5]]
+    params, grads, m, v, maxima, steps = columns
+    names = dict(zip(STATES, (m, v, maxima), strict=False))
+    states = [
+        {"step": step, **{name: column[i] for name, column in names.items()}}
+        for i, step in enumerate(steps)
+    ]
+    maxima = maxima if options.get("amsgrad") else []
+    seeds = list(range(len(params)))
+    given = Launch(
+        Columns(params, grads, m, v, maxima, [], [], [], steps, seeds), states, capturable, ()
+    )
     with count_launches() as launches:
-        adam_triton(
-            *columns,
-            tables=tables,
-            capturable=capturable,
-            **{**HYPER, "decoupled": True, **options},
-        )
-    assert launches["adamw"] == 1
+        adam_triton(given, tables, **{**HYPER, "decoupled": True, **options})
+    assert launches["adamw" if options.get("decoupled", True) else "adam"] == 1
 
 
 def check(columns, **options):
     """One launch against the reference in the same dtypes and in float64."""
     same, wide = copies(columns), [*copies(columns[:5], torch.float64), copies(columns[5:])[0]]
-    given = {k: v for k, v in options.items() if k != "capturable"}
-    adamw_reference(*same, **{**HYPER, **given})
-    adamw_reference(*wide, **{**HYPER, **given})
+    given = {"decoupled": True, **{k: v for k, v in options.items() if k != "capturable"}}
+    adam_reference(*same, **{**HYPER, **given})
+    adam_reference(*wide, **{**HYPER, **given})
     grads = [g.clone() for g in columns[1]]
     launch(columns, **options)
     written = {0: "parameter", 2: "exp_avg", 3: "exp_avg_sq"}

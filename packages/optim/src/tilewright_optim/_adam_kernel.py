@@ -8,9 +8,7 @@ float32, or float64 for float64 parameters.
 """
 
 import math
-from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from tilewright_kernels.authoring import Operator, accumulator, tl, triton
@@ -23,6 +21,7 @@ from tilewright_optim._blockwise import (
 )
 from tilewright_optim._layout import aligned
 from tilewright_optim._norm_kernel import clip_factor
+from tilewright_optim._plan import Launch
 from tilewright_optim._rounding import (
     join_halves,
     random_keys,
@@ -153,8 +152,8 @@ def _adam_kernel(
 ):  # fmt: skip
     """Update chunk program_id(0) of the work table.
 
-    Its columns are p, m, v, step, then what there is of: max v or m's scales; v's scales; low
-    halves; seeds. The step column holds addresses of step counts where CAPTURABLE, else what each
+    Its columns are p, m, v, step, then what there is of: max v; low halves; scales of m and of v;
+    seeds. The step column holds addresses of step counts where CAPTURABLE, else what each
     tensor's count is ahead of `step`.
     """
     if found_inf_ptr is not None:  # noqa: SIM102 (Triton evaluates both sides of `and`)
@@ -173,15 +172,17 @@ def _adam_kernel(
     size = tl.load(row_ptr + COLUMNS * num_tensors)
     bits = p | g | m | v | size
     extra, v_scale, low, seed = v, v, p, p
-    if AMSGRAD or QUANTIZED:
-        extra = tl.load(row_ptr + 4 * num_tensors)
+    LOW: tl.constexpr = tl.constexpr(5 if AMSGRAD else 4)
+    SCALE: tl.constexpr = tl.constexpr(LOW + 1 if MASTER == "exact" else LOW)
     if AMSGRAD:
+        extra = tl.load(row_ptr + 4 * num_tensors)
         bits |= extra
-    if QUANTIZED:
-        v_scale = tl.load(row_ptr + 5 * num_tensors)
     if MASTER == "exact":
-        low = tl.load(row_ptr + (COLUMNS - (2 if RANDOM else 1)) * num_tensors)
+        low = tl.load(row_ptr + LOW * num_tensors)
         bits |= low
+    if QUANTIZED:
+        extra = tl.load(row_ptr + SCALE * num_tensors)
+        v_scale = tl.load(row_ptr + (SCALE + 1) * num_tensors)
     if RANDOM:
         seed = tl.load(row_ptr + (COLUMNS - 1) * num_tensors)
 
@@ -231,15 +232,9 @@ def _adam_kernel(
 
 
 def adam_triton(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
+    launch: Launch,
     tables: PointerTables,
-    capturable: bool,
+    *,
     lr: float | Tensor,
     beta1: float,
     beta2: float,
@@ -249,11 +244,7 @@ def adam_triton(
     maximize: bool = False,
     decoupled: bool = False,
     cautious: bool = False,
-    master_lows: Sequence[Tensor] = (),
     stochastic: bool = False,
-    exp_avg_scales: Sequence[Tensor] = (),
-    exp_avg_sq_scales: Sequence[Tensor] = (),
-    seeds: Sequence[int] = (),
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     total_norm: Tensor | None = None,
@@ -261,53 +252,51 @@ def adam_triton(
 ) -> None:
     """`adam_reference` in one launch, for tensors on one device and of one dtype a column.
 
-    Arguments are as there, with at least one tensor that is not empty; lr, weight_decay,
-    grad_scale, found_inf and total_norm on the parameters' device where they are tensors. `tables`
-    are of this device, made with CHUNK, and kept by the caller from step to step. `capturable` says
-    where the steps are: on the parameters' device in float32, else on the CPU; found_inf needs the
-    former.
+    Args:
+        launch: the tensors, at least one of them not empty. Their steps are on the parameters'
+            device in float32 if it is capturable, else on the CPU; found_inf needs the former.
+        tables: of this device, made with CHUNK, and kept by the caller from step to step.
+        lr: as there; on the parameters' device where they are tensors, as the others that may be.
+        beta1: as there, and so on.
+        beta2: β₂.
+        eps: ε.
+        weight_decay: λ.
+        amsgrad: divide by the running maximum of v.
+        maximize: go up the gradient.
+        decoupled: AdamW's decay.
+        cautious: decay only where the update points the same way.
+        stochastic: round params stochastically.
+        grad_scale: what gradients are divided by.
+        found_inf: where it is not 0, nothing changes.
+        total_norm: of all gradients before the division.
+        max_norm: what it is clipped to.
     """
-    maxima = (max_exp_avg_sqs,) if amsgrad else ()
-    lows = (master_lows,) if master_lows else ()
-    read, written, copies = aligned(grads, (params, exp_avgs, exp_avg_sqs, *maxima, *lows))
-    columns = [addresses(column) for column in written]
-    places = columns[3 + len(maxima) :]
-    scales = [addresses(column) for column in (exp_avg_scales, exp_avg_sq_scales) if column]
-    ahead = [list(seeds)] if exp_avg_scales or stochastic else []
-    if capturable:
-        first, counts = 0.0, addresses(steps)
-    else:
-        values = [step.item() for step in steps]
-        first, counts = values[0], [int(value - values[0]) for value in values]
-    columns = [*columns[:3], counts, *columns[3 : 3 + len(maxima)], *scales, *places, *ahead]
-    work, grad_addresses, num_chunks = tables.get(
-        columns, list(map(Tensor.numel, params)), addresses(read)
-    )
-    master = "exact" if master_lows else "stochastic" if stochastic else "none"
+    params, grads, m, v, maxima, lows, m_scales, v_scales, steps, seeds = launch.columns
+    places, grad_places, copies = launch.places, launch.grad_places, ()
+    if not launch.contiguous:
+        written = [column for column in (params, m, v, maxima, lows) if column]
+        read, written, copies = aligned(grads, written)
+        places = [*map(addresses, written), *(addresses(c) for c in (m_scales, v_scales) if c)]
+        grad_places = addresses(read)
+    first, counts = (0.0, addresses(steps)) if launch.capturable else launch.counts()
+    random = [seeds] if m_scales or stochastic else []
+    columns = [*places[:3], counts, *places[3:], *random]
+    work, grad_table, num_chunks = tables.get(columns, launch.sizes, grad_places)
     OPERATORS[decoupled].launch(
-        _adam_kernel, (num_chunks,), work, grad_addresses, len(params),
+        _adam_kernel, (num_chunks,), work, grad_table, len(params),
         grad_scale, found_inf, total_norm, _pointer(lr), _pointer(weight_decay),
         first, _number(lr), _number(weight_decay), max_norm or 0.0,
         beta1, beta2, _log(beta1), _log(beta2), eps,
         PARAM=triton_type(params[0].dtype), GRAD=triton_type(grads[0].dtype),
-        EXP_AVG=triton_type(exp_avgs[0].dtype), EXP_AVG_SQ=triton_type(exp_avg_sqs[0].dtype),
-        MASTER=master, AMSGRAD=amsgrad, MAXIMIZE=maximize, DECOUPLED=decoupled, CAUTIOUS=cautious,
-        CAPTURABLE=capturable, COLUMNS=len(columns), ACC=accumulator(params[0].dtype),
-        CHUNK=CHUNK, BLOCK=BLOCK, num_warps=_NUM_WARPS,
+        EXP_AVG=triton_type(m[0].dtype), EXP_AVG_SQ=triton_type(v[0].dtype),
+        MASTER="exact" if lows else "stochastic" if stochastic else "none", AMSGRAD=amsgrad,
+        MAXIMIZE=maximize, DECOUPLED=decoupled, CAUTIOUS=cautious, CAPTURABLE=launch.capturable,
+        COLUMNS=len(columns), ACC=accumulator(params[0].dtype), CHUNK=CHUNK, BLOCK=BLOCK,
+        num_warps=_NUM_WARPS,
     )  # fmt: skip
     for original, copy in copies:
         original.copy_(copy)
-    _count(list(steps), found_inf)
-
-
-def _count(steps: list[Tensor], found_inf: Tensor | None) -> None:
-    """Add 1 to every step, after the launch, all of whose programs read them.
-
-    In the kernel it would need a counter of programs, which costs 5 to 15 % of the step. One tensor
-    for all of them, because a Python number is five times as slow on the CPU.
-    """
-    done = torch.ones_like(steps[0]) if found_inf is None else (found_inf == 0).to(steps[0].dtype)
-    torch._foreach_add_(steps, [done] * len(steps))
+    launch.count(found_inf)
 
 
 def _pointer(number: float | Tensor) -> Tensor | None:

@@ -15,7 +15,9 @@ Kind = tuple[Any, ...]
 """(device, dtype, layout) of each column."""
 
 
-def by_kind(columns: Columns, others: Columns = ()) -> Iterator[tuple[Kind, list[list[Tensor]]]]:
+def by_kind(
+    columns: Columns, others: Sequence[list[Any]] = ()
+) -> Iterator[tuple[Kind, list[list[Any]]]]:
     """Split columns into rows of one kind, in the order in which kinds first occur.
 
     Args:
@@ -25,7 +27,7 @@ def by_kind(columns: Columns, others: Columns = ()) -> Iterator[tuple[Kind, list
     Yields:
         A kind, and the columns and others of its rows.
     """
-    everything = [*columns, *others]
+    everything: list[list[Any]] = [*columns, *others]
     if not columns[0]:
         return
     if all(map(_is_alike, columns)):

@@ -178,4 +178,5 @@ class NormTables:
         columns = [list(map(NORM_DTYPES.index, dtypes))]
         sizes = list(map(Tensor.numel, tensors))
         tables = self._tables.get(columns, sizes, addresses(tensors))
-        return *tables, dtypes[0] if len(set(dtypes)) == 1 else None
+        dtype = dtypes[0] if len(set(dtypes)) == 1 else None
+        return tables.work, tables.grads, tables.num_chunks, dtype

@@ -6,9 +6,8 @@ that checkpoints go both ways. `AdamW` is the same class with decoupled decay.
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain, repeat
-from operator import ne
+from operator import is_, ne
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from tilewright_optim._checks import check_options, check_tensors
 from tilewright_optim._kinds import Kind, by_kind
 from tilewright_optim._named_states import NamedStates
 from tilewright_optim._norm_kernel import NormTables
-from tilewright_optim._states import Master, StateDtype, Storage, pack_steps
+from tilewright_optim._plan import STATES, Columns, Launch, Plan
+from tilewright_optim._states import Master, State, StateDtype, Storage, pack_steps
 from tilewright_optim._tables import PointerTables
 from tilewright_optim.clip_grad import total_norm
 from tilewright_optim.functional import adam_reference
@@ -170,6 +170,8 @@ class Adam(NamedStates, Optimizer):
     def _reset(self) -> None:
         """Forget what was derived from the state."""
         self._tables: dict[tuple[int, Kind], PointerTables] = {}
+        self._plans: dict[int, Plan] = {}
+        self._planned: list[State] = []
         self._norms: dict[torch.device, NormTables] = {}
         self.grad_norm = None
         self._loading: dict[str, Any] | None = None
@@ -213,8 +215,12 @@ class Adam(NamedStates, Optimizer):
                 return loss
             found_inf = None
         norm = None if self.max_grad_norm is None else self._total_norm()
+        states = list(self.state.values())
+        if len(states) != len(self._planned) or not all(map(is_, states, self._planned)):
+            self._plans.clear()
         for index, group in enumerate(self.param_groups):
             self._step_group(index, group, found_inf, norm)
+        self._planned = list(self.state.values())
         return loss
 
     def _total_norm(self) -> Tensor | None:
@@ -232,77 +238,80 @@ class Adam(NamedStates, Optimizer):
     def _step_group(
         self, index: int, group: dict[str, Any], found_inf: Tensor | None, norm: Tensor | None
     ) -> None:
-        beta1, beta2 = map(float, group["betas"])
-        decoupled = group["decoupled_weight_decay"]
-        for kind, columns in self._by_kind(group):
-            params, grads, m, v, maxima, steps, lows, m_scales, v_scales, seeds = columns
-            check_tensors(params[0], grads[0], m[0], v[0])
-            device = params[0].device
-            capturing = _is_capturing(device)
-            if capturing and not group["capturable"]:
-                raise RuntimeError(
-                    "a CUDA graph is being captured and capturable is False; create the optimizer "
-                    "with capturable=True, so that step counts live on the device"
-                )
-            update: Callable[..., None] = adam_reference
-            if any(map(Tensor.numel, params)) and OPERATORS[decoupled].uses_triton(
-                params[0], _obstacle(params)
-            ):
-                if (index, kind) not in self._tables:
-                    self._tables[index, kind] = PointerTables(device, CHUNK)
-                update = partial(
-                    adam_triton,
-                    tables=self._tables[index, kind],
-                    capturable=group["capturable"],
-                )
-            update(
-                params,
-                grads,
-                m,
-                v,
-                maxima,
-                steps,
-                lr=_number("lr", group["lr"], device, capturing),
-                beta1=beta1,
-                beta2=beta2,
-                eps=float(group["eps"]),
-                weight_decay=_number("weight_decay", group["weight_decay"], device, capturing),
-                amsgrad=group["amsgrad"],
-                maximize=group["maximize"],
-                decoupled=decoupled,
-                cautious=group["cautious"],
-                master_lows=lows if lows[0] is not None else (),
-                stochastic=self._storage.master_of(params[0]) == "stochastic",
-                exp_avg_scales=m_scales if m_scales[0] is not None else (),
-                exp_avg_sq_scales=v_scales if v_scales[0] is not None else (),
-                seeds=seeds,
-                grad_scale=_on(device, getattr(self, "grad_scale", None)),
-                found_inf=_on(device, found_inf),
-                total_norm=_on(device, norm),
-                max_norm=self.max_grad_norm,
-            )
+        plan = self._plans.get(index)
+        if plan is None or not plan.refresh(group):
+            plan = self._plans[index] = Plan(group, list(self._launches(group)))
+        for launch in plan.launches:
+            self._update(index, group, launch, found_inf, norm)
 
-    def _by_kind(self, group: dict[str, Any]) -> Iterator[tuple[Kind, list[list[Any]]]]:
-        """The group's tensors as lists, for each launch."""
+    def _update(
+        self,
+        index: int,
+        group: dict[str, Any],
+        launch: Launch,
+        found_inf: Tensor | None,
+        norm: Tensor | None,
+    ) -> None:
+        params = launch.columns.params
+        device = params[0].device
+        capturing = _is_capturing(device)
+        if capturing and not group["capturable"]:
+            raise RuntimeError(
+                "a CUDA graph is being captured and capturable is False; create the optimizer "
+                "with capturable=True, so that step counts live on the device"
+            )
+        decoupled = group["decoupled_weight_decay"]
+        options = {
+            "lr": _number("lr", group["lr"], device, capturing),
+            "beta1": float(group["betas"][0]),
+            "beta2": float(group["betas"][1]),
+            "eps": float(group["eps"]),
+            "weight_decay": _number("weight_decay", group["weight_decay"], device, capturing),
+            "amsgrad": group["amsgrad"],
+            "maximize": group["maximize"],
+            "decoupled": decoupled,
+            "cautious": group["cautious"],
+            "stochastic": self._storage.master_of(params[0]) == "stochastic",
+            "grad_scale": _on(device, getattr(self, "grad_scale", None)),
+            "found_inf": _on(device, found_inf),
+            "total_norm": _on(device, norm),
+            "max_norm": self.max_grad_norm,
+        }
+        if any(launch.sizes) and OPERATORS[decoupled].uses_triton(params[0], launch.obstacle):
+            key = (index, launch.kind)
+            if key not in self._tables:
+                self._tables[key] = PointerTables(device, CHUNK)
+            adam_triton(launch, self._tables[key], **options)
+        else:
+            adam_reference(**launch.columns._asdict(), **options)
+
+    def _launches(self, group: dict[str, Any]) -> Iterator[Launch]:
         params = [param for param in group["params"] if param.grad is not None]
         self._make_states(params, group)
-        grads = [param.grad for param in params]
         states = [self.state[param] for param in params]
-        exp_avgs = [state["exp_avg"] for state in states]
-        exp_avg_sqs = [state["exp_avg_sq"] for state in states]
-        maxima = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
         places = map(Tensor.get_device, params) if group["capturable"] else repeat(_CPU)
         if any(map(ne, [state["step"].get_device() for state in states], places)):
             # capturable was changed, or the model was moved
             for param, state in zip(params, states, strict=True):
                 place = param.device if group["capturable"] else "cpu"
                 state["step"] = state["step"].to(place, torch.float32)
-        steps = [state["step"] for state in states]
-        names = ("master_low", "exp_avg_scale", "exp_avg_sq_scale")
-        stored = [[state.get(name) for state in states] for name in names]
+            pack_steps(states)
         numbers = {id(param): i for i, param in enumerate(self._all_params())}
         seeds = [numbers[id(param)] for param in params]
-        return by_kind((params, grads, exp_avgs, exp_avg_sqs), (maxima, steps, *stored, seeds))
+        grads = [param.grad for param in params]
+        averages = [[state[name] for state in states] for name in STATES[:2]]
+        for kind, split in by_kind((params, grads, *averages), (states, seeds)):
+            *tensors, states, seeds = split
+            check_tensors(*(column[0] for column in tensors))
+            names = [name for name in STATES[2:] if group["amsgrad"] or name != STATES[2]]
+            rest = {name: [state[name] for state in states] for name in names if name in states[0]}
+            columns = Columns(
+                *tensors,
+                *(rest.get(name, []) for name in STATES[2:]),
+                steps=[state["step"] for state in states],
+                seeds=seeds,
+            )
+            yield Launch(columns, states, group["capturable"], kind)
 
     def _make_states(self, params: list[Tensor], group: dict[str, Any]) -> None:
         new = [param for param in params if not self.state[param]]
@@ -321,14 +330,6 @@ class Adam(NamedStates, Optimizer):
             step = torch.zeros((), dtype=dtype, device=place)
             self.state[param] = {"step": step, **state}
         pack_steps(self.state[param] for param in new)
-
-
-def _obstacle(params: list[Tensor]) -> str | None:
-    """Why the kernel cannot take these parameters, or None if it can."""
-    subclasses = set(map(type, params)) - {Tensor, torch.nn.Parameter}
-    if not subclasses:
-        return None
-    return f"a parameter is a {subclasses.pop().__name__}, which may not lie at one address"
 
 
 def _is_capturing(device: torch.device) -> bool:
