@@ -1,0 +1,111 @@
+"""Attention by torch: asked for, and where the kernels cannot."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tilewright_kernels import (
+    attention_reference,
+    backend_report,
+    decode_attention_reference,
+    flash_attn_decode,
+    flash_attn_varlen_func,
+    scaled_dot_product_attention,
+    use_backend,
+    varlen_attention_reference,
+)
+from tilewright_kernels.flash_attention import fallback
+
+OP = "scaled_dot_product_attention"
+WINDOWS = (None, (5, -1), (-1, 3), (9, 4), (0, 0))
+
+
+def make(len_q, len_k, dtype=torch.float64, *, device="cpu", heads=(2, 2), dim=16):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(1, n, length, dim, generator=generator).to(device, dtype).requires_grad_()
+        for n, length in ((heads[0], len_q), (heads[1], len_k), (heads[1], len_k))
+    ]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+def test_backend_torch_is_the_reference(alignment, window):
+    for lengths, causal in itertools.product(((20, 20), (13, 29), (29, 13)), (False, True)):
+        inputs = make(*lengths, heads=(4, 2))
+        options = {"is_causal": causal, "causal_alignment": alignment, "window_size": window}
+        with use_backend("torch"):
+            out = scaled_dot_product_attention(*inputs, enable_gqa=True, **options)
+        expected = attention_reference(*inputs, **options)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
+        )
+
+
+def test_backend_torch_of_packed_sequences():
+    # Empty ones, keys without queries and the other way round, tokens after the last.
+    queries = torch.tensor((0, 0, 5, 9, 9, 18, 19, 39), dtype=torch.int32)
+    keys = torch.tensor((0, 0, 5, 12, 19, 19, 30, 41), dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(tokens, heads, 16, generator=generator).double().requires_grad_()
+        for tokens, heads in ((41, 2), (43, 1), (43, 1))
+    ]
+    rest = queries, keys, 20, 11
+    with use_backend("torch"):
+        out = flash_attn_varlen_func(*inputs, *rest, is_causal=True)
+    expected = varlen_attention_reference(*inputs, *rest, is_causal=True)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
+    )
+
+
+def test_backend_torch_of_a_cache():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 2, 4, 16, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 3, 70, 2, 16, generator=generator, dtype=torch.float64)
+    lengths = torch.tensor((2, 33, 70), dtype=torch.int32)
+    with use_backend("torch"):
+        out = flash_attn_decode(q, k, v, lengths)
+    torch.testing.assert_close(out, decode_attention_reference(q, k, v, lengths))
+
+
+def test_attn_mask_falls_to_torch(device):
+    q, k, v = make(20, 24, torch.float32, device=device)
+    attn_mask = torch.rand(20, 24, generator=torch.Generator().manual_seed(0)).to(device) > 0.4
+    fallback._warn.cache_clear()
+    with use_backend("auto"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        backend_report(reset=True)
+        outs = [scaled_dot_product_attention(q, k, v, attn_mask) for _ in range(2)]
+        assert backend_report()[OP].torch == 2
+    torch.testing.assert_close(outs[0], F.scaled_dot_product_attention(q, k, v, attn_mask))
+    # On the CPU nobody expects a kernel.
+    assert len(caught) == (device.type == "cuda")
+    assert all("because attn_mask is given" in str(warning.message) for warning in caught)
+    with use_backend("triton"), pytest.raises(ValueError, match="but attn_mask is given"):
+        scaled_dot_product_attention(q, k, v, attn_mask)
+
+
+def test_attn_mask_together_with_a_window(device):
+    q, k, v = make(20, 24, device=device)
+    bias = torch.randn(20, 24, generator=torch.Generator().manual_seed(0)).to(device).double()
+    for attn_mask in (bias, bias > -1):
+        options = {"window_size": (6, 3), "attn_mask": attn_mask}
+        with use_backend("torch"):
+            out = scaled_dot_product_attention(q, k, v, **options)
+        torch.testing.assert_close(out, attention_reference(q, k, v, **options))
+
+
+def test_wide_heads_fall_to_torch(device):
+    q, k, v = make(5, 6, torch.float32, device=device, dim=257)
+    with use_backend("torch"):
+        out = scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
+    with use_backend("triton"), pytest.raises(ValueError, match="1 to 256 and this is 257"):
+        scaled_dot_product_attention(q, k, v)

@@ -1,0 +1,208 @@
+"""flash_attn_varlen_func and flash_attn_decode: packed sequences and caches against float64.
+
+What an option does within a sequence is in test_flash_attention_functional.py.
+"""
+
+import pytest
+import torch
+
+from tilewright_kernels import (
+    decode_attention_reference,
+    flash_attn_decode,
+    flash_attn_varlen_func,
+    scaled_dot_product_attention,
+    use_backend,
+    varlen_attention_reference,
+)
+from tilewright_kernels.flash_attention import backward, forward, registration
+from tilewright_kernels.testing import check_against_float64, check_gradients, poisoned_memory
+
+VARLEN = "flash_attn_varlen_func"
+DECODE = "flash_attn_decode"
+DTYPES = {
+    "cpu": (torch.float64, torch.float32, torch.float16),
+    "cuda": (torch.float16, torch.bfloat16, torch.float32),
+}
+# Where the dtype is not what is tested: the one that shows the most, and the one that is used.
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+# Lengths of (queries, keys): an empty one at either end and inside, keys without queries and the
+# other way round, one longer than a tile, more queries than keys.
+SEQUENCES = {
+    "cpu": ((0, 0), (5, 5), (40, 70), (0, 7), (9, 0), (1, 33), (20, 11), (0, 0)),
+    "cuda": ((0, 0), (1023, 1024), (1, 700), (0, 3), (7, 0), (133, 201), (90, 1), (0, 0)),
+}
+DIM = {"cpu": 16, "cuda": 64}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch):
+    # In the interpreter a tile and a bit is 40 queries and 70 keys, for every dtype.
+    if request.node.get_closest_marker("gpu") is not None:
+        yield
+        return
+    of_every_size = {size: {256: forward.Tile(32, 64, 2, 4)} for size in (2, 4, 8)}
+    monkeypatch.setattr(forward, "TILES", of_every_size)
+    of_every_size = {size: {256: backward.Tile(32, 64, 2, 4)} for size in (2, 4, 8)}
+    monkeypatch.setattr(backward, "TILES", dict.fromkeys(backward.TILES, of_every_size))
+    for module in (forward, backward):
+        module.tile_for.cache_clear()
+    yield
+    for module in (forward, backward):
+        module.tile_for.cache_clear()
+
+
+@pytest.fixture(params=range(3))
+def dtype(request, device):
+    return DTYPES[device.type][request.param]
+
+
+def make_packed(device, sequences=None, dtype=None, *, heads=(2, 1), dims=None, padding=0):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor(sequences or SEQUENCES[device.type], dtype=torch.int32)
+    dims = dims or (DIM[device.type],) * 2
+    zero = torch.zeros(1, 2, dtype=torch.int32)
+    cu = torch.cat((zero, lengths.cumsum(0).int())).to(device)
+    longest = lengths.amax(0).tolist()
+    tokens = (cu[-1] + padding).tolist()
+    shapes = (tokens[0], heads[0], dims[0]), (tokens[1], heads[1], dims[0])
+    shapes += ((tokens[1], heads[1], dims[1]),)
+    q, k, v = (
+        torch.randn(*shape, generator=generator)
+        .to(device, dtype or DTYPE[device.type])
+        .requires_grad_()
+        for shape in shapes
+    )
+    return q, k, v, cu[:, 0], cu[:, 1], *longest
+
+
+def check_packed(inputs, *, both=False, **options):
+    """Values, lse and gradients against float64, by both backwards where one costs little."""
+    for deterministic in (False, True) if both or not inputs[0].is_cuda else (False,):
+        check_against_float64(
+            lambda *inputs, det=deterministic: flash_attn_varlen_func(
+                *inputs, return_lse=True, deterministic=det, **options
+            ),
+            lambda *inputs: varlen_attention_reference(*inputs, return_lse=True, **options),
+            inputs,
+            operator=VARLEN,
+        )
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_matches_float64(causal, dtype, device):
+    check_packed(make_packed(device, dtype=dtype), is_causal=causal, both=causal)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"window_size": (4, 2)}, {"window_size": (6, -1), "is_causal": True}, {"softcap": 1.5}],
+    ids=str,
+)
+def test_options(options, device):
+    dim = DIM[device.type]
+    check_packed(make_packed(device, dims=(dim, dim + dim // 2)), **options)
+
+
+def test_tokens_after_the_last_sequence_are_zero(device):
+    inputs = make_packed(device, padding=7)
+    check_packed(inputs, is_causal=True)
+    with use_backend("triton"), poisoned_memory():
+        out = flash_attn_varlen_func(*inputs, is_causal=True)
+        grads = torch.autograd.grad(out.sum(), inputs[:3])
+    for t in (out, *grads):
+        assert (t[-7:] == 0).all()
+        assert t.isfinite().all()
+
+
+def pack(q, k, v):
+    """[B, H, T, D] of one length as packed sequences."""
+    cu = [torch.arange(len(t) + 1, device=t.device, dtype=torch.int32) * t.shape[2] for t in (q, k)]
+    return *(t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)), *cu, q.shape[2], k.shape[2]
+
+
+def make_rectangular(device, *, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    lengths = {"cpu": (33, 40), "cuda": (133, 201)}[device.type]
+    return [
+        torch.randn(batch, heads, length, DIM[device.type], generator=generator)
+        .to(device, DTYPE[device.type])
+        .requires_grad_()
+        for heads, length in ((2, lengths[0]), (1, lengths[1]), (1, lengths[1]))
+    ]
+
+
+def test_sequences_of_one_length_are_a_batch(device):
+    q, k, v = make_rectangular(device)
+    with use_backend("triton"):
+        packed = flash_attn_varlen_func(*pack(q, k, v), is_causal=True)
+        expected = scaled_dot_product_attention(
+            q, k, v, is_causal=True, causal_alignment="bottom_right", enable_gqa=True
+        )
+    torch.testing.assert_close(packed, expected.transpose(1, 2).flatten(0, 1))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.6])
+def test_dropout_is_the_references(p, device):
+    torch.manual_seed(11)
+    seed = registration.draw_seed(p, torch.empty(0, device=device))
+
+    def function(q, k, v):
+        torch.manual_seed(11)
+        return flash_attn_varlen_func(*pack(q, k, v), dropout_p=p, is_causal=True)
+
+    def reference(q, k, v):
+        return varlen_attention_reference(*pack(q, k, v), dropout_p=p, is_causal=True, seed=seed)
+
+    check_against_float64(function, reference, make_rectangular(device), operator=VARLEN)
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_gradcheck(device):
+    q, k, v, *rest = make_packed(
+        device, ((3, 3), (0, 2), (4, 5)), torch.float64, heads=(2, 1), dims=(3, 2)
+    )
+    check_gradients(
+        lambda q, k, v: flash_attn_varlen_func(q, k, v, *rest, is_causal=True),
+        (q, k, v),
+        operator=VARLEN,
+        fast_mode=True,
+    )
+
+
+def make_cache(device, dtype=None, *, queries=1, heads=(4, 2), capacity=70):
+    generator = torch.Generator().manual_seed(0)
+    dim = DIM[device.type]
+    shapes = (3, queries, heads[0], dim), *[(3, capacity, heads[1], dim)] * 2
+    q, k, v = (
+        torch.randn(*shape, generator=generator).to(device, dtype or DTYPE[device.type])
+        for shape in shapes
+    )
+    return q, k, v, torch.tensor((queries, 33, capacity), dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"window_size": (8, 0)}], ids=str)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_decode_matches_float64(queries, options, dtype, device):
+    check_against_float64(
+        lambda *inputs: flash_attn_decode(*inputs, **options),
+        lambda *inputs: decode_attention_reference(*inputs, **options),
+        make_cache(device, dtype, queries=queries),
+        operator=DECODE,
+    )
+
+
+def test_decode_ignores_what_lies_beyond_the_lengths(device):
+    q, k, v, lengths = make_cache(device)
+    beyond = (torch.arange(70, device=device) >= lengths[:, None])[..., None, None]
+    with use_backend("triton"):
+        out = flash_attn_decode(q, k, v, lengths)
+        k, v = k.masked_fill(beyond, torch.nan), v.masked_fill(beyond, torch.nan)
+        assert torch.equal(flash_attn_decode(q, k, v, lengths), out)
+
+
+def test_decode_has_no_gradient(device):
+    q, k, v, lengths = make_cache(device)
+    with use_backend("triton"):
+        out = flash_attn_decode(q.requires_grad_(), k, v, lengths)
+    with pytest.raises(RuntimeError, match="no gradient; call flash_attn_varlen_func"):
+        out.sum().backward()
