@@ -106,25 +106,29 @@ def _member(step, begin, blocks, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
     return member, begin + (step - member * blocks) * BLOCK_M
 
 
-@gluon.jit
+@gluon.jit(
+    do_not_specialize=[
+        "num_q", "num_k", "kv_heads", "batches", "heads_together", "left", "right",
+    ]
+)  # fmt: skip
 def attention_backward_hopper_kernel(
     q_desc, k_desc, v_desc, dout_desc, lse2_desc, minus_delta_desc, sums_ptr, dk_ptr, dv_ptr,
-    cu_q_ptr, cu_k_ptr, scale, num_q, num_k, kv_heads, batches, left, right, rows_per_head,
-    dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
+    cu_q_ptr, cu_k_ptr, scale, num_q, num_k, kv_heads, batches, heads_together, left, right,
+    rows_per_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
     GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr, TOGETHER: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
     D: gl.constexpr, D_V: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key head, and their part of dq, unscaled.
 
-    TOGETHER key heads are worked on at one time, and of these the first keys are taken first: under
-    a causal mask most queries see them.
+    heads_together key heads are worked on at one time, and of these the first keys are taken
+    first: under a causal mask most queries see them.
     """
     dtype: gl.constexpr = q_desc.dtype
     tiles = gl.cdiv(num_k, BLOCK_N)
-    first_head = gl.program_id(0) // (tiles * TOGETHER) * TOGETHER
-    together = gl.minimum(kv_heads * batches - first_head, TOGETHER)
+    first_head = gl.program_id(0) // (tiles * heads_together) * heads_together
+    together = gl.minimum(kv_heads * batches - first_head, heads_together)
     within = gl.program_id(0) - first_head * tiles
     first_key = within // together * BLOCK_N
     batch = (first_head + within % together) // kv_heads
@@ -286,13 +290,12 @@ def launch_backward_hopper(
         _describe(q, BLOCK_M, block_d), _describe(k, BLOCK_N, block_d),
         _describe(v, BLOCK_N, block_d), _describe(dout, BLOCK_M, block_d),
         _describe_vector(lse2), _describe_vector(minus_delta), sums, dk, dv,
-        cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k, kv_heads, batch, left, right,
-        rows_per_head, *dk.stride()[:3], *dv.stride()[:3],
+        cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k, kv_heads, batch,
+        next_power_of_2(max(1, CACHED_QUERIES // bytes_per_head)), left, right, rows_per_head,
+        *dk.stride()[:3], *dv.stride()[:3],
         GROUP=group, BOTTOM_RIGHT=bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
-        PACKED=cu_seqlens_q is not None,
-        TOGETHER=next_power_of_2(max(1, CACHED_QUERIES // bytes_per_head)),
-        D=width, D_V=v.shape[3], BLOCK_D=block_d, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES,
-        num_warps=8,
+        PACKED=cu_seqlens_q is not None, D=width, D_V=v.shape[3], BLOCK_D=block_d,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, num_warps=8,
     )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def _walk_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["kept"])
+@triton.jit(do_not_specialize=["kept", "num_q", "num_k", "kv_heads", "left", "right"])
 def attention_backward_keys_kernel(
     q_source, k_source, v_source, dout_source, q_ptr, k_ptr, v_ptr, dout_ptr,
     lse2_ptr, minus_delta_ptr, sums, dk_ptr, dv_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,

@@ -61,7 +61,7 @@ def _walk_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["kept"])
+@triton.jit(do_not_specialize=["kept", "num_q", "num_k", "heads", "left", "right"])
 def attention_backward_queries_kernel(
     q_source, k_source, v_source, dout_source, k_ptr, v_ptr, lse2_ptr, minus_delta_ptr, dq_ptr,
     seed_ptr, cu_q_ptr, cu_k_ptr,

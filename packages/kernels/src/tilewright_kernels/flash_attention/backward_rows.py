@@ -10,7 +10,7 @@ from tilewright_kernels.flash_attention.backward_tiles import SCRATCH_ROWS, scra
 from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["len_q", "heads", "lse_head", "dlse_head"])
 def attention_backward_rows_kernel(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, minus_delta_ptr, sums_ptr, cu_q_ptr,
     len_q, heads, rows_per_head, all_rows,
@@ -59,7 +59,7 @@ def attention_backward_rows_kernel(
         tl.store(sums_ptr + cols * all_rows + rows[None, :], tl.zeros((BLOCK_SUMS, ROWS), ACC))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["len_q", "heads"])
 def attention_backward_finish_kernel(
     sums_ptr, dq_ptr, cu_q_ptr,
     # float64, so that it is exact there.
@@ -87,7 +87,7 @@ def attention_backward_finish_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["len_q", "heads"])
 def attention_backward_unpack_kernel(
     sums_ptr, dq_ptr, cu_q_ptr,
     # float64, so that it is as exact as elsewhere.
