@@ -86,12 +86,15 @@ def _task(
 
 
 @gluon.jit
-def _copy(desc, bar, buffer, index, head, row):
-    """Start a copy of rows of one head; `bar` has been told how many bytes to expect."""
-    shape: gl.constexpr = [1, 1, buffer.shape[0], buffer.shape[1]]
-    tma.async_copy_global_to_shared(
-        desc, [index, head, row, 0], bar, buffer._reinterpret(desc.dtype, shape, desc.layout)
-    )
+def _load(desc, bufs, full, empty, step, index, head, row):
+    """Start the copy of a tile's rows of one head into its buffer, as soon as that is empty."""
+    SLOTS: gl.constexpr = bufs.shape[0]
+    slot, bar = step % SLOTS, full.index(step % SLOTS)
+    shape: gl.constexpr = [1, 1, bufs.shape[1], bufs.shape[2]]
+    mbarrier.wait(empty.index(slot), step // SLOTS & 1 ^ 1)
+    mbarrier.expect(bar, 2 * bufs.shape[1] * bufs.shape[2])
+    buffer = bufs.index(slot)._reinterpret(desc.dtype, shape, desc.layout)
+    tma.async_copy_global_to_shared(desc, [index, head, row, 0], bar, buffer)
 
 
 @gluon.jit
@@ -121,9 +124,7 @@ def _fetch(
     q_bufs, k_bufs, v_bufs = bufs
     q_full, q_empty, k_full, k_empty, v_full, v_empty, message_bars, _turn_bars = bars
     CONSUMERS: gl.constexpr = q_bufs.shape[0]
-    STAGES: gl.constexpr = k_bufs.shape[0]
     BLOCK_N: gl.constexpr = k_bufs.shape[1]
-    BYTES: gl.constexpr = 2 * k_bufs.shape[2]
     turn, step, task = 0, 0, gl.program_id(0)
     while task < tasks:
         head, place, first, _, blocks = _task(
@@ -133,39 +134,17 @@ def _fetch(
         begin, _, _, end = blocks
         if first < len_q:
             _tell(task, message, message_bars, turn)
+            kv_head = head // GROUP
             for i in gl.static_range(CONSUMERS):
-                mbarrier.wait(q_empty.index(i), turn & 1 ^ 1)
-                mbarrier.expect(q_full.index(i), ROWS * BYTES)
-                _copy(
-                    q_desc,
-                    q_full.index(i),
-                    q_bufs.index(i),
-                    index,
-                    head,
-                    first_q + first + i * ROWS,
-                )
+                row = first_q + first + i * ROWS
+                _load(q_desc, q_bufs, q_full, q_empty, turn * CONSUMERS + i, index, head, row)
+            # Keys before the values of the block before: that is the order they are wanted in.
+            _load(k_desc, k_bufs, k_full, k_empty, step, index, kv_head, first_k + begin)
             for j in range(begin, end, BLOCK_N):
-                slot, phase = step % STAGES, step // STAGES & 1
-                mbarrier.wait(k_empty.index(slot), phase ^ 1)
-                mbarrier.expect(k_full.index(slot), BLOCK_N * BYTES)
-                _copy(
-                    k_desc,
-                    k_full.index(slot),
-                    k_bufs.index(slot),
-                    index,
-                    head // GROUP,
-                    first_k + j,
-                )
-                mbarrier.wait(v_empty.index(slot), phase ^ 1)
-                mbarrier.expect(v_full.index(slot), BLOCK_N * BYTES)
-                _copy(
-                    v_desc,
-                    v_full.index(slot),
-                    v_bufs.index(slot),
-                    index,
-                    head // GROUP,
-                    first_k + j,
-                )
+                if j + BLOCK_N < end:
+                    row = first_k + j + BLOCK_N
+                    _load(k_desc, k_bufs, k_full, k_empty, step + 1, index, kv_head, row)
+                _load(v_desc, v_bufs, v_full, v_empty, step, index, kv_head, first_k + j)
                 step += 1
             turn += 1
         task = tasks
@@ -200,6 +179,12 @@ def _clear(v, rows, SLICE: gl.constexpr):
 
 
 @gluon.jit
+def _row_max(s):
+    """The maximum of each row: first of every sixteenth number, which are eight short chains."""
+    return gl.max(gl.max(s.reshape((s.shape[0], 8, s.shape[1] // 8)), 1), 1)
+
+
+@gluon.jit
 def _partial_sums(p):
     """Sums of each row over the columns that one thread holds, [rows, 4]."""
     x = p.reshape((p.shape[0], p.shape[1] // 8, 4, 2))
@@ -209,7 +194,7 @@ def _partial_sums(p):
 @gluon.jit
 def _take(s, m, l, FACTOR: gl.constexpr, MASKED: gl.constexpr):
     """`take_piece`, with l in four parts a row."""
-    m_new = gl.maximum(m, gl.max(s, 1) * FACTOR)
+    m_new = gl.maximum(m, gl.convert_layout(_row_max(s), m.type.layout) * FACTOR)
     base = m_new
     if MASKED:
         base = gl.where(m_new == float("-inf"), 0.0, m_new)
