@@ -25,10 +25,11 @@ WINDOWS = (None, (5, -1), (-1, 3), (9, 4), (0, 0))
 
 def make(len_q, len_k, dtype=torch.float64, *, device="cpu", heads=(2, 2), dim=16):
     generator = torch.Generator().manual_seed(0)
-    return [
+    q, k, v = (
         torch.randn(1, n, length, dim, generator=generator).to(device, dtype).requires_grad_()
         for n, length in ((heads[0], len_q), (heads[1], len_k), (heads[1], len_k))
-    ]
+    )
+    return q, k, v
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
@@ -51,17 +52,17 @@ def test_backend_torch_of_packed_sequences():
     queries = torch.tensor((0, 0, 5, 9, 9, 18, 19, 39), dtype=torch.int32)
     keys = torch.tensor((0, 0, 5, 12, 19, 19, 30, 41), dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
-    inputs = [
+    q, k, v = (
         torch.randn(tokens, heads, 16, generator=generator).double().requires_grad_()
         for tokens, heads in ((41, 2), (43, 1), (43, 1))
-    ]
+    )
     rest = queries, keys, 20, 11
     with use_backend("torch"):
-        out = flash_attn_varlen_func(*inputs, *rest, is_causal=True)
-    expected = varlen_attention_reference(*inputs, *rest, is_causal=True)
+        out = flash_attn_varlen_func(q, k, v, *rest, is_causal=True)
+    expected = varlen_attention_reference(q, k, v, *rest, is_causal=True)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(
-        torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
+        torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v))
     )
 
 

@@ -367,16 +367,14 @@ def test_memory_is_linear_in_the_length():
     for length in (32768, 65536):
         device = torch.device("cuda")
         q, k, v = (
-            torch.randn(1, heads, length, 128, device=device, dtype=torch.bfloat16)
-            for heads in (8, 1, 1)
+            torch.randn(1, n, length, 128, device=device, dtype=torch.bfloat16).requires_grad_()
+            for n in (8, 1, 1)
         )
-        inputs = [t.requires_grad_() for t in (q, k, v)]
         for _ in range(2):  # what the first call allocates for good is not what is measured
-            for t in inputs:
-                t.grad = None
+            q.grad = k.grad = v.grad = None
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            out = scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             out.backward(torch.ones_like(out))
             extra[length] = torch.cuda.max_memory_allocated() - before
             del out

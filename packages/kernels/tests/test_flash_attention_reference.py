@@ -13,10 +13,11 @@ WINDOWS = (None, (5, -1), (-1, 3), (9, 4), (0, 0))
 
 def make(len_q, len_k, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    return [
+    q, k, v = (
         torch.randn(2, 2, length, 16, generator=generator, dtype=dtype).requires_grad_()
         for length in (len_q, len_k, len_k)
-    ]
+    )
+    return q, k, v
 
 
 @pytest.mark.smoke

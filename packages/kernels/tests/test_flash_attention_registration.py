@@ -18,14 +18,15 @@ OP = "scaled_dot_product_attention"
 
 def make(device, lengths=(20, 24), dtype=torch.float32, *, heads=(2, 2), dims=(16, 16)):
     generator = torch.Generator().manual_seed(0)
-    return [
+    q, k, v = (
         torch.randn(1, n, length, dim, generator=generator).to(device, dtype).requires_grad_()
         for n, length, dim in (
             (heads[0], lengths[0], dims[0]),
             (heads[1], lengths[1], dims[0]),
             (heads[1], lengths[1], dims[1]),
         )
-    ]
+    )
+    return q, k, v
 
 
 def make_packed(device):

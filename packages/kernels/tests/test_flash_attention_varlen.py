@@ -123,12 +123,13 @@ def pack(q, k, v):
 def make_rectangular(device, *, batch=2):
     generator = torch.Generator().manual_seed(0)
     lengths = {"cpu": (33, 40), "cuda": (133, 201)}[device.type]
-    return [
+    q, k, v = (
         torch.randn(batch, heads, length, DIM[device.type], generator=generator)
         .to(device, DTYPE[device.type])
         .requires_grad_()
         for heads, length in ((2, lengths[0]), (1, lengths[1]), (1, lengths[1]))
-    ]
+    )
+    return q, k, v
 
 
 def test_sequences_of_one_length_are_a_batch(device):
@@ -158,11 +159,13 @@ def test_dropout_is_the_references(p, device):
 
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
 def test_gradcheck(device):
-    q, k, v, *rest = make_packed(
+    q, k, v, cu_q, cu_k, longest_q, longest_k = make_packed(
         device, ((3, 3), (0, 2), (4, 5)), torch.float64, heads=(2, 1), dims=(3, 2)
     )
     check_gradients(
-        lambda q, k, v: flash_attn_varlen_func(q, k, v, *rest, is_causal=True),
+        lambda q, k, v: flash_attn_varlen_func(
+            q, k, v, cu_q, cu_k, longest_q, longest_k, is_causal=True
+        ),
         (q, k, v),
         operator=VARLEN,
         fast_mode=True,
