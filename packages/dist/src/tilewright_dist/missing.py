@@ -58,7 +58,7 @@ def give_missing(
     if not averages:
         return
     if anywhere is None:
-        raise RuntimeError(unused_message(averages))
+        raise RuntimeError(unused_message(n for n in parameters if n in averages))
     # Reading the answer waits for the device, so only a rank that lacks a gradient reads it.
     for name, found in zip(parameters, anywhere.tolist(), strict=True):
         if found and name in averages:
