@@ -40,6 +40,8 @@ from tilewright_kernels.flash_attention.sequence_rows import sequence
 
 BLOCK_M, BLOCK_N, STAGES = 64, 128, 3
 
+EARLY = {64: True, 128: False}
+
 CACHED_QUERIES = 32 * 2**20
 """Bytes of q, dout and sums of dq that programs which run at one time may use and find in L2."""
 
@@ -75,6 +77,18 @@ def _clear(buffer, count, BLOCK_D: gl.constexpr):
     rows = gl.arange(0, buffer.shape[0], gl.SliceLayout(1, layout))
     x = buffer.load(layout)
     buffer.store(gl.where((rows < count)[:, None], x, 0.0))
+
+
+@gluon.jit
+def _clear_tail(
+    q, dout, count, PACKED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr
+):  # fmt: skip
+    """`_clear` of queries past the end of a packed sequence."""
+    if PACKED and count < BLOCK_M:
+        _clear(q, count, BLOCK_D)
+        _clear(dout, count, BLOCK_D)
+        fence_async_shared()
+        gl.thread_barrier()
 
 
 @gluon.jit
@@ -118,7 +132,7 @@ def attention_backward_hopper_kernel(
     GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
     D: gl.constexpr, D_V: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key head, and their part of dq, unscaled.
 
@@ -193,6 +207,11 @@ def attention_backward_hopper_kernel(
         sums = sums_ptr
         for step in range(steps):
             slot = step % STAGES
+            q, dout = q_bufs.index(slot), dout_bufs.index(slot)
+            if EARLY:
+                mbarrier.wait(full.index(slot), step // STAGES & 1)
+                _clear_tail(q, dout, len_q - row, PACKED, BLOCK_M, BLOCK_D)
+                s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
             fence_async_shared()
             gl.thread_barrier()
             other, next_row = _member(step + 1, begin, blocks, GROUP, BLOCK_M)
@@ -206,25 +225,28 @@ def attention_backward_hopper_kernel(
                 ds_bufs.index(step + 1 & 1).permute((1, 0)), k, dq_zeros,
                 use_acc=False, is_async=True,
             )  # fmt: skip
-            mbarrier.wait(full.index(slot), step // STAGES & 1)
-            q, dout = q_bufs.index(slot), dout_bufs.index(slot)
-            if PACKED and row + BLOCK_M > len_q:
-                _clear(q, len_q - row, BLOCK_D)
-                _clear(dout, len_q - row, BLOCK_D)
-                fence_async_shared()
-                gl.thread_barrier()
-            s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            dq, dk, dv = warpgroup_mma_wait(1, deps=(dq, dk, dv))
-            if step > 0:
-                _add(sums, dq, BLOCK_D)
+            if not EARLY:
+                mbarrier.wait(full.index(slot), step // STAGES & 1)
+                _clear_tail(q, dout, len_q - row, PACKED, BLOCK_M, BLOCK_D)
+                s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                dq, dk, dv = warpgroup_mma_wait(1, deps=(dq, dk, dv))
+                if step > 0:
+                    _add(sums, dq, BLOCK_D)
             dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
             lse2 = lse2_bufs.index(slot).load(gl.SliceLayout(0, s_layout))
-            s = warpgroup_mma_wait(1, deps=(s,))
+            if EARLY:
+                s, dk, dv = warpgroup_mma_wait(2, deps=(s, dk, dv))
+            else:
+                s = warpgroup_mma_wait(1, deps=(s,))
             p = gl.exp2(s * factor - lse2[None, :])
             if (row < full_begin) | (row >= full_end):
                 query = (row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout)))[None, :]
                 seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
                 p = gl.where(seen, p, 0.0)
+            if EARLY:
+                dq = warpgroup_mma_wait(1, deps=(dq,))
+                if step > 0:
+                    _add(sums, dq, BLOCK_D)
             p_operand = gl.convert_layout(p.to(dtype), operand)
             dv = warpgroup_mma(p_operand, dout, dv, is_async=True)
             minus_delta = minus_delta_bufs.index(slot).load(gl.SliceLayout(0, s_layout))
@@ -295,7 +317,8 @@ def launch_backward_hopper(
         *dk.stride()[:3], *dv.stride()[:3],
         GROUP=group, BOTTOM_RIGHT=bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
         PACKED=cu_seqlens_q is not None, D=width, D_V=v.shape[3], BLOCK_D=block_d,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, num_warps=8,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES,
+        EARLY=EARLY[block_d], num_warps=8,
     )  # fmt: skip
 
 
