@@ -9,7 +9,6 @@ import torch
 from tilewright_bench.bars import BARS
 from tilewright_bench.case import Case, Variant
 from tilewright_bench.discovery import load
-from tilewright_bench.rows import OURS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 OPERATORS = {name for bars in BARS.values() for bar in bars for name in bar.operators}
@@ -42,8 +41,10 @@ def test_what_has_a_bar_is_measured_beside_the_peers_it_names(measured):
         for operator, direction in product(bar.operators, bar.directions):
             there = [case for o, case, d in places if (o, d) == (operator, direction)]
             assert there, (operator, direction)
-            asked = product(bar.cases or there, (OURS, *bar.peers))
+            asked = product(bar.cases or there, (bar.provider, *bar.peers))
             wanted = {(operator, case, direction, provider) for case, provider in asked}
+            if bar.than is not None:
+                wanted.add((*bar.than, direction, bar.provider))
             assert wanted <= measured
 
 

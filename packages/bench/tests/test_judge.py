@@ -97,6 +97,28 @@ def test_to_run_is_to_be_measured(row):
     assert judge([bar(quantity="runs", limit=0.0)], [row(70, "torch")])[0].met is None
 
 
+def test_another_provider_of_ours_can_be_judged(row):
+    rows = [row(100), row(160, "deterministic"), row(80, "torch")]
+    slower = bar(limit=0.5, provider="deterministic", peers=("torch",))
+    faster, other = judge([bar(limit=0.5, peers=("torch",)), slower], rows)
+    assert (faster.value, other.value) == (0.8, pytest.approx(0.5))
+    assert faster.place != other.place
+    assert judge([slower], [rows[0], rows[2]])[0].met is None
+
+
+def test_a_rate_is_beside_that_of_another_operator_or_case(row):
+    there = {"operator": "swiglu", "case": "8x8-bf16"}
+    rows = [row(1, tflop_per_s=86.0), row(1, "torch", tflop_per_s=999.0)]
+    rows += [row(1, tflop_per_s=100.0, **there), row(1, "torch", tflop_per_s=10.0, **there)]
+    wanted = {"quantity": "rate", "limit": 0.87, "than": ("swiglu", "8x8-bf16")}
+    (verdict,) = judge([bar(**wanted)], rows)
+    assert (verdict.value, verdict.met) == (0.86, False)
+    for absent in (0, 2):
+        assert judge([bar(**wanted)], rows[:absent] + rows[absent + 1 :])[0].met is None
+    rows[2] = row(1, tflop_per_s=100.0, **there, direction="bwd")
+    assert judge([bar(**wanted)], rows)[0].met is None
+
+
 @pytest.fixture
 def products(row):
     """Eight cases at 0.8, 0.9, … 1.5 times the speed of torch, forward and backward in turns."""
@@ -155,6 +177,8 @@ def test_verdicts_of_one_place_stand_together(row):
         ({"over": "all"}, "over 'all' is none of 'each', 'least', 'mean', 'quarter'"),
         ({"quantity": "speed"}, r"'speed' needs peers, and \(\) are given"),
         ({"quantity": "share", "peers": ("torch",)}, "'share' needs no peers, and .*torch"),
+        ({"quantity": "rate"}, "'rate' needs than, and others none: 'rate', None"),
+        ({"peers": ("torch",), "than": ("a", "b")}, "'rate' needs than, and others none: 'speed'"),
         ({"peers": ("torch",), "over": "mean", "noise": True}, "over 'mean' .* without noise"),
         ({"quantity": "host", "peers": ("torch",), "over": "least"}, "over 'least' is for"),
     ],

@@ -7,6 +7,7 @@ tolerance at any number of chunks, memory after an error) is tested instead.
 
 from tilewright_bench.case import Direction
 from tilewright_bench.judge import Bar
+from tilewright_bench.rows import OURS
 
 _PEERS = ("torch", "compile", "liger")
 _NORMS = ("rms_norm", "layer_norm", "add_rms_norm")
@@ -40,7 +41,9 @@ def _no_slower_than_eager(*operators: str, cases: tuple[str, ...] = _SMALL) -> B
     )
 
 
-def _attention(direction: Direction, cases: tuple[str, ...], **limits: float) -> tuple[Bar, ...]:
+def _attention(
+    direction: Direction, cases: tuple[str, ...], provider: str = OURS, **limits: float
+) -> tuple[Bar, ...]:
     """Causal attention beside its peers, a bar each."""
     return tuple(
         Bar(
@@ -49,9 +52,22 @@ def _attention(direction: Direction, cases: tuple[str, ...], **limits: float) ->
             directions=(direction,),
             quantity="speed",
             limit=limit,
+            provider=provider,
             peers=(peer,),
         )
         for peer, limit in limits.items()
+    )
+
+
+def _as_fast_as_plain_attention(operator: str, case: str, limit: float) -> Bar:
+    """Beside causal attention of as many keys, each query head with one of its own."""
+    return Bar(
+        operators=(operator,),
+        cases=_bf16(case),
+        directions=_BOTH,
+        quantity="rate",
+        limit=limit,
+        than=("scaled_dot_product_attention", _LONG[0]),
     )
 
 
@@ -228,8 +244,12 @@ BARS: dict[str, tuple[Bar, ...]] = {
     "attention": (
         *_attention("fwd", _LONG, cudnn=0.8, flash=1.4, flex=1.1),
         *_attention("bwd", _LONG, cudnn=0.7, flash=1.2),
+        *_attention("bwd", _LONG, "deterministic", cudnn=0.5),
         *_attention("fwd", _NARROW_HEADS, cudnn=0.8),
         *_attention("bwd", _NARROW_HEADS, cudnn=0.65),
+        _as_fast_as_plain_attention("scaled_dot_product_attention", "4x4096x32x8x128", 0.95),
+        # At most 15 % more time.
+        _as_fast_as_plain_attention("attention_softcap", "4x4096x16x16x128", 0.87),
         Bar(
             operators=("flash_attn_varlen_func",),
             directions=_BOTH,

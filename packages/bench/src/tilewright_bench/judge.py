@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from tilewright_bench.case import Direction
 from tilewright_bench.rows import OURS, Row, groups_of
 
-Quantity = Literal["share", "speed", "host", "memory", "runs"]
+Quantity = Literal["share", "speed", "host", "memory", "rate", "runs"]
 Over = Literal["each", "least", "mean", "quarter"]
 Group = tuple[str, str, str]
 
@@ -42,9 +42,12 @@ class Bar:
         cases: shape and dtype as in `str(Case)`; none for all that were measured.
         directions: which of them.
         quantity: "share" of the ceiling; "speed", "host" time of a call or "memory" beyond inputs
-            and results, each ÷ that of the best peer; "runs" asks for a measurement alone.
+            and results, each ÷ that of the best peer; "rate", operations a second ÷ those of the
+            same provider at another place; "runs" asks for a measurement alone.
         limit: the least value, the greatest of "host" and "memory".
-        peers: providers that ours is compared with. All must have been measured.
+        provider: whose figures are held against the limit.
+        peers: providers that it is compared with. All must have been measured.
+        than: operator and case that a rate is compared with, in the same direction.
         over: "each" case; the "least" of all cases, their geometric "mean", or a "quarter" of them.
         noise: whether a value that misses by less than its spread counts as equal.
     """
@@ -54,7 +57,9 @@ class Bar:
     directions: tuple[Direction, ...]
     quantity: Quantity
     limit: float = 0.0
+    provider: str = OURS
     peers: tuple[str, ...] = ()
+    than: tuple[str, str] | None = None
     over: Over = "each"
     noise: bool = False
 
@@ -68,6 +73,8 @@ class Bar:
         needed = "" if self.quantity in _COSTS else "no "
         if bool(self.peers) != (self.quantity in _COSTS):
             raise ValueError(f"{self.quantity!r} needs {needed}peers, and {self.peers} are given")
+        if (self.than is not None) != (self.quantity == "rate"):
+            raise ValueError(f"'rate' needs than, and others none: {self.quantity!r}, {self.than}")
         if self.over != "each" and (self.quantity in AT_MOST or self.noise):
             raise ValueError(f"over {self.over!r} is for shares and speeds, without noise")
 
@@ -85,7 +92,7 @@ class Figure:
     Attributes:
         value: the share, the ratio or, for "runs", seconds.
         spread: interquartile range ÷ median, the larger of ours and the peer's, or RUN_TO_RUN.
-        beside: the best of the bar's peers, or the ceiling that a share is of.
+        beside: the best of the bar's peers, the ceiling that a share is of, or the provider itself.
     """
 
     value: float
@@ -112,9 +119,9 @@ class Verdict:
     figures: tuple[Figure, ...]
 
     @property
-    def place(self) -> tuple[tuple[str, ...], str, str]:
-        """Where it is passed."""
-        return self.operators, self.case, self.direction
+    def place(self) -> tuple[tuple[str, ...], str, str, str]:
+        """Where it is passed, and by whom."""
+        return self.operators, self.case, self.direction, self.bar.provider
 
     @property
     def value(self) -> float | None:
@@ -154,7 +161,7 @@ def _verdicts(bar: Bar, groups: Mapping[Group, Sequence[Row]]) -> list[Verdict]:
             there = [case for o, case, d in groups if (o, d) == (operator, direction)]
             # Without any case there is still a verdict: that nothing was measured.
             for case in bar.cases or there or [""]:
-                figure = _figure(bar, groups.get((operator, case, direction), ()))
+                figure = _figure(bar, groups, (operator, case, direction))
                 verdict = Verdict(
                     bar=bar,
                     operators=(operator,),
@@ -170,23 +177,37 @@ def _verdicts(bar: Bar, groups: Mapping[Group, Sequence[Row]]) -> list[Verdict]:
     return [Verdict(bar=bar, operators=bar.operators, figures=figures if complete else ())]
 
 
-def _figure(bar: Bar, group: Sequence[Row]) -> Figure | None:
-    """The value of one case and direction; None if ours or a peer was not measured."""
-    rows = {row.provider: row for row in group}
-    if OURS not in rows or any(peer not in rows for peer in bar.peers):
+def _figure(bar: Bar, groups: Mapping[Group, Sequence[Row]], place: Group) -> Figure | None:
+    """The value of one case and direction; None if it or what it is compared with is missing."""
+    rows = {row.provider: row for row in groups.get(place, ())}
+    if bar.provider not in rows or any(peer not in rows for peer in bar.peers):
         return None
-    ours = rows[OURS]
+    ours = rows[bar.provider]
     if bar.quantity in ("share", "runs"):
         value = ours.share if bar.quantity == "share" else ours.median
         return Figure(value=value, spread=max(ours.spread, RUN_TO_RUN), beside=ours.ceiling)
-    costs = {name: _COSTS[bar.quantity](rows[name]) for name in (OURS, *bar.peers)}
+    if bar.than is not None:
+        return _rate(ours, groups.get((*bar.than, place[2]), ()))
+    costs = {name: _COSTS[bar.quantity](rows[name]) for name in (bar.provider, *bar.peers)}
     known = {name: cost for name, cost in costs.items() if cost is not None}
     if len(known) < len(costs):
         return None
     best = min(bar.peers, key=lambda name: known[name])
-    over, under = (OURS, best) if bar.quantity in AT_MOST else (best, OURS)
+    over, under = (bar.provider, best) if bar.quantity in AT_MOST else (best, bar.provider)
     spread = max(ours.spread, rows[best].spread, RUN_TO_RUN)
     return Figure(value=_ratio(known[over], known[under]), spread=spread, beside=best)
+
+
+def _rate(ours: Row, there: Iterable[Row]) -> Figure | None:
+    """Operations a second beside those of the same provider elsewhere."""
+    for other in there:
+        if other.provider == ours.provider:
+            return Figure(
+                value=ours.tflop_per_s / other.tflop_per_s,
+                spread=max(ours.spread, other.spread, RUN_TO_RUN),
+                beside=ours.provider,
+            )
+    return None
 
 
 def _ratio(over: float, under: float) -> float:

@@ -114,12 +114,16 @@ def _place_text(verdict: Verdict) -> str:
     words = [", ".join(f"`{operator}`" for operator in verdict.operators)]
     words += [case_text(verdict.case)] if verdict.case else []
     words += [DIRECTIONS[verdict.direction]] if verdict.direction else []
-    return " ".join(words)
+    provider = verdict.bar.provider
+    return " ".join(words) + ("" if provider == OURS else f", {NAMES.get(provider, provider)}")
 
 
 def _bar_text(bar: Bar) -> str:
     if bar.quantity == "runs":
         return "runs"
+    if bar.than is not None:
+        operator, case = bar.than
+        return f"TFLOP/s ≥ {bar.limit:g}× `{operator}` {case_text(case)}"
     peers = [NAMES.get(peer, peer) for peer in bar.peers]
     beside = f"× {peers[0]}" if len(peers) == 1 else f"× the best of {', '.join(peers)}"
     text = {
