@@ -1,4 +1,4 @@
-"""WarmupCosine against its closed form, worked out by hand."""
+"""Schedules against their closed forms, worked out by hand."""
 
 import copy
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from tilewright_optim import WarmupCosine
+from tilewright_optim import WarmupCosine, get_schedule
 
 
 def make(lr=1.0, groups=1, optimizer=torch.optim.SGD, **options):
@@ -98,3 +98,53 @@ def test_tensor_rate_changes_in_place(device):
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         WarmupCosine(make(), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("constant", {}, [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", {}, [0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0, 0]),
+        ("linear", {"min_lr_ratio": 0.2}, [0.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2]),
+        ("cosine", {}, [0.5, 1, None, None, None, 0.5, None, None, None, 0, 0]),
+        ("wsd", {"decay_steps": 4}, [0.5, 1, 1, 1, 1, 1, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5, 0, 0]),
+        ("wsd", {}, [0.5, 1, 1, 1, 1, 1, 1, 1, 1 - 0.5**0.5, 0, 0]),
+        ("wsd", {"decay_steps": 0, "min_lr_ratio": 0.1}, [0.5, *[1] * 8, 0.1, 0.1]),
+    ],
+)
+def test_get_schedule(name, options, expected):
+    optimizer = make()
+    schedule = get_schedule(name, optimizer, total_steps=10, warmup_steps=2, **options)
+    for ours, right in zip(rates(schedule, optimizer, len(expected)), expected, strict=True):
+        assert right is None or ours == pytest.approx(right, abs=1e-12)
+
+
+def test_no_warmup_starts_at_the_full_rate():
+    for name in ("constant", "wsd"):
+        optimizer = make()
+        assert rates(get_schedule(name, optimizer, total_steps=10), optimizer, 1) == [1.0]
+
+
+def test_wsd_resumes_exactly():
+    whole_optimizer, optimizer = make(), make()
+    whole = rates(get_schedule("wsd", whole_optimizer, total_steps=9), whole_optimizer, 9)
+    first = get_schedule("wsd", optimizer, total_steps=9)
+    used = rates(first, optimizer, 8)
+    resumed = get_schedule("wsd", optimizer, total_steps=3)
+    resumed.load_state_dict(first.state_dict())
+    optimizer.param_groups[0]["lr"] = first.get_last_lr()[0]
+    assert used + rates(resumed, optimizer, 1) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("step", {}, "schedule 'step' is none of 'constant', 'linear', 'cosine', 'wsd'"),
+        ("cosine", {"decay_steps": 2}, "decay_steps is 2, and cosine decays as a whole"),
+        ("wsd", {"decay_steps": 9, "warmup_steps": 2}, r"decay_steps is 9.*warmup_steps \(8\)"),
+        ("wsd", {"warmup_steps": 11}, "warmup_steps is 11"),
+    ],
+)
+def test_bad_schedules(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        get_schedule(name, make(), total_steps=10, **options)

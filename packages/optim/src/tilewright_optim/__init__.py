@@ -12,7 +12,7 @@ from tilewright_optim.muon import Muon
 from tilewright_optim.muon_functional import muon_reference
 from tilewright_optim.muonw import MuonW
 from tilewright_optim.newton_schulz import newton_schulz, newton_schulz_reference
-from tilewright_optim.schedule import WarmupCosine
+from tilewright_optim.schedule import WarmupCosine, get_schedule
 
 __all__ = [
     "Adam",
@@ -23,6 +23,7 @@ __all__ = [
     "adam_reference",
     "adamw_reference",
     "clip_grad_norm_",
+    "get_schedule",
     "muon_reference",
     "newton_schulz",
     "newton_schulz_reference",

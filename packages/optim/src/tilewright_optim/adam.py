@@ -103,6 +103,8 @@ class Adam(NamedStates, Optimizer):
     ) -> None:
         if differentiable:
             raise ValueError("differentiable is True; this optimizer writes in place, use torch's")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be above 0, or None")
         self._storage = Storage(master=master, state_dtype=state_dtype)
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None

@@ -108,7 +108,7 @@ def adam_reference(
         if maximize:
             grad = -grad
         if not decoupled:
-            grad = grad + weight_decay * p
+            grad = grad + (weight_decay * p).to(dtype)  # a 0-d p takes the decay's dtype
         step = steps[i].double() if steps[i].device.type != "cpu" else steps[i].item()
         decay = 1 - lr * weight_decay if decoupled else 1.0
         _update([p, m, v, *maxima], grad, step + 1, lr, beta1, beta2, eps, decay, cautious)

@@ -1,0 +1,93 @@
+"""state_tensors and load_state_tensors: through safetensors and back, bit for bit."""
+
+import pytest
+import torch
+
+from tilewright_kernels import use_backend
+from tilewright_optim import Adam, AdamW
+
+
+@pytest.fixture(autouse=True)
+def plain():
+    with use_backend("torch"):
+        yield
+
+
+def a_model(device, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Linear(30, 3)).to(device, dtype)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator).to(p)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [{}, {"master": "exact"}, {"master": "exact", "state_dtype": "int8"}, {"amsgrad": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+def test_a_run_goes_on_exactly(kind, storage, device, tmp_path):
+    model, other = a_model(device), a_model(device)
+    optimizer = kind(model.parameters(), lr=1e-2, **storage)
+    train(model, optimizer, range(2))
+    tensors = {k: v.cpu() for k, v in optimizer.state_tensors(model.named_parameters()).items()}
+    assert "1.weight.exp_avg" in tensors
+    assert tensors["0.bias.step"] == 2
+    assert len({t.untyped_storage().data_ptr() for t in tensors.values()}) == len(tensors)
+    torch.save(tensors, tmp_path / "state.pt")
+
+    other.load_state_dict(model.state_dict())
+    resumed = kind(other.parameters(), lr=1e-2, **storage)
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_tensors(loaded, other.named_parameters())
+    train(model, optimizer, range(2, 4))
+    train(other, resumed, range(2, 4))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    ours, theirs = (o.state_tensors(m.named_parameters())
+                    for o, m in ((optimizer, model), (resumed, other)))  # fmt: skip
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+
+
+def test_names_given_to_the_optimizer(device):
+    model = a_model(device)
+    optimizer = AdamW(model.named_parameters())
+    train(model, optimizer, range(1))
+    assert set(optimizer.state_tensors()) == {
+        f"{i}.{p}.{s}"
+        for i in (0, 1)
+        for p in ("weight", "bias")
+        for s in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+def test_what_is_loaded_is_a_copy_and_all_there_is(device):
+    model = a_model(device)
+    optimizer = AdamW(model.named_parameters())
+    train(model, optimizer, range(1))
+    tensors = optimizer.state_tensors()
+    part = {k: v.clone() for k, v in tensors.items() if k.startswith("0.weight")}
+    optimizer.load_state_tensors(part)
+    train(model, optimizer, range(1, 2))
+    assert part["0.weight.step"] == 1
+    steps = {k: v.item() for k, v in optimizer.state_tensors().items() if k.endswith("step")}
+    assert steps == {"0.weight.step": 2, "0.bias.step": 1, "1.weight.step": 1, "1.bias.step": 1}
+
+
+def test_bad_tensors(device):
+    model = a_model(device)
+    optimizer = AdamW(model.parameters())
+    with pytest.raises(ValueError, match="have no names; give named_parameters"):
+        optimizer.state_tensors()
+    named = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"9\.weight\.exp_avg belongs to no parameter"):
+        optimizer.load_state_tensors({"9.weight.exp_avg": torch.ones(1)}, named.items())
+    with pytest.raises(ValueError, match=r"0\.bias\.exp_avg has shape \(7,\) and its parameter"):
+        optimizer.load_state_tensors({"0.bias.exp_avg": torch.ones(7)}, named.items())
