@@ -20,6 +20,7 @@ from tilewright_optim._kinds import Kind, by_kind
 from tilewright_optim._muon_checks import check_muon_matrix, check_muon_options
 from tilewright_optim._muon_kernels import OPERATOR
 from tilewright_optim._muon_step import Plan, muon_triton
+from tilewright_optim._named_states import NamedStates
 from tilewright_optim._rounding import split_master
 from tilewright_optim.muon_functional import AdjustLr, muon_reference
 from tilewright_optim.newton_schulz import Form
@@ -30,7 +31,7 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-class Muon(Optimizer):
+class Muon(NamedStates, Optimizer):
     """Momentum, orthogonalized by Newton–Schulz iteration: for the matrices inside a model.
 
     The first arguments, per-group options and state_dict are torch.optim.Muon's. Embeddings, norms,
@@ -136,8 +137,7 @@ class Muon(Optimizer):
         """Load a state of this class or of torch.optim.Muon; dtypes of states stay as they are."""
         super().load_state_dict(state_dict)
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        params = (param for group in self.param_groups for param in group["params"])
-        for index, param in zip(saved, params, strict=True):
+        for index, param in zip(saved, self._all_params(), strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and value.dtype != self.state[param][name].dtype:
                     self.state[param][name] = value.to(param.device, copy=True)

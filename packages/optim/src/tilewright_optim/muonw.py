@@ -159,6 +159,7 @@ class MuonW(NamedStates, Optimizer):
                 f"a group has kind {kind!r}; give groups with kind='muon' or kind='adamw', or let "
                 f"MuonW.from_module(model) find them"
             )
+        self._share()
         part = self._parts[kind]
         # Its own check and defaults; the group is then one of both.
         before = list(part.param_groups)

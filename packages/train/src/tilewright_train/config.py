@@ -82,8 +82,10 @@ class TrainingOptions:
     """Sequences a step, all processes together."""
     seq_len: int | None = None
     """Tokens a sequence."""
+    optim: Literal["adamw", "muon"] = "adamw"
+    """Optimizer: AdamW, or MuonW, which is Muon for hidden matrices and AdamW for the rest."""
     lr: float | None = None
-    """Highest learning rate of AdamW, reached after the warm-up."""
+    """Highest learning rate, reached after the warm-up; both optimizers want about the same."""
     min_lr_ratio: float = 0.1
     """Learning rate at the end, as a share of the highest; a cosine leads there."""
     warmup_steps: int | None = None
@@ -102,6 +104,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             _check_range(self, name, at_least=1)
+        _check_choices(self)
         _check_range(self, "seq_len", at_least=2)
         _check_range(self, "lr", above=0.0)
         _check_range(self, "min_lr_ratio", at_least=0.0, at_most=1.0)

@@ -21,6 +21,7 @@ from tilewright_train.corpus import Corpus, open_corpus
 from tilewright_train.errors import InputError
 from tilewright_train.layers import write_toml
 from tilewright_train.metrics import read_metrics, truncate_metrics
+from tilewright_train.optimizers import make_optimizer
 from tilewright_train.processes import on_first
 from tilewright_train.progress import Reporter
 from tilewright_train.run_directory import RunDirectory, check_room, create
@@ -104,23 +105,14 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
 
 
 def build(chosen: Chosen, shape: ModelConfig, device: torch.device) -> Trainee:
-    """Model, AdamW and schedule from the seed: the same weights on every device and process."""
+    """Model, optimizer and schedule from the seed: the same weights on every device and process."""
     # Imported here, behind the thread that `pretraining` starts for it.
-    from tilewright_optim import AdamW, WarmupCosine
+    from tilewright_optim import WarmupCosine
 
     options, settled = chosen.config.training, chosen.settled
     torch.manual_seed(options.seed)
     model = CausalLM(shape).to(device)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = AdamW(
-        [
-            {"params": matrices, "weight_decay": options.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=settled.lr,
-        betas=(options.beta1, options.beta2),
-    )
+    optimizer = make_optimizer(options, model, settled.lr)
     scheduler = WarmupCosine(
         optimizer, settled.warmup_steps, settled.steps, min_lr_ratio=options.min_lr_ratio
     )

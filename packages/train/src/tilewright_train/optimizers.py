@@ -1,0 +1,39 @@
+"""The optimizer of a run: AdamW, or MuonW (Muon for the hidden matrices, AdamW for the rest)."""
+
+import torch
+
+from tilewright_model import CausalLM, ModelConfig
+from tilewright_train.config import TrainingOptions
+
+
+def make_optimizer(options: TrainingOptions, model: CausalLM, lr: float) -> torch.optim.Optimizer:
+    """An optimizer of all of a model's parameters; norms are not decayed."""
+    # Imported here, behind the thread that `pretraining` starts for it.
+    from tilewright_optim import AdamW, MuonW
+
+    betas = options.beta1, options.beta2
+    if options.optim == "muon":
+        return MuonW.from_module(
+            model,
+            lr=lr,
+            weight_decay=options.weight_decay,
+            betas=betas,
+            split_sizes=stacked_rows(model.config),
+        )
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=lr, betas=betas)
+
+
+def stacked_rows(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Rows of the matrices that the model stacks in one weight, by the end of the weight's name."""
+    head = config.attention_head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    return {
+        "qkv_proj.weight": (queries, keys, keys),
+        "gate_up_proj.weight": (config.intermediate_size, config.intermediate_size),
+    }
