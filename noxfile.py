@@ -102,22 +102,33 @@ for _package in PACKAGES:
     add_test_session(_package)
 
 
-@nox.session
-def memcheck(session: nox.Session) -> None:
-    """Run the kernels' GPU tests of small shapes under compute-sanitizer, for stray accesses."""
+def sanitize(session: nox.Session, tool: str) -> None:
+    """The kernels' GPU tests of small shapes under one of compute-sanitizer's tools."""
     env = sync(session, "kernels", "test")
     # Each allocation by itself, or an access past one tensor would hit its neighbour in the cache.
     env |= {"TILEWRIGHT_REQUIRE_GPU": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     large = "two_to_the_31 or real_ or vocabularies or of_models or memory_is"
     needs_the_cache_or_a_compiler = "waits or synchronization or replays or compile"
     session.run(
-        *("compute-sanitizer", "--tool=memcheck", "--error-exitcode=9"),
+        *("compute-sanitizer", f"--tool={tool}", "--error-exitcode=9"),
         *("python", "-m", "pytest", "packages/kernels/tests", "-m", "gpu and not multigpu"),
         *("-k", f"not ({large} or {needs_the_cache_or_a_compiler})"),
         *session.posargs,
         env=env,
         external=True,
     )
+
+
+@nox.session
+def memcheck(session: nox.Session) -> None:
+    """Run the kernels' GPU tests of small shapes under compute-sanitizer, for stray accesses."""
+    sanitize(session, "memcheck")
+
+
+@nox.session
+def racecheck(session: nox.Session) -> None:
+    """Run the same tests under its racecheck, for threads that race in shared memory."""
+    sanitize(session, "racecheck")
 
 
 @nox.session(tags=["check"])
