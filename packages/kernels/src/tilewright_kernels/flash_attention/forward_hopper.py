@@ -40,8 +40,8 @@ from tilewright_kernels.flash_attention.sequence_rows import sequence
 ROWS = gl.constexpr(64)
 """Queries of a warpgroup."""
 
-VARIANT = {"PING_PONG": False, "DEFER": False, "CONSUMERS": 2}
-BLOCK_N, STAGES = {64: 128, 128: 128}, {64: 2, 128: 2}
+VARIANT = {"PING_PONG": True, "DEFER": True, "CONSUMERS": 2}
+BLOCK_N, STAGES = {64: 128, 128: 128}, {64: 4, 128: 2}
 """Keys of a tile and buffers for them, by head dimension."""
 
 
