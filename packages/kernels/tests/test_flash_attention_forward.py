@@ -305,6 +305,16 @@ def test_real_tiles_with_softcap_and_through_pointers(softcap, aligned, kernel):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [5.0, 50.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_softcaps_at_real_sizes(dtype, softcap):
+    # Up to 55 bound bfloat16's scores so far down that no maximum is taken; size 20 reaches them.
+    for size in (1.0, 20.0):
+        inputs = make((300, 500), (2, 4, 2), 128, dtype, torch.device("cuda"), size=size)
+        check(*inputs, mask=BOTTOM_RIGHT, softcap=softcap)
+
+
+@pytest.mark.gpu
 def test_real_tiles_with_dropout():
     q, k, v = make((300, 300), (1, 2, 1), 128, torch.bfloat16, torch.device("cuda"))
     seed = torch.tensor(7, device="cuda")

@@ -33,16 +33,20 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tilewright_kernels._launch import cdiv, num_programs
 from tilewright_kernels._operator import Operator
 from tilewright_kernels.flash_attention.masks import Mask, key_blocks, shift_of, visible
-from tilewright_kernels.flash_attention.online_softmax import finish_rows, scores, take_piece
+from tilewright_kernels.flash_attention.online_softmax import finish_rows, scores
 from tilewright_kernels.flash_attention.operands import extents, strides
 from tilewright_kernels.flash_attention.sequence_rows import sequence
 
-ROWS = gl.constexpr(64)
-"""Queries of a warpgroup."""
+ROWS, GROUPS = gl.constexpr(64), gl.constexpr(2)
+"""Queries of a warpgroup, and the warpgroups that multiply."""
 
-VARIANT = {"PING_PONG": True, "DEFER": True, "CONSUMERS": 2}
-BLOCK_N, STAGES = {64: 128, 128: 128}, {64: 4, 128: 2}
-"""Keys of a tile and buffers for them, by head dimension."""
+BLOCK_N, STAGES = 128, {64: 4, 128: 2}
+"""Keys of a tile, and how many tiles of keys and of values there is room for, by head dimension."""
+
+PING_PONG = True
+
+HIGHEST = 80.0
+"""Scores in base 2 that need no maximum: 2⁸⁰ for each of 2²⁰ keys, times values, is a float32."""
 
 
 @gluon.jit
@@ -54,35 +58,34 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def _place(index, tiles, heads, together):
-    """(tile, head) as `forward` has them: groups of heads, in each the last tiles first."""
-    first = index // (tiles * together) * together
-    group = gl.minimum(heads - first, together)
-    within = index - first * tiles
-    return tiles - 1 - within // group, first + within % group
+def _place(task, shape):
+    """(tile, sequence, head) as `forward` places them: groups of heads, the last tiles first."""
+    batches, heads, len_q, together = shape[0], shape[1], shape[2], shape[8]
+    tiles = gl.cdiv(len_q, GROUPS * ROWS)
+    first = task // (tiles * together) * together
+    group = gl.minimum(heads * batches - first, together)
+    within = task - first * tiles
+    batch_head = first + within % group
+    return tiles - 1 - within // group, batch_head // heads, batch_head % heads
 
 
 @gluon.jit
-def _task(
-    index, shape, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
+def _blocks(
+    tile, batch, shape, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Where task `index` lies: its head, its sequence, its first query, and the blocks of keys."""
-    batches, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, together = shape
-    BLOCK_M: gl.constexpr = CONSUMERS * ROWS
-    tile, batch_head = _place(index, gl.cdiv(len_q, BLOCK_M), heads * batches, together)
-    batch, head = batch_head // heads, batch_head % heads
+    """Where its sequence lies, its first query, the sequence's shift, and the blocks of keys."""
+    _, _, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, _ = shape
     place = sequence(batch, len_q, len_k, cu_q_ptr, cu_k_ptr)
     _, _, len_q, _, len_k = place
-    first = tile * BLOCK_M
+    first = tile * (GROUPS * ROWS)
     shift = shift_of(len_q, len_k, BOTTOM_RIGHT)
-    last = gl.minimum(first + BLOCK_M, len_q) - 1
+    last = gl.minimum(first + GROUPS * ROWS, len_q) - 1
     begin, full_begin, full_end, end = key_blocks(
         first, last, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
     # One block at least, be it all hidden.
-    end = gl.maximum(end, begin + BLOCK_N)
-    return head, place, first, shift, (begin, full_begin, full_end, end)
+    return place, first, shift, (begin, full_begin, full_end, gl.maximum(end, begin + BLOCK_N))
 
 
 @gluon.jit
@@ -98,46 +101,52 @@ def _load(desc, bufs, full, empty, step, index, head, row):
 
 
 @gluon.jit
-def _tell(task, message, bars, turn):
-    """Give the warpgroups a task, or one past the last, which ends them."""
+def _tell(tile, batch, head, message, bars, turn):
+    """Give the warpgroups a tile; one of -1 ends them."""
+    zero = gl.full((1,), 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     mbarrier.wait(bars.index(1), turn & 1 ^ 1)
-    message.store(gl.full((1,), 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + task)
+    message.index(0).store(zero + tile)
+    message.index(1).store(zero + batch)
+    message.index(2).store(zero + head)
     mbarrier.arrive(bars.index(0))
 
 
 @gluon.jit
 def _told(message, bars, turn):
     """What `_tell` said."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     mbarrier.wait(bars.index(0), turn & 1)
-    task = gl.sum(message.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    tile = gl.sum(message.index(0).load(layout), 0)
+    batch = gl.sum(message.index(1).load(layout), 0)
+    head = gl.sum(message.index(2).load(layout), 0)
     mbarrier.arrive(bars.index(1))
-    return task
+    return tile, batch, head
 
 
 @gluon.jit
 def _fetch(
-    q_desc, k_desc, v_desc, bufs, bars, counter_ptr, message, tasks, shape,
+    q_desc, k_desc, v_desc, bufs, bars, message, counter_ptr, tasks, shape,
     GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """The one warp that fetches: queries of each task, and a ring of keys and one of values."""
+    """The one warp that fetches: queries of each tile, and a ring of keys and one of values."""
     q_bufs, k_bufs, v_bufs = bufs
     q_full, q_empty, k_full, k_empty, v_full, v_empty, message_bars, _turn_bars = bars
-    CONSUMERS: gl.constexpr = q_bufs.shape[0]
     BLOCK_N: gl.constexpr = k_bufs.shape[1]
     turn, step, task = 0, 0, gl.program_id(0)
     while task < tasks:
-        head, place, first, _, blocks = _task(
-            task, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, CONSUMERS, BLOCK_N
+        tile, batch, head = _place(task, shape)
+        place, first, _, blocks = _blocks(
+            tile, batch, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, BLOCK_N
         )
         index, first_q, len_q, first_k, _ = place
         begin, _, _, end = blocks
         if first < len_q:
-            _tell(task, message, message_bars, turn)
+            _tell(tile, batch, head, message, message_bars, turn)
             kv_head = head // GROUP
-            for i in gl.static_range(CONSUMERS):
+            for i in gl.static_range(GROUPS):
                 row = first_q + first + i * ROWS
-                _load(q_desc, q_bufs, q_full, q_empty, turn * CONSUMERS + i, index, head, row)
+                _load(q_desc, q_bufs, q_full, q_empty, turn * GROUPS + i, index, head, row)
             # Keys before the values of the block before: that is the order they are wanted in.
             _load(k_desc, k_bufs, k_full, k_empty, step, index, kv_head, first_k + begin)
             for j in range(begin, end, BLOCK_N):
@@ -150,7 +159,7 @@ def _fetch(
         task = tasks
         if counter_ptr is not None:
             task = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
-    _tell(tasks, message, message_bars, turn)
+    _tell(-1, 0, 0, message, message_bars, turn)
 
 
 @gluon.jit
@@ -160,6 +169,39 @@ def _hide(s, query, j, len_k, shift, left, right, HAS_LEFT: gl.constexpr, HAS_RI
     key = (j + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s.type.layout)))[None, :]
     seen = visible(query[:, None], key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
     return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def _weights(s, m, FACTOR: gl.constexpr, MASKED: gl.constexpr, BOUNDED: gl.constexpr):
+    """`take_piece` without the sum: exp(s - m), the maxima with this block's, and alpha.
+
+    The maximum of every sixteenth number first, which are short chains side by side. A softcap
+    bounds scores: BOUNDED ones need no maximum, m stays 0, and nothing is ever rescaled.
+    """
+    if BOUNDED:
+        p, alpha = gl.exp2(s * FACTOR), m
+    else:
+        largest = gl.max(gl.max(s.reshape((s.shape[0], 8, s.shape[1] // 8)), 1), 1)
+        m_new = gl.maximum(m, gl.convert_layout(largest, m.type.layout) * FACTOR)
+        base = m_new
+        if MASKED:  # -inf - -inf is NaN
+            base = gl.where(m_new == float("-inf"), 0.0, m_new)
+        p = gl.exp2(s * FACTOR - base[:, None])
+        alpha = gl.exp2(m - base)
+        m = m_new
+    return p, m, alpha
+
+
+@gluon.jit
+def _partial_sums(p):
+    """Sums of each row over the columns that one thread holds, [rows, 4]."""
+    return gl.sum(gl.sum(p.reshape((p.shape[0], p.shape[1] // 8, 4, 2)), 3), 1)
+
+
+@gluon.jit
+def _scaled(x, factors):
+    """Rows times factors, whatever the layouts of the two."""
+    return x * gl.convert_layout(factors, gl.SliceLayout(1, x.type.layout))[:, None]
 
 
 @gluon.jit
@@ -179,44 +221,41 @@ def _clear(v, rows, SLICE: gl.constexpr):
 
 
 @gluon.jit
-def _row_max(s):
-    """The maximum of each row: first of every sixteenth number, which are eight short chains."""
-    return gl.max(gl.max(s.reshape((s.shape[0], 8, s.shape[1] // 8)), 1), 1)
+def _write(
+    acc, m, l, out_ptr, lse_ptr, place, head, first, out_strides, lse_strides, D_V: gl.constexpr
+):
+    """out and lse of a warpgroup's rows."""
+    index, first_q, len_q, _, _ = place
+    BLOCK_D: gl.constexpr = acc.shape[1]
+    rows_of: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    index, head = index.to(gl.int64), head.to(gl.int64)
+    acc, lse = finish_rows(gl.convert_layout(m, rows_of), gl.convert_layout(l, rows_of), acc)
+    lse_batch_stride, lse_head_stride = lse_strides
+    row = first + gl.arange(0, ROWS, rows_of)
+    lse_ptr += index * lse_batch_stride + head * lse_head_stride
+    gl.store(lse_ptr + first_q + row, lse, mask=row < len_q)
 
-
-@gluon.jit
-def _partial_sums(p):
-    """Sums of each row over the columns that one thread holds, [rows, 4]."""
-    x = p.reshape((p.shape[0], p.shape[1] // 8, 4, 2))
-    return gl.sum(gl.sum(x, 3), 1)
-
-
-@gluon.jit
-def _take(s, m, l, FACTOR: gl.constexpr, MASKED: gl.constexpr):
-    """`take_piece`, with l in four parts a row."""
-    m_new = gl.maximum(m, gl.convert_layout(_row_max(s), m.type.layout) * FACTOR)
-    base = m_new
-    if MASKED:
-        base = gl.where(m_new == float("-inf"), 0.0, m_new)
-    p = gl.exp2(s * FACTOR - base[:, None])
-    alpha = gl.exp2(m - base)
-    scale = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None]
-    return p, m_new, l * scale + _partial_sums(p), alpha
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    batch_stride, row_stride, head_stride = out_strides
+    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    col = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))[None, :]
+    out_ptr += index * batch_stride + head * head_stride
+    out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), layout)
+    to = out_ptr + (first_q + row).to(gl.int64) * row_stride + col
+    gl.store(to, out, mask=(row < len_q) & (col < D_V))
 
 
 @gluon.jit
 def _attend(
-    WHICH: gl.constexpr, out_ptr, lse_ptr, bufs, bars, message, tasks, shape,
-    out_strides, lse_strides,
-    BEFORE: gl.constexpr, FACTOR: gl.constexpr, CAP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, D_V: gl.constexpr,
-    PING_PONG: gl.constexpr, DEFER: gl.constexpr,
+    WHICH: gl.constexpr, out_ptr, lse_ptr, bufs, bars, message, shape, out_strides, lse_strides,
+    BEFORE: gl.constexpr, FACTOR: gl.constexpr, CAP: gl.constexpr, BOUNDED: gl.constexpr,
+    BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    D_V: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: rows WHICH · 64 … of each task."""
+    """A warpgroup: rows WHICH · 64 … of each tile."""
     q_bufs, k_bufs, v_bufs = bufs
     q_full, q_empty, k_full, k_empty, v_full, v_empty, message_bars, turn_bars = bars
     left, right = shape[4], shape[5]
-    CONSUMERS: gl.constexpr = q_bufs.shape[0]
     dtype: gl.constexpr = k_bufs.dtype
     STAGES: gl.constexpr = k_bufs.shape[0]
     BLOCK_N: gl.constexpr = k_bufs.shape[1]
@@ -225,23 +264,20 @@ def _attend(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    store_layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0]
-    )
+    rows_of: gl.constexpr = gl.SliceLayout(1, s_layout)
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, s_layout)
     q = q_bufs.index(WHICH)
-    turn, step, turns = 0, 0, 0
-    task = _told(message, message_bars, turn)
-    while task < tasks:
-        head, place, first, shift, blocks = _task(
-            task, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, CONSUMERS, BLOCK_N
+    turn, step, products = 0, 0, 0
+    tile, batch, head = _told(message, message_bars, turn)
+    while tile >= 0:
+        place, first, shift, blocks = _blocks(
+            tile, batch, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, BLOCK_N
         )
-        index, first_q, len_q, _, len_k = place
+        len_k = place[4]
         begin, full_begin, full_end, end = blocks
         first += WHICH * ROWS
-        query = first + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
-        m = gl.full((ROWS,), float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-        l = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, s_layout))
+        query = first + gl.arange(0, ROWS, rows_of)
+        m = gl.full((ROWS,), 0.0 if BOUNDED else float("-inf"), gl.float32, rows_of)
         acc = gl.zeros((ROWS, BLOCK_D), gl.float32, acc_layout)
 
         mbarrier.wait(q_full.index(WHICH), turn & 1)
@@ -250,13 +286,12 @@ def _attend(
         s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(k_empty.index(step % STAGES))
-        s = _hide(
-            scores(s, BEFORE, CAP), query, begin, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT
-        )
-        p, m, l, alpha = take_piece(s, m, l, FACTOR, True)
-        if DEFER:
-            l = _partial_sums(p)
-        p = gl.convert_layout(p.to(dtype), p_layout)
+        s = scores(s, BEFORE, CAP)
+        if (begin < full_begin) | (begin >= full_end):
+            s = _hide(s, query, begin, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
+        weights, m, alpha = _weights(s, m, FACTOR, True, BOUNDED)
+        l = _partial_sums(weights)
+        p = gl.convert_layout(weights.to(dtype), p_layout)
         if begin + BLOCK_N < end:
             mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
 
@@ -273,29 +308,32 @@ def _attend(
                     v_phase = step // STAGES & 1
                     step += 1
                     if PING_PONG:
-                        mbarrier.wait(turn_bars.index(WHICH), (turns & 1) ^ (WHICH == 0))
-                        turns += 1
+                        mbarrier.wait(turn_bars.index(WHICH), (products & 1) ^ (WHICH == 0))
+                        products += 1
                     k = k_bufs.index(now).permute((1, 0))
                     s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
                     mbarrier.wait(v_full.index(before), v_phase)
                     acc = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
                     if PING_PONG:
-                        mbarrier.arrive(turn_bars.index((WHICH + 1) % CONSUMERS))
+                        mbarrier.arrive(turn_bars.index((WHICH + 1) % GROUPS))
                     s = warpgroup_mma_wait(1, deps=(s,))
                     mbarrier.arrive(k_empty.index(now))
                     s = scores(s, BEFORE, CAP)
                     if part != 1:
                         s = _hide(s, query, j, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
-                    if DEFER:
-                        weights, m, l, alpha = _take(s, m, l, FACTOR, part != 1)
-                    else:
-                        weights, m, l, alpha = take_piece(s, m, l, FACTOR, part != 1)
+                    weights, m, alpha = _weights(s, m, FACTOR, part != 1, BOUNDED)
+                    if not BOUNDED:
+                        l = _scaled(l, alpha)
+                    l += _partial_sums(weights)
+                    # The next block's keys. A branch, too: without one the compiler moves the wait
+                    # for acc up before the exponentials, and nothing overlaps.
                     if j + BLOCK_N < end:
                         mbarrier.wait(k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1)
                     acc = warpgroup_mma_wait(0, deps=(acc,))
                     mbarrier.arrive(v_empty.index(before))
                     p = gl.convert_layout(weights.to(dtype), p_layout)
-                    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc_layout))[:, None]
+                    if not BOUNDED:
+                        acc = _scaled(acc, alpha)
 
         mbarrier.arrive(q_empty.index(WHICH))
         slot = step % STAGES
@@ -303,29 +341,16 @@ def _attend(
         if PACKED and end > len_k:
             _clear(v_bufs.index(slot), len_k - (end - BLOCK_N), 32)
         acc = warpgroup_mma(p, v_bufs.index(slot), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(slot))
         step += 1
         turn += 1
-
-        if DEFER:
-            l = gl.sum(l, 1)
-        l = gl.convert_layout(l, gl.SliceLayout(1, acc_layout))
-        m = gl.convert_layout(m, gl.SliceLayout(1, acc_layout))
-        acc, lse = finish_rows(m, l, acc)
-        lse_batch_stride, lse_head_stride = lse_strides
-        row = first + gl.arange(0, ROWS, gl.SliceLayout(1, acc_layout))
-        to = lse_ptr + index.to(gl.int64) * lse_batch_stride + head.to(gl.int64) * lse_head_stride
-        gl.store(to + first_q + row, lse, mask=row < len_q)
-
-        batch_stride, row_stride, head_stride = out_strides
-        row = first + gl.arange(0, ROWS, gl.SliceLayout(1, store_layout))[:, None]
-        col = gl.arange(0, BLOCK_D, gl.SliceLayout(0, store_layout))[None, :]
-        to = out_ptr + index.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
-        to += (first_q + row).to(gl.int64) * row_stride + col
-        out = gl.convert_layout(acc.to(dtype), store_layout)
-        gl.store(to, out, mask=(row < len_q) & (col < D_V))
-        task = _told(message, message_bars, turn)
+        tile, batch, next_head = _told(message, message_bars, turn)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_empty.index(slot))
+        _write(
+            acc, m, gl.sum(l, 1), out_ptr, lse_ptr, place, head, first, out_strides, lse_strides,
+            D_V,
+        )  # fmt: skip
+        head = next_head
 
 
 @gluon.jit(
@@ -338,102 +363,68 @@ def attention_forward_hopper_kernel(
     q_desc, k_desc, v_desc, out_ptr, lse_ptr, counter_ptr, cu_q_ptr, cu_k_ptr,
     batches, heads, len_q, len_k, left, right, together,
     out_batch_stride, out_row_stride, out_head_stride, lse_batch_stride, lse_head_stride,
-    BEFORE: gl.constexpr, FACTOR: gl.constexpr, CAP: gl.constexpr, GROUP: gl.constexpr,
-    BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    D_V: gl.constexpr, PING_PONG: gl.constexpr, DEFER: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    BEFORE: gl.constexpr, FACTOR: gl.constexpr, CAP: gl.constexpr, BOUNDED: gl.constexpr,
+    GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
-    """`attention_forward_kernel` with a division of labour; lengths are those of `forward`."""
+    """`attention_forward_kernel` with a division of labour; lengths are those of `forward`.
+
+    Tiles are counted in counter_ptr, which is 0 at first, or None where each program has but one.
+    """
     dtype: gl.constexpr = k_desc.dtype
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
     BLOCK_D: gl.constexpr = k_desc.block_type.shape[3]
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
     bufs = (
-        gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, BLOCK_D], layout),
+        gl.allocate_shared_memory(dtype, [GROUPS, ROWS, BLOCK_D], layout),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], layout),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], layout),
     )
-    message = gl.allocate_shared_memory(gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    message = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     message_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(message_bars.index(0), count=1)
-    mbarrier.init(message_bars.index(1), count=CONSUMERS)
+    mbarrier.init(message_bars.index(1), count=GROUPS)
     bars = (
-        _barriers(CONSUMERS, 1), _barriers(CONSUMERS, 1), _barriers(STAGES, 1),
-        _barriers(STAGES, CONSUMERS), _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS),
-        message_bars, _barriers(CONSUMERS, 1),
+        _barriers(GROUPS, 1), _barriers(GROUPS, 1), _barriers(STAGES, 1),
+        _barriers(STAGES, GROUPS), _barriers(STAGES, 1), _barriers(STAGES, GROUPS),
+        message_bars, _barriers(GROUPS, 1),
     )  # fmt: skip
     shape = batches, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, together
     out_strides = out_batch_stride, out_row_stride, out_head_stride
     lse_strides = lse_batch_stride, lse_head_stride
-    tasks = gl.cdiv(len_q, CONSUMERS * ROWS) * heads * batches
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
+    tasks = gl.cdiv(len_q, GROUPS * ROWS) * heads * batches
+    # Of 168 registers a thread of the twelve warps (three of the last four are idle) those that
+    # multiply get 232.
+    gl.warp_specialize(
+        [
+            (
+                _attend,
                 (
-                    _attend,
-                    (
-                        0, out_ptr, lse_ptr, bufs, bars, message, tasks, shape, out_strides,
-                        lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
-                        PING_PONG, DEFER,
-                    ),
+                    0, out_ptr, lse_ptr, bufs, bars, message, shape, out_strides, lse_strides,
+                    BEFORE, FACTOR, CAP, BOUNDED, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
+                    PING_PONG,
                 ),
+            ),
+            (
+                _attend,
                 (
-                    _attend,
-                    (
-                        1, out_ptr, lse_ptr, bufs, bars, message, tasks, shape, out_strides,
-                        lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
-                        PING_PONG, DEFER,
-                    ),
+                    1, out_ptr, lse_ptr, bufs, bars, message, shape, out_strides, lse_strides,
+                    BEFORE, FACTOR, CAP, BOUNDED, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
+                    PING_PONG,
                 ),
+            ),
+            (
+                _fetch,
                 (
-                    _fetch,
-                    (
-                        q_desc, k_desc, v_desc, bufs, bars, counter_ptr, message, tasks, shape,
-                        GROUP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT,
-                    ),
+                    q_desc, k_desc, v_desc, bufs, bars, message, counter_ptr, tasks, shape,
+                    GROUP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT,
                 ),
-            ],
-            [4, 1],
-            [232, 40],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _attend,
-                    (
-                        0, out_ptr, lse_ptr, bufs, bars, message, tasks, shape, out_strides,
-                        lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
-                        PING_PONG, DEFER,
-                    ),
-                ),
-                (
-                    _attend,
-                    (
-                        1, out_ptr, lse_ptr, bufs, bars, message, tasks, shape, out_strides,
-                        lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
-                        PING_PONG, DEFER,
-                    ),
-                ),
-                (
-                    _attend,
-                    (
-                        2, out_ptr, lse_ptr, bufs, bars, message, tasks, shape, out_strides,
-                        lse_strides, BEFORE, FACTOR, CAP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
-                        PING_PONG, DEFER,
-                    ),
-                ),
-                (
-                    _fetch,
-                    (
-                        q_desc, k_desc, v_desc, bufs, bars, counter_ptr, message, tasks, shape,
-                        GROUP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT,
-                    ),
-                ),
-            ],
-            [4, 4, 1],
-            [160, 160, 32],
-        )  # fmt: skip
+            ),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
 
 
 def launch_forward_hopper(
@@ -442,11 +433,11 @@ def launch_forward_hopper(
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
     batches: int, len_q: int, len_k: int,
 ) -> None:  # fmt: skip
-    """`launch_forward` of tensors [B, T, H, D] packed ones with B = 1.
+    """`launch_forward` of tensors [B, T, H, D], packed ones with B = 1.
 
     Args:
         operator: whose launch it is.
-        q: likewise.
+        q: likewise, and so k, v and out.
         k: likewise.
         v: likewise.
         out: likewise.
@@ -464,20 +455,21 @@ def launch_forward_hopper(
     """
     heads, width_v = q.shape[2], v.shape[3]
     width = 64 if max(q.shape[3], width_v) <= 64 else 128
-    stages, block_n = STAGES[width], BLOCK_N[width]
-    tasks = cdiv(len_q, VARIANT["CONSUMERS"] * ROWS.value) * heads * batches
+    tasks = cdiv(len_q, GROUPS.value * ROWS.value) * heads * batches
     programs = num_programs(q.device, per_sm=1)
     counter = None if tasks <= programs else q.new_zeros((1,), dtype=torch.int32)
     left, right = mask.window
     operator.launch(
         attention_forward_hopper_kernel, (min(tasks, programs),),
-        _describe(q, ROWS.value, width), _describe(k, block_n, width),
-        _describe(v, block_n, width), out, lse, counter, cu_seqlens_q, cu_seqlens_k,
+        _describe(q, ROWS.value, width), _describe(k, BLOCK_N, width),
+        _describe(v, BLOCK_N, width), out, lse, counter, cu_seqlens_q, cu_seqlens_k,
         batches, heads, len_q, len_k, left, right, together, *strides(out), *lse.stride()[:2],
-        BEFORE=before, FACTOR=factor, CAP=cap, GROUP=heads // k.shape[2],
-        BOTTOM_RIGHT=mask.bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
-        D_V=width_v, STAGES=stages, **VARIANT, num_warps=4,
-         maxnreg={2: 168, 3: 128}[VARIANT["CONSUMERS"]],
+        BEFORE=before, FACTOR=factor, CAP=cap,
+        # Weights of up to 2⁸⁰ are bfloat16, too, and no float16.
+        BOUNDED=cap != "" and factor <= HIGHEST and q.dtype == torch.bfloat16,
+        GROUP=heads // k.shape[2], BOTTOM_RIGHT=mask.bottom_right,
+        HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, D_V=width_v, STAGES=STAGES[width],
+        PING_PONG=PING_PONG, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
