@@ -34,6 +34,10 @@ def set_grads(params, seed, factor=1.0):
         p.grad = (torch.randn(p.shape, generator=generator) * factor).to(p)
 
 
+def grads_of(params):
+    return [p.grad for p in params if p.grad is not None]
+
+
 def follow(ours, torchs, optimizer, reference, steps=4, factor=1.0):
     for step in range(steps):
         set_grads(ours, step, factor)
@@ -63,7 +67,8 @@ def assert_close(ours, torchs, dtype=torch.float32):
 def test_follows_torch(dtype, options, device):
     ours, torchs = make(device, dtype), make(device, dtype)
     optimizer = Adam(ours, lr=1e-2, **options)
-    reference = torch.optim.Adam(torchs, lr=1e-2, **{**options, "capturable": False}, foreach=False)
+    options: dict[str, Any] = {**options, "capturable": False}
+    reference = torch.optim.Adam(torchs, lr=1e-2, foreach=False, **options)
     follow(ours, torchs, optimizer, reference)
     assert_close(ours, torchs, dtype)
     for a, b in zip(optimizer.state.values(), reference.state.values(), strict=True):
@@ -135,7 +140,7 @@ def test_cautious_follows_the_reference(device):
         set_grads(ours, step)
         optimizer.step()
         adamw_reference(
-            expected, [p.grad for p in ours], m, v, [], steps,
+            expected, grads_of(ours), m, v, [], steps,
             lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.3, cautious=True,
         )  # fmt: skip
     assert_close([p.detach() for p in ours], expected)
@@ -168,11 +173,11 @@ def test_clipping_in_the_step(limit, scale, backend, device):
     for step in range(3):
         set_grads(ours, step, scale or 1.0)
         set_grads(torchs, step)
-        before = [p.grad.clone() for p in ours if p.grad is not None]
+        before = [g.clone() for g in grads_of(ours)]
         with count_launches() as launches:
             optimizer.step()
         assert launches["clip_grad_norm_"] == (1 if backend == "triton" else 0)
-        assert all(torch.equal(p.grad, g) for p, g in zip(ours, before, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(grads_of(ours), before, strict=True))
         norm = torch.nn.utils.clip_grad_norm_(torchs, limit)
         reference.step()
         assert optimizer.grad_norm is not None
@@ -264,18 +269,19 @@ def test_replays_are_the_eager_bits(storage):
         optimizer.found_inf = torch.tensor(0.0, device="cuda")
         set_grads(params, 0)
         optimizer.step()
-        grads = [p.grad for p in params]
+        grads = grads_of(params)
+        step_again = optimizer.step
         if captured:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 optimizer.step()
+            step_again = graph.replay
         for step in range(1, 5):
             generator = torch.Generator().manual_seed(step)
             for g in grads:
-                assert g is not None
                 g.copy_(torch.randn(g.shape, generator=generator))
             optimizer.found_inf.fill_(step == 3)
-            graph.replay() if captured else optimizer.step()
+            step_again()
         states = [t for state in optimizer.state.values() for t in state.values()]
         return [p.detach() for p in params] + states
 

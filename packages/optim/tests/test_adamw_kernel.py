@@ -60,16 +60,18 @@ def launch(columns, capturable=False, tables=None, **options):
         Columns(params, grads, m, v, maxima, [], [], [], steps, seeds), states, capturable, ()
     )
     with count_launches() as launches:
-        adam_triton(given, tables, **{**HYPER, "decoupled": True, **options})
+        chosen: dict[str, Any] = {**HYPER, "decoupled": True, **options}
+        adam_triton(given, tables, **chosen)
     assert launches["adamw" if options.get("decoupled", True) else "adam"] == 1
 
 
 def check(columns, **options):
     """One launch against the reference in the same dtypes and in float64."""
     same, wide = copies(columns), [*copies(columns[:5], torch.float64), copies(columns[5:])[0]]
-    given = {"decoupled": True, **{k: v for k, v in options.items() if k != "capturable"}}
-    adam_reference(*same, **{**HYPER, **given})
-    adam_reference(*wide, **{**HYPER, **given})
+    chosen: dict[str, Any] = {**HYPER, "decoupled": True, **options}
+    chosen.pop("capturable", None)
+    adam_reference(*same, **chosen)
+    adam_reference(*wide, **chosen)
     grads = [g.clone() for g in columns[1]]
     launch(columns, **options)
     written = {0: "parameter", 2: "exp_avg", 3: "exp_avg_sq"}
@@ -96,6 +98,9 @@ def test_matches_float64(dtype, capturable, device):
         {"weight_decay": 0.0},
         {"beta1": 0.0, "beta2": 0.5, "eps": 1e-3},
         {"lr": 0.0},
+        {"decoupled": False},
+        {"decoupled": False, "amsgrad": True, "maximize": True},
+        {"cautious": True},
     ],
     ids=str,
 )

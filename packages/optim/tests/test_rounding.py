@@ -81,7 +81,7 @@ def test_halves_of_the_kernel_are_torchs(device):
     x[:4] = torch.nan
     high, low = (torch.empty(N, dtype=torch.int16, device=device) for _ in range(2))
     back = torch.empty_like(x)
-    _split_kernel[(1,)](x, high, low, back, N=N)
+    _split_kernel[(1,)](x, high, low, back, N=tl.constexpr(N))
     expected = split_master(x)
     assert torch.equal(high, expected[0].view(torch.int16))
     assert torch.equal(low, expected[1])
@@ -94,7 +94,7 @@ def test_stochastic_rounding_of_the_kernel_is_torchs(seed, step, device):
     x[0] = torch.nan
     y = torch.empty(N, dtype=torch.int16, device=device)
     words = torch.empty(N, dtype=torch.int64, device=device)
-    _round_kernel[(1,)](x, y, words, seed, step, N=N)
+    _round_kernel[(1,)](x, y, words, seed, step, N=tl.constexpr(N))
     expected = random_bits(N, seed, torch.tensor(step, device=device))
     assert torch.equal(words, expected)
     assert torch.equal(y, stochastic_round(x, expected).view(torch.int16))

@@ -1,6 +1,7 @@
 """Masters and dtypes of averages: training with them beside float32 training; kernel and torch."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tilewright_optim._blockwise import BLOCK, num_blocks
 from tilewright_optim._rounding import join_master, split_master
 
 SHAPES = ((), (3, 5), (CHUNK + 6,), (2, BLOCK), (0,))  # ragged, whole blocks, nothing
-STORAGES = [
+STORAGES: list[dict[str, Any]] = [
     {"master": "exact"},
     {"master": "exact", "state_dtype": torch.bfloat16},
     {"master": "exact", "state_dtype": "int8"},

@@ -59,24 +59,21 @@ def _adam_chunk(
 
     p, low, g, m, v, v_scale are addresses; extra is that of max v or of m's scales.
     """
-    QUANTIZED: tl.constexpr = tl.int8 == EXP_AVG
-    HALF: tl.constexpr = tl.int16 if MASTER != "none" else PARAM
-    p_ptr, g_ptr = p.to(tl.pointer_type(HALF)) + first, g.to(tl.pointer_type(GRAD)) + first
-    m_ptr, v_ptr = m.to(tl.pointer_type(EXP_AVG)) + first, v.to(tl.pointer_type(EXP_AVG_SQ)) + first
-    low_ptr = low.to(tl.pointer_type(tl.int16)) + first
-    max_v_ptr = extra.to(tl.pointer_type(EXP_AVG_SQ)) + first
+    QUANTIZED: tl.constexpr = tl.constexpr(tl.int8 == EXP_AVG)
+    HALF: tl.constexpr = tl.constexpr(tl.int16 if MASTER != "none" else PARAM)
+    p_ptr, g_ptr = element(p, HALF, first, VECTOR), element(g, GRAD, first, VECTOR)
+    m_ptr, v_ptr = element(m, EXP_AVG, first, VECTOR), element(v, EXP_AVG_SQ, first, VECTOR)
+    low_ptr = element(low, tl.int16, first, VECTOR)
+    max_v_ptr = element(extra, EXP_AVG_SQ, first, VECTOR)
     if VECTOR:
-        # Hints stay with operations of this function only, not with arguments or other calls.
-        p_ptr, g_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(g_ptr, 16)
-        m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
-        low_ptr, max_v_ptr = tl.multiple_of(low_ptr, 16), tl.multiple_of(max_v_ptr, 16)
-        size = size // 16 * 16
+        size = size // 16 * 16  # tells the compiler that it is one
+    has_scale, m_scale_ptr, v_scale_ptr = None, None, None
     if QUANTIZED:
         rows = tl.arange(0, CHUNK // BLOCK)[:, None]
         at = rows * BLOCK + tl.arange(0, BLOCK)[None, :]
         has_scale = rows * BLOCK < size
-        m_scale_ptr = element(extra, tl.float32, first // BLOCK) + rows
-        v_scale_ptr = element(v_scale, tl.float32, first // BLOCK) + rows
+        m_scale_ptr = element(extra, tl.float32, first // BLOCK, False) + rows
+        v_scale_ptr = element(v_scale, tl.float32, first // BLOCK, False) + rows
     else:
         at = tl.arange(0, CHUNK)
     mask = at < size
@@ -159,8 +156,8 @@ def _adam_kernel(
     if found_inf_ptr is not None:  # noqa: SIM102 (Triton evaluates both sides of `and`)
         if tl.load(found_inf_ptr) != 0:
             return
-    QUANTIZED: tl.constexpr = tl.int8 == EXP_AVG
-    RANDOM: tl.constexpr = QUANTIZED or MASTER == "stochastic"
+    QUANTIZED: tl.constexpr = tl.constexpr(tl.int8 == EXP_AVG)
+    RANDOM: tl.constexpr = tl.constexpr(QUANTIZED or MASTER == "stochastic")
     chunk = tl.load(work_ptr + (COLUMNS + 1) * num_tensors + tl.program_id(0))
     tensor, first = chunk >> 32, (chunk & 0xFFFFFFFF) * CHUNK
     row_ptr = work_ptr + tensor
@@ -187,7 +184,7 @@ def _adam_kernel(
         seed = tl.load(row_ptr + (COLUMNS - 1) * num_tensors)
 
     if CAPTURABLE:
-        t = tl.load(element(count, tl.float32, 0)).to(tl.float64) + 1
+        t = tl.load(element(count, tl.float32, 0, False)).to(tl.float64) + 1
     else:
         t = count.to(tl.float64) + step + 1
     # full() and not cast: the interpreter passes Python floats, which cast makes float32.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tilewright_kernels.authoring import Operator, num_programs, tl, triton
-from tilewright_optim._tables import PointerTables, addresses, triton_type
+from tilewright_optim._tables import PointerTables, addresses, element, triton_type
 
 CHUNK = 4096
 """Elements that a program loads at once: 32 a thread."""
@@ -45,10 +45,10 @@ def _squares(address, first, size, DTYPE: tl.constexpr, ACC: tl.constexpr, CHUNK
     """x² of a chunk; addresses are multiples of 16 in most tensors, and then loads are wide."""
     at = tl.arange(0, CHUNK)
     if (address | size) % 16 == 0:
-        x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + first, 16)
+        x_ptr = element(address, DTYPE, first, True)
         x = tl.load(x_ptr + at, mask=at < size // 16 * 16, other=0.0).to(ACC)
     else:
-        x_ptr = address.to(tl.pointer_type(DTYPE)) + first
+        x_ptr = element(address, DTYPE, first, False)
         x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(ACC)
     return x * x
 
@@ -96,11 +96,11 @@ def _scale_chunk(
 ):
     at = tl.arange(0, CHUNK)
     if (address | size) % 16 == 0:
-        x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)) + first, 16)
+        x_ptr = element(address, DTYPE, first, True)
         x = tl.load(x_ptr + at, mask=at < size // 16 * 16).to(ACC)
         tl.store(x_ptr + at, x * factor, mask=at < size // 16 * 16)
     else:
-        x_ptr = address.to(tl.pointer_type(DTYPE)) + first
+        x_ptr = element(address, DTYPE, first, False)
         x = tl.load(x_ptr + at, mask=at < size).to(ACC)
         tl.store(x_ptr + at, x * factor, mask=at < size)
 

@@ -23,9 +23,15 @@ from tilewright_kernels.authoring import tl, triton
 
 
 @triton.jit
-def element(address, DTYPE: tl.constexpr, index):
-    """Pointer to element `index` of the tensor at an address."""
-    return address.to(tl.pointer_type(DTYPE)) + index  # pyrefly: ignore[bad-argument-type]
+def element(address, DTYPE: tl.constexpr, index, ALIGNED: tl.constexpr):
+    """Pointer to element `index` of the tensor at an address; ALIGNED: it is a multiple of 16.
+
+    A hint stays only with an operation of the same function, so it cannot be given by callers.
+    """
+    pointer = address.to(tl.pointer_type(DTYPE)) + index  # pyrefly: ignore[bad-argument-type]
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
