@@ -1,8 +1,13 @@
 """How the backward is launched: which kernels, which tiles, and scratch memory linear in T.
 
-    rows                -delta, and the log-sum-exp in base 2        reads out, dout
-    keys                dk, dv, and atomically dq if it is added     4 products, or 5
-    queries | finish    dq from its own walk | from its sums        3 products, or none
+    queries                 dq, and a number or two a query            3 products
+    keys                    dk, dv                                     4 products
+
+or, where dq is added up,
+
+    rows                    the same numbers                           reads out, dout
+    keys | hopper           dk, dv, and atomically dq                  5 products
+    finish | unpack         dq from its sums
 
 Nothing here computes: `launch_backward` writes into memory that it is given.
 """
@@ -219,11 +224,11 @@ def launch_backward(
     sums = None
     if ADDS_PAY[q.element_size()] and not deterministic:
         sums = q.new_empty((problem.widths["BLOCK_D"], num_rows), dtype=wide)
-    _launch_rows(problem, out, dout, lse, dlse, sums)
-    _launch_keys(problem, q, k, v, dout, dk, dv, sums)
-    if sums is None:
-        _launch_queries(problem, q, k, v, dout, dq)
+        _launch_rows(problem, out, dout, lse, dlse, sums)
     else:
+        _launch_queries(problem, q, k, v, dout, out, lse, dlse, dq)
+    _launch_keys(problem, q, k, v, dout, dk, dv, sums)
+    if sums is not None:
         _launch_finish(problem, sums, dq)
 
 
@@ -237,7 +242,7 @@ def _launch_rows(
         attention_backward_rows_kernel, (tiles * heads * problem.batch,),
         out, dout, lse, dlse, *problem.scratch, sums, problem.extras[1],
         problem.lengths[0], heads, *problem.rows, *out.stride()[:3], *dout.stride()[:3],
-        *lse.stride(), *((0, 0, 0) if dlse is None else dlse.stride()),
+        *lse.stride(), *_strides_of(dlse),
         D=problem.widths["D_V"], BLOCK_D=problem.widths["BLOCK_DV"],
         BLOCK_SUMS=problem.widths["BLOCK_D"], ROWS=ROWS,
         **problem.constants("PACKED", "ACC"), num_warps=4,
@@ -268,8 +273,9 @@ def _launch_keys(
 
 
 def _launch_queries(
-    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dq: Tensor
-) -> None:
+    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor,
+    dlse: Tensor | None, dq: Tensor,
+) -> None:  # fmt: skip
     tile = _tile(problem, "queries", q)
     heads = q.shape[2]
     inputs = q, k, v, dout
@@ -277,11 +283,16 @@ def _launch_queries(
     by_pointer = (k, v) if problem.flags["PACKED"] and tma else (None, None)
     problem.operator.launch(
         attention_backward_queries_kernel,
-        (cdiv(problem.lengths[0], tile.BLOCK_M) * heads * problem.batch,),
-        *read, *by_pointer, *problem.scratch, dq, *problem.extras, *problem.lengths, heads,
-        *problem.window, problem.rows[0], *strides(q, k, v, dout, dq),
+        (cdiv(problem.lengths[0], PADDED) * (PADDED // tile.BLOCK_M) * heads * problem.batch,),
+        *read, *by_pointer, out, lse, dlse, *problem.scratch, dq, *problem.extras,
+        *problem.lengths, heads, *problem.window, problem.rows[0],
+        *strides(q, k, v, dout, out, dq), *lse.stride(), *_strides_of(dlse),
         **problem.flags, **problem.widths, TMA=tma, **tile._asdict(),
     )  # fmt: skip
+
+
+def _strides_of(dlse: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if dlse is None else dlse.stride()
 
 
 def _launch_finish(problem: _Problem, sums: Tensor, dq: Tensor) -> None:

@@ -3,11 +3,16 @@
     p = exp(s - lse)      dp = dout · vᵀ      ds = p · (dp - delta)      dq = ds · k
 
 Each sum has one owner and one order: the same bits in every run. The price is that s and dp are
-computed here and in backward_keys.py.
+computed here and in backward_keys.py, which runs afterwards: as dout is here anyway, so is delta.
 """
 
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.flash_attention.backward_tiles import probabilities, scratch_row
+from tilewright_kernels.flash_attention.backward_rows import row_terms
+from tilewright_kernels.flash_attention.backward_tiles import (
+    SCRATCH_ROWS,
+    probabilities,
+    scratch_row,
+)
 from tilewright_kernels.flash_attention.masks import keep, key_blocks, shift_of, visible
 from tilewright_kernels.flash_attention.online_softmax import as_operand
 from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
@@ -61,36 +66,44 @@ def _walk_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["kept", "num_q", "num_k", "heads", "left", "right"])
+@triton.jit(
+    do_not_specialize=["kept", "num_q", "num_k", "heads", "left", "right", "lse_head", "dlse_head"]
+)
 def attention_backward_queries_kernel(
-    q_source, k_source, v_source, dout_source, k_ptr, v_ptr, lse2_ptr, minus_delta_ptr, dq_ptr,
-    seed_ptr, cu_q_ptr, cu_k_ptr,
+    q_source, k_source, v_source, dout_source, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr,
+    lse2_ptr, minus_delta_ptr, dq_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
     # float64, so that they are exact there.
     # pyrefly: ignore[not-a-type]
     scale: tl.float64, softcap: tl.float64,
     kept, num_q, num_k, heads, left, right, rows_per_head,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    dout_batch, dout_row, dout_head, dq_batch, dq_row, dq_head,
+    dout_batch, dout_row, dout_head, out_batch, out_row, out_head, dq_batch, dq_row, dq_head,
+    lse_batch, lse_head, lse_row, dlse_batch, dlse_head, dlse_row,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PACKED: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries of one head. The last have most keys to see and are started first."""
-    tiles = tl.cdiv(num_q, BLOCK_M)
+    """dq of BLOCK_M queries of one head, and `row_terms`, for the kernel of the keys.
+
+    The last queries have most keys to see and are started first.
+    """
+    tiles = tl.cdiv(num_q, SCRATCH_ROWS) * (SCRATCH_ROWS // BLOCK_M)
     first_query = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     head = tl.program_id(0) // tiles % heads
     batch = tl.program_id(0) // tiles // heads
     kv_head = head // GROUP
     index, first_q, len_q, first_k, len_k = sequence(batch, num_q, num_k, cu_q_ptr, cu_k_ptr)
-    if first_query >= len_q:
+    if first_query >= tl.cdiv(len_q, SCRATCH_ROWS) * SCRATCH_ROWS:
         return
     shift = shift_of(len_q, len_k, BOTTOM_RIGHT)
     begin, full_begin, full_end, end = key_blocks(
         first_query, tl.minimum(first_query + BLOCK_M, len_q) - 1, len_k, shift, left, right,
         HAS_LEFT, HAS_RIGHT, BLOCK_N,
     )  # fmt: skip
+    if first_query >= len_q:  # scratch memory alone
+        end = begin
     # Past the end of a packed sequence lies another one, or anything, and zero times NaN is NaN:
     # the last block is read through pointers.
     BY_POINTER: tl.constexpr = PACKED and TMA
@@ -108,8 +121,17 @@ def attention_backward_queries_kernel(
     )  # fmt: skip
     query = first_query + tl.arange(0, BLOCK_M)
     rows = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED) + query
-    lse2 = tl.load(lse2_ptr + rows)[:, None]
-    minus_delta = tl.load(minus_delta_ptr + rows)[:, None]
+    out = load_rows(
+        out_ptr, index, head, first_q, first_query, len_q, (out_batch, out_row, out_head), D_V,
+        BLOCK_M, BLOCK_DV, False, False,
+    )  # fmt: skip
+    lse2, minus_delta = row_terms(
+        out, dout, lse_ptr, dlse_ptr, index, head, first_q, query, len_q,
+        (lse_batch, lse_head, lse_row), (dlse_batch, dlse_head, dlse_row), ACC,
+    )  # fmt: skip
+    tl.store(lse2_ptr + rows, lse2)
+    tl.store(minus_delta_ptr + rows, minus_delta)
+    lse2, minus_delta = lse2[:, None], minus_delta[:, None]
     scale = tl.full((), scale, ACC)
     softcap = tl.full((), softcap, ACC)
     if CAP != "":

@@ -1,13 +1,39 @@
 """What the backward does once a query: before the tiles, and after them.
 
-Before: delta = Σ out · dout over the columns. The gradient of a softmax is p · (dp - Σ p · dp), and
-the sum over all keys is this sum over D columns, since out = Σ p · v and dp = dout · v.
+Before, in a kernel of its own or in that of dq: delta = Σ out · dout over the columns. The gradient
+of a softmax is p · (dp - Σ p · dp), and the sum over all keys is this sum over D columns, since
+out = Σ p · v and dp = dout · v.
 After: the float32 sums of dq in the type of dq.
 """
 
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.flash_attention.backward_tiles import SCRATCH_ROWS, scratch_row
 from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
+
+
+@triton.jit
+def row_terms(
+    out, dout, lse_ptr, dlse_ptr, index, head, first, rows, length, lse_strides, dlse_strides,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """lse2 = lse · log2(e) and -delta of the queries `rows`, whose out and dout are given.
+
+    Rows that are no query's, and queries that see nothing, get lse2 = +inf, so that p = 0. The
+    gradient of lse itself is p, so it goes into delta.
+    """
+    inside = rows < length
+    minus_delta = -tl.sum(out.to(ACC) * dout.to(ACC), axis=1)
+    lse_batch, lse_head, lse_row = lse_strides
+    lse_ptr += tl.cast(index, tl.int64) * lse_batch + tl.cast(head, tl.int64) * lse_head
+    lse = tl.load(lse_ptr + (first + rows).to(tl.int64) * lse_row, mask=inside, other=0.0).to(ACC)
+    if dlse_ptr is not None:
+        dlse_batch, dlse_head, dlse_row = dlse_strides
+        dlse_ptr += tl.cast(index, tl.int64) * dlse_batch + tl.cast(head, tl.int64) * dlse_head
+        dlse = tl.load(dlse_ptr + (first + rows).to(tl.int64) * dlse_row, mask=inside, other=0.0)
+        minus_delta += dlse.to(ACC)
+    sees = inside & (lse != float("-inf"))
+    lse2 = tl.where(sees, lse * 1.4426950408889634, float("inf"))
+    return lse2, tl.where(sees, minus_delta, 0.0)
 
 
 @triton.jit(do_not_specialize=["len_q", "heads", "lse_head", "dlse_head"])
@@ -19,11 +45,7 @@ def attention_backward_rows_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SUMS: tl.constexpr, ROWS: tl.constexpr,
     PACKED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """lse2 = lse · log2(e) and -delta, in padded rows; zeros where dq will be summed, if it will.
-
-    Rows that are no query's, and queries that see nothing, get lse2 = +inf, so that p = 0. The
-    gradient of lse itself is p, so it goes into delta.
-    """
+    """`row_terms` of all queries, in padded rows; zeros where dq will be summed, if it will."""
     tiles = tl.cdiv(len_q, SCRATCH_ROWS) * (SCRATCH_ROWS // ROWS)
     row = tl.program_id(0) % tiles * ROWS
     head = tl.program_id(0) // tiles % heads
@@ -35,25 +57,19 @@ def attention_backward_rows_kernel(
     out = load_rows(
         out_ptr, index, head, first, row, length, (out_batch, out_row, out_head), D,
         ROWS, BLOCK_D, False, False,
-    ).to(ACC)  # fmt: skip
+    )  # fmt: skip
     dout = load_rows(
         dout_ptr, index, head, first, row, length, (dout_batch, dout_row, dout_head), D,
         ROWS, BLOCK_D, False, False,
-    ).to(ACC)  # fmt: skip
-    minus_delta = -tl.sum(out * dout, axis=1)
-
+    )  # fmt: skip
     rows = row + tl.arange(0, ROWS)
-    inside = rows < length
-    lse_ptr += tl.cast(index, tl.int64) * lse_batch + tl.cast(head, tl.int64) * lse_head
-    lse = tl.load(lse_ptr + (first + rows).to(tl.int64) * lse_row, mask=inside, other=0.0).to(ACC)
-    if dlse_ptr is not None:
-        dlse_ptr += tl.cast(index, tl.int64) * dlse_batch + tl.cast(head, tl.int64) * dlse_head
-        dlse = tl.load(dlse_ptr + (first + rows).to(tl.int64) * dlse_row, mask=inside, other=0.0)
-        minus_delta += dlse.to(ACC)
-    sees = inside & (lse != float("-inf"))
+    lse2, minus_delta = row_terms(
+        out, dout, lse_ptr, dlse_ptr, index, head, first, rows, length,
+        (lse_batch, lse_head, lse_row), (dlse_batch, dlse_head, dlse_row), ACC,
+    )  # fmt: skip
     rows = scratch.to(tl.int64) + rows
-    tl.store(lse2_ptr + rows, tl.where(sees, lse * 1.4426950408889634, float("inf")))
-    tl.store(minus_delta_ptr + rows, tl.where(sees, minus_delta, 0.0))
+    tl.store(lse2_ptr + rows, lse2)
+    tl.store(minus_delta_ptr + rows, minus_delta)
     if sums_ptr is not None:
         cols = tl.arange(0, BLOCK_SUMS).to(tl.int64)[:, None]
         tl.store(sums_ptr + cols * all_rows + rows[None, :], tl.zeros((BLOCK_SUMS, ROWS), ACC))
