@@ -272,10 +272,10 @@ def test_real_tiles(dtype, widths, lengths, mask):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mask", [NO_MASK, CAUSAL, BOTTOM_RIGHT], ids=str)
+@pytest.mark.parametrize("mask", [NO_MASK, BOTTOM_RIGHT], ids=str)
 def test_head_dimensions_at_real_sizes(mask, kernel):
     # Of k and v different ones; queries of more tiles than an H200 has multiprocessors.
-    for width, width_v in ((128, 64), (64, 64), (40, 72)):
+    for width, width_v in ((128, 64), (40, 56)):
         inputs = make((700, 500), (4, 12, 4), width, torch.bfloat16, torch.device("cuda"),
                       width_v=width_v)  # fmt: skip
         check(*inputs, mask=mask)
