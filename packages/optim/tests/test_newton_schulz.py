@@ -59,8 +59,8 @@ def test_coefficients(coefficients, form, device):
     oracle = newton_schulz_reference(x.double(), coefficients=coefficients, steps=steps).cpu()
     with use_backend("triton"):
         ours = newton_schulz(x, coefficients=coefficients, steps=steps, form=form)
-    # In bfloat16 it would be 1e-2 to 1e-1.
-    assert error(ours, oracle) < 6e-3
+    # In bfloat16 it would be 1e-2 to 1e-1; the quintic never settles, so more steps add up.
+    assert error(ours, oracle) < (6e-3 if steps == 5 else 1.2e-2)
 
 
 @pytest.mark.parametrize("form", FORMS)

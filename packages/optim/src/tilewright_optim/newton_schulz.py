@@ -105,7 +105,7 @@ def _on_device(x: Tensor, steps: tuple[Triple, ...], eps: float, form: Form) -> 
     half = torch.empty_like(y, dtype=torch.float16)
     norms = torch.linalg.vector_norm(y, dim=(-2, -1), dtype=_wide(y)).float()
     normalize(y, half, norms.square(), eps)
-    y = iterate(half, steps, form).to(x.dtype).view(matrix.shape)
+    y = iterate(half, steps, form, x.dtype).view(matrix.shape)
     return y.mT if tall else y
 
 
