@@ -255,9 +255,8 @@ def _launch_keys(
 ) -> None:  # fmt: skip
     tile = _tile(problem, "keys" if sums is None else "all", q)
     kv_heads = k.shape[2]
-    inputs = q, k, v, dout
-    read, tma = _sources(problem, tile, inputs)
-    by_pointer = inputs if problem.flags["PACKED"] and tma else (None,) * 4
+    widths = problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"]
+    read, tma = sources((q, dout), (tile.BLOCK_M, tile.BLOCK_M), widths)
     sums_tma = sums is not None and tma and not INTERPRETED
     target: Any = sums
     if sums is not None and sums_tma:
@@ -266,7 +265,7 @@ def _launch_keys(
     problem.operator.launch(
         attention_backward_keys_kernel,
         (cdiv(problem.lengths[1], tile.BLOCK_N) * kv_heads * problem.batch,),
-        *read, *by_pointer, *problem.scratch, target, dk, dv, *problem.extras, *problem.lengths,
+        *read, q, k, v, dout, *problem.scratch, target, dk, dv, *problem.extras, *problem.lengths,
         kv_heads, *problem.window, *problem.rows, *strides(q, k, v, dout, dk, dv),
         **problem.flags, **problem.widths, TMA=tma, SUMS_TMA=sums_tma, **tile._asdict(),
     )  # fmt: skip
@@ -278,13 +277,12 @@ def _launch_queries(
 ) -> None:  # fmt: skip
     tile = _tile(problem, "queries", q)
     heads = q.shape[2]
-    inputs = q, k, v, dout
-    read, tma = _sources(problem, tile, inputs)
-    by_pointer = (k, v) if problem.flags["PACKED"] and tma else (None, None)
+    widths = problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"]
+    read, tma = sources((k, v), (tile.BLOCK_N, tile.BLOCK_N), widths)
     problem.operator.launch(
         attention_backward_queries_kernel,
         (cdiv(problem.lengths[0], PADDED) * (PADDED // tile.BLOCK_M) * heads * problem.batch,),
-        *read, *by_pointer, out, lse, dlse, *problem.scratch, dq, *problem.extras,
+        *read, q, k, v, dout, out, lse, dlse, *problem.scratch, dq, *problem.extras,
         *problem.lengths, heads, *problem.window, problem.rows[0],
         *strides(q, k, v, dout, out, dq), *lse.stride(), *_strides_of(dlse),
         **problem.flags, **problem.widths, TMA=tma, **tile._asdict(),
@@ -345,15 +343,6 @@ def _launch_hopper(
         *dq.stride()[:3], D=problem.widths["D"], BLOCK_D=block_d,
         **problem.constants("PACKED"), num_warps=4,
     )  # fmt: skip
-
-
-def _sources(
-    problem: _Problem, tile: Tile, inputs: tuple[Tensor, ...]
-) -> tuple[tuple[Any, ...], bool]:
-    """q, k, v and dout as the kernels read their tiles, and whether by descriptor."""
-    width, width_v = problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"]
-    rows = (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_N, tile.BLOCK_M)
-    return sources(inputs, rows, (width, width, width_v, width_v))
 
 
 def _tile(problem: _Problem, kernel: str, q: Tensor) -> Tile:

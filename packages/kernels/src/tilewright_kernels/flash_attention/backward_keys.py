@@ -104,7 +104,7 @@ def _walk_queries(
 
 @triton.jit(do_not_specialize=["kept", "num_q", "num_k", "kv_heads", "left", "right"])
 def attention_backward_keys_kernel(
-    q_source, k_source, v_source, dout_source, q_ptr, k_ptr, v_ptr, dout_ptr,
+    q_source, dout_source, q_ptr, k_ptr, v_ptr, dout_ptr,
     lse2_ptr, minus_delta_ptr, sums, dk_ptr, dv_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
     # float64, so that they are exact there.
     # pyrefly: ignore[not-a-type]
@@ -144,12 +144,12 @@ def attention_backward_keys_kernel(
     if BY_POINTER:
         last = tl.minimum(end, tl.maximum(begin, len_q // BLOCK_M * BLOCK_M))
     k = load_rows(
-        k_ptr if BY_POINTER else k_source, index, kv_head, first_k, first_key, len_k,
-        (k_batch, k_row, k_head), D, BLOCK_N, BLOCK_D, TMA and not PACKED, False,
+        k_ptr, index, kv_head, first_k, first_key, len_k, (k_batch, k_row, k_head), D,
+        BLOCK_N, BLOCK_D, False, False,
     )  # fmt: skip
     v = load_rows(
-        v_ptr if BY_POINTER else v_source, index, kv_head, first_k, first_key, len_k,
-        (v_batch, v_row, v_head), D_V, BLOCK_N, BLOCK_DV, TMA and not PACKED, False,
+        v_ptr, index, kv_head, first_k, first_key, len_k, (v_batch, v_row, v_head), D_V,
+        BLOCK_N, BLOCK_DV, False, False,
     )  # fmt: skip
     key = (first_key + tl.arange(0, BLOCK_N))[:, None]
     scale = tl.full((), scale, ACC)

@@ -70,7 +70,7 @@ def _walk_keys(
     do_not_specialize=["kept", "num_q", "num_k", "heads", "left", "right", "lse_head", "dlse_head"]
 )
 def attention_backward_queries_kernel(
-    q_source, k_source, v_source, dout_source, k_ptr, v_ptr, out_ptr, lse_ptr, dlse_ptr,
+    k_source, v_source, q_ptr, k_ptr, v_ptr, dout_ptr, out_ptr, lse_ptr, dlse_ptr,
     lse2_ptr, minus_delta_ptr, dq_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
     # float64, so that they are exact there.
     # pyrefly: ignore[not-a-type]
@@ -112,12 +112,12 @@ def attention_backward_queries_kernel(
         last = tl.minimum(end, tl.maximum(begin, len_k // BLOCK_N * BLOCK_N))
 
     q = load_rows(
-        q_source, index, head, first_q, first_query, len_q, (q_batch, q_row, q_head), D,
-        BLOCK_M, BLOCK_D, TMA, False,
+        q_ptr, index, head, first_q, first_query, len_q, (q_batch, q_row, q_head), D,
+        BLOCK_M, BLOCK_D, False, False,
     )  # fmt: skip
     dout = load_rows(
-        dout_source, index, head, first_q, first_query, len_q, (dout_batch, dout_row, dout_head),
-        D_V, BLOCK_M, BLOCK_DV, TMA, False,
+        dout_ptr, index, head, first_q, first_query, len_q, (dout_batch, dout_row, dout_head),
+        D_V, BLOCK_M, BLOCK_DV, False, False,
     )  # fmt: skip
     query = first_query + tl.arange(0, BLOCK_M)
     rows = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED) + query
