@@ -3,11 +3,13 @@
 from tilewright_dist.data_parallel import DistributedDataParallel
 from tilewright_dist.environment import DistributedEnvironment, init_from_environment
 from tilewright_dist.failure import NonFiniteGradientError, RankFailure
+from tilewright_dist.sharded_optimizer import ShardedOptimizer
 
 __all__ = [
     "DistributedDataParallel",
     "DistributedEnvironment",
     "NonFiniteGradientError",
     "RankFailure",
+    "ShardedOptimizer",
     "init_from_environment",
 ]

@@ -122,7 +122,7 @@ class DistributedDataParallel(nn.Module):
         self.module = module
         self.strategy = strategy
 
-        process_group = _checked_process_group(process_group)
+        process_group = checked_process_group(process_group)
         # Compared first: from here on all ranks pass or fail the same checks, none is left waiting.
         verify_module_state(module, process_group)
         trainable = _trainable_parameters(module)
@@ -238,6 +238,16 @@ class DistributedDataParallel(nn.Module):
         finally:
             self._inspected = before
 
+    def finish_if_arrived(self) -> None:
+        """The same, unless no gradient of this rank arrived since the last time."""
+        if self._has_arrived:
+            self._finish()
+
+    @property
+    def reducer(self) -> Reducer:
+        """The strategy at work."""
+        return self._reducer
+
     def extra_repr(self) -> str:
         """The strategy, for print()."""
         return f"strategy={self.strategy!r}"
@@ -270,7 +280,7 @@ class DistributedDataParallel(nn.Module):
         if not self._static_graph:
             # Queued for every gradient, and only the first call has anything to do. A flag «queued
             # already» would outlive a backward that raised and silence all that follow.
-            Variable._execution_engine.queue_callback(self._finish_if_arrived)
+            Variable._execution_engine.queue_callback(self.finish_if_arrived)
 
     def _finish_after_backward_of(self, outputs: Any) -> None:
         """Finish at the end of the backward that begins at the outputs.
@@ -281,16 +291,11 @@ class DistributedDataParallel(nn.Module):
 
         def began(_: torch.Tensor) -> None:
             if self._synchronize_after_backward:
-                Variable._execution_engine.queue_callback(self._finish_if_arrived)
+                Variable._execution_engine.queue_callback(self.finish_if_arrived)
 
         for tensor in _tensors_in(outputs):
             if tensor.requires_grad:
                 tensor.register_hook(began)
-
-    def _finish_if_arrived(self) -> None:
-        """Finish, unless no gradient arrived since the last time."""
-        if self._has_arrived:
-            self._finish()
 
     def _finish(self) -> None:
         self._has_arrived = self._has_run = False
@@ -319,7 +324,7 @@ def _tensors_in(outputs: Any) -> Iterator[torch.Tensor]:
         yield from _tensors_in([getattr(outputs, f.name) for f in dataclasses.fields(outputs)])
 
 
-def _checked_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+def checked_process_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The group to use, which this process belongs to."""
     if process_group is None:
         process_group = dist.group.WORLD

@@ -1,0 +1,84 @@
+"""Waiting for gathered parameters as late as possible: when a forward pass reads them.
+
+A step starts to gather all buckets in the order of the forward pass and returns. A block (an
+element of a ModuleList or Sequential) waits for its own parameters when it is called, so the first
+layers compute while the later ones' parameters are on their way. What lies outside of blocks may be
+read by anything (a head that is the embedding's weight, a loss that takes the head's), so the whole
+module waits for it before it begins; likewise for blocks that are compiled, as a hook would be part
+of the compiled code.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from tilewright_dist.channel import Handle
+
+
+class LateGather:
+    """Waits for handles before the parts of a module that need them.
+
+    Args:
+        module: The module whose forward pass reads the parameters.
+        bucket_of: Number of the bucket by parameter name.
+    """
+
+    def __init__(self, module: nn.Module, bucket_of: Mapping[str, int]) -> None:
+        self._handles: dict[int, Handle] = {}
+        self._bucket_of = bucket_of
+        self._blocks = _blocks_of(module)
+        self._needs: dict[nn.Module, set[int]] = {}
+        self._hooks: dict[nn.Module, RemovableHandle] = {}
+        inside: set[str] = set()
+        for prefix, block in self._blocks.items():
+            names = {f"{prefix}.{name}" for name, _ in block.named_parameters()}
+            inside |= names
+            self._needs[block] = {bucket_of[name] for name in names if name in bucket_of}
+            self._hooks[block] = block.register_forward_pre_hook(self._before_block)
+        self._always = {bucket for name, bucket in bucket_of.items() if name not in inside}
+        module.register_forward_pre_hook(self._before_module)
+        module.register_state_dict_pre_hook(self._before_state_dict)
+
+    def hold(self, handles: Sequence[Handle]) -> None:
+        """Take the gathers that a step has started, by bucket."""
+        self._handles = dict(enumerate(handles))
+
+    def wait_all(self) -> None:
+        """Wait for all gathers."""
+        for bucket in list(self._handles):
+            self._wait(bucket)
+
+    def _wait(self, bucket: int) -> None:
+        handle = self._handles.pop(bucket, None)
+        if handle is not None:
+            handle.wait()
+
+    def _before_block(self, block: nn.Module, _: Any) -> None:
+        if self._handles:
+            for bucket in sorted(self._needs[block]):
+                self._wait(bucket)
+
+    def _before_module(self, _: nn.Module, __: Any) -> None:
+        for block in self._blocks.values():
+            if block in self._hooks and block._compiled_call_impl is not None:
+                self._hooks.pop(block).remove()
+                self._always |= self._needs[block]
+        if self._handles:
+            for bucket in sorted(self._always):
+                self._wait(bucket)
+
+    def _before_state_dict(self, *_: Any) -> None:
+        self.wait_all()
+
+
+def _blocks_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Outermost elements of ModuleLists and Sequentials, by their name."""
+    blocks: dict[str, nn.Module] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList | nn.Sequential) and child is not module:
+            inner = any(name == block or name.startswith(f"{block}.") for block in blocks)
+            if not inner:
+                blocks |= {f"{name}.{key}": element for key, element in child.named_children()}
+    return blocks

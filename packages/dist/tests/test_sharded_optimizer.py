@@ -1,0 +1,458 @@
+"""ZeRO-1 against the unsharded optimizer, bit for bit; states on disk at other numbers of ranks."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tilewright_dist import DistributedDataParallel, ShardedOptimizer
+from tilewright_dist.testing import run_ranks
+
+WIDTH, ROWS = 24, 4  # 24·24 elements: no multiple of the 256 at which pieces are cut
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    """A tied head, a frozen layer, an image kernel in channels_last, blocks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.image = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)  # pyrefly: ignore
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        x = self.frozen(self.embed(x))
+        x = x + self.image(x.view(ROWS, 2, 3, 4)).mean()
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Half(Stack):
+    """The same in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.bfloat16()
+
+    def forward(self, x):
+        return super().forward(x.bfloat16()).float()
+
+
+def rows_of(rank, step):
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randn(ROWS, WIDTH, generator=generator)
+
+
+def adamw_groups(model):
+    """Decay for matrices only, so that a bucket holds parameters of both groups."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def matrices(model):
+    return [p for p in model.parameters() if p.ndim == 2 and p.requires_grad]
+
+
+# Optimizer, its parameters, its options.
+CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, adamw_groups, {"lr": 0.01, "weight_decay": 0.1}),
+    "generator": (torch.optim.Adam, lambda m: (p for p in m.parameters()), {"lr": 0.01}),
+    "named": (torch.optim.SGD, lambda m: m.named_parameters(), {"lr": 0.1, "momentum": 0.9}),
+    "fused": (torch.optim.AdamW, lambda m: m.parameters(), {"lr": 0.01, "fused": True}),
+    "muon": (torch.optim.Muon, matrices, {"lr": 0.02}),
+    "factored": (torch.optim.Adafactor, lambda m: m.parameters(), {"lr": 0.01}),
+}
+
+
+def train(wrapper, optimizer, rank, first=0, steps=3):
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for step in range(first, first + steps):
+        wrapper(rows_of(rank, step)).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return weights_of(wrapper.module, optimizer)
+
+
+def weights_of(model, optimizer):
+    if isinstance(optimizer, ShardedOptimizer):
+        optimizer.wait_for_parameters()
+    return torch.cat([p.detach().float().reshape(-1) for p in model.parameters()])
+
+
+def compare_all(rank):
+    """By case: whether each sharded form gives the bits of the unsharded one."""
+    equal = {}
+    for case, (optimizer_cls, parameters, options) in CASES.items():
+        results = {}
+        for form in ("whole", "with ddp", "at once", "alone"):
+            model = Stack()
+            wrapper = DistributedDataParallel(model, bucket_cap_mb=0.01, first_bucket_mb=0.001)
+            given = parameters(model)
+            if form == "whole":
+                optimizer = optimizer_cls(given, **options)
+            else:
+                optimizer = ShardedOptimizer(
+                    given,
+                    optimizer_cls,
+                    ddp=None if form == "alone" else wrapper,
+                    overlap_gather=form == "with ddp",
+                    **options,
+                )
+            results[form] = train(wrapper, optimizer, rank)
+        for form, weights in results.items():
+            equal[case, form] = torch.equal(weights, results["whole"]), weights[:1].item()
+    return equal
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_equals_the_unsharded_optimizer(world_size):
+    for equal in run_ranks(compare_all, world_size=world_size, timeout=100):
+        if world_size == 2:
+            assert all(same for same, _ in equal.values()), equal
+        else:
+            # A reduce-scatter of gloo adds three numbers in another order than its all-reduce, so
+            # only what steps from the same averages has the same bits.
+            assert all(same for (_, form), (same, _) in equal.items() if form == "alone"), equal
+            for (case, _), (_, first) in equal.items():
+                assert first == pytest.approx(equal[case, "whole"][1], abs=1e-3), case
+
+
+def variants(rank):
+    """Weights by variant of the wrapper or the model."""
+    weights = {}
+
+    def run(case, model, ddp_options=None, sharded=True, **options):
+        wrapper = DistributedDataParallel(model, bucket_cap_mb=0.01, **(ddp_options or {}))
+        if sharded:
+            optimizer: Any = ShardedOptimizer(
+                model.parameters(), torch.optim.AdamW, ddp=wrapper, lr=0.01, **options
+            )
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        weights[case] = train(wrapper, optimizer, rank)
+
+    run("whole", Stack(), sharded=False)
+    run("static graph", Stack(), {"static_graph": True})
+    run("unused found", Stack(), {"find_unused_parameters": True})
+    run("copies", Stack(), {"gradient_as_bucket_view": False})
+    compiled = Stack()
+    for block in compiled.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    run("compiled blocks", compiled)
+    run("whole, narrow", Stack(), {"reduce_dtype": torch.bfloat16}, sharded=False)
+    run("narrow", Stack(), {"reduce_dtype": torch.bfloat16})
+    run("narrow matrix", Stack(), {"reduce_dtype": torch.bfloat16}, partition="matrix")
+    run("whole, half", Half(), sharded=False)
+    run("half", Half())
+    return weights
+
+
+def test_variants_of_the_wrapper():
+    for weights in run_ranks(variants, timeout=100):
+        for case in ("static graph", "unused found", "copies", "compiled blocks"):
+            assert torch.equal(weights[case], weights["whole"]), case
+        assert torch.equal(weights["half"], weights["whole, half"])
+        # Here averages are used before they would be rounded for their way back.
+        assert torch.equal(weights["narrow"], weights["narrow matrix"])
+        assert (weights["narrow"] - weights["whole, narrow"]).abs().max() < 3e-2
+
+
+def clipped(rank):
+    found = {}
+    for case in ("whole", "divided in the step", "divided before"):
+        model = Stack()
+        wrapper = DistributedDataParallel(model)
+        options = {"lr": 0.1, "fused": case == "divided in the step"}
+        if case == "whole":
+            optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+            norms = []
+
+            def clip(optimizer, *_, norms=norms):
+                norms.append(nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.05))
+
+            optimizer.register_step_pre_hook(clip)
+        else:
+            optimizer = ShardedOptimizer(
+                model.parameters(), torch.optim.SGD, ddp=wrapper, max_grad_norm=0.05, **options
+            )
+        weights = train(wrapper, optimizer, rank)
+        norm = norms[-1] if case == "whole" else optimizer.grad_norm
+        found[case] = weights, norm
+    return found
+
+
+def test_clipping_by_the_norm_of_all_shards():
+    for found in run_ranks(clipped):
+        weights, norm = found.pop("whole")
+        assert norm > 0.05
+        for other, other_norm in found.values():
+            torch.testing.assert_close(other_norm, norm, rtol=1e-4, atol=0)
+            torch.testing.assert_close(other, weights, rtol=1e-4, atol=1e-5)
+
+
+def accumulated(rank):
+    """Weights of a whole and a sharded optimizer: no_sync, a closure, gradients that are None."""
+    found = []
+    for sharded in (False, True):
+        model = Stack()
+        wrapper = DistributedDataParallel(model, find_unused_parameters=True)
+        kind: Any = torch.optim.AdamW
+        if sharded:
+            optimizer: Any = ShardedOptimizer(model.parameters(), kind, ddp=wrapper, lr=0.01)
+        else:
+            optimizer = kind(model.parameters(), lr=0.01)
+        for set_to_none in (True, False):
+            with wrapper.no_sync():
+                wrapper(rows_of(rank, 0)).square().mean().backward()
+            wrapper(rows_of(rank, 1)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        optimizer.zero_grad()
+
+        def closure(optimizer=optimizer, wrapper=wrapper):
+            optimizer.zero_grad()
+            loss = wrapper(rows_of(rank, 2)).square().mean()
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure).item() > 0
+        optimizer.zero_grad()
+        # A step whose last gradients are still each rank's own.
+        with wrapper.no_sync():
+            model.blocks[0](wrapper.module.embed(rows_of(rank, 3))).sum().backward()
+        wrapper.finish_gradient_synchronization()
+        optimizer.step()
+        found.append(weights_of(model, optimizer))
+    return found
+
+
+def test_accumulation_closures_and_missing_gradients():
+    for whole, sharded in run_ranks(accumulated):
+        assert torch.equal(whole, sharded)
+
+
+def grown(rank):
+    found = []
+    for sharded in (False, True):
+        model = Stack()
+        wrapper = DistributedDataParallel(model)
+        kind: Any = torch.optim.Adam
+        if sharded:
+            optimizer: Any = ShardedOptimizer(
+                model.blocks.parameters(), kind, ddp=wrapper, lr=0.01, overlap_gather=False
+            )
+        else:
+            optimizer = kind(model.blocks.parameters(), lr=0.01)
+        train(wrapper, optimizer, rank, steps=1)
+        optimizer.add_param_group({"params": [model.embed.weight], "lr": 0.1})
+        found.append(train(wrapper, optimizer, rank, first=1, steps=2))
+    return found
+
+
+def test_added_group():
+    for whole, sharded in run_ranks(grown):
+        assert torch.equal(whole, sharded)
+
+
+def pieces_of(case):
+    """A fresh model, its wrapper and its sharded optimizer."""
+    optimizer_cls, parameters, options = CASES[case]
+    model = Stack()
+    wrapper = DistributedDataParallel(model, bucket_cap_mb=0.01)
+    optimizer = ShardedOptimizer(parameters(model), optimizer_cls, ddp=wrapper, **options)
+    return model, wrapper, optimizer
+
+
+SAVED = ("adamw", "muon", "factored")
+
+
+def save(rank):
+    """Files of this rank and the weights, by case; on rank 0 also whole states."""
+    saved = {}
+    for case in SAVED:
+        model, wrapper, optimizer = pieces_of(case)
+        train(wrapper, optimizer, rank=0)  # the same rows on every rank and at every world size
+        full = optimizer.full_state_dict()
+        assert bool(full) == (rank == 0)
+        tensors = {k: v.clone() for k, v in optimizer.state_tensors().items()}
+        saved[case] = (
+            tensors,
+            json.dumps(optimizer.layout()),
+            {n: t.clone() for n, t in model.state_dict().items()},
+            full,
+            optimizer.state_dict(),
+        )
+    return saved
+
+
+def resume(rank, files):
+    """Whether states are those saved, and weights after another step; by case."""
+    results = {}
+    for case in SAVED:
+        model, wrapper, optimizer = pieces_of(case)
+        model.load_state_dict(files[0][case][2])
+        optimizer.load_state_tensors([(f[case][0], json.loads(f[case][1])) for f in files])
+        again = optimizer.full_state_dict()
+        if rank == 0:
+            assert_equal_states(again, files[0][case][3])
+        weights = train(wrapper, optimizer, rank=0, first=3, steps=1)
+
+        model, wrapper, optimizer = pieces_of(case)
+        model.load_state_dict(files[0][case][2])
+        optimizer.load_state_dict(files[0][case][3])
+        from_whole = train(wrapper, optimizer, rank=0, first=3, steps=1)
+        assert torch.equal(from_whole, weights), case
+        results[case] = weights
+    return results
+
+
+def assert_equal_states(one, other):
+    assert one["param_groups"] == other["param_groups"]
+    assert one["state"].keys() == other["state"].keys()
+    for number, state in one["state"].items():
+        assert state.keys() == other["state"][number].keys()
+        for key, value in state.items():
+            theirs = other["state"][number][key]
+            if not isinstance(value, torch.Tensor):
+                assert value == theirs
+                continue
+            assert value.dtype == theirs.dtype
+            assert value.shape == theirs.shape
+            assert torch.equal(value, theirs), (number, key)
+
+
+def test_states_saved_at_four_ranks_load_at_any_number():
+    files = run_ranks(save, world_size=4, timeout=100)
+    continued = {}
+    for world_size in (2, 1, 3):
+        continued[world_size] = run_ranks(resume, files, world_size=world_size, timeout=100)
+
+    for case in SAVED:
+        # The unsharded optimizer, from the same whole state.
+        optimizer_cls, parameters, options = CASES[case]
+        model = Stack()
+        model.load_state_dict(files[0][case][2])
+        plain = optimizer_cls(parameters(model), **options)
+        plain.load_state_dict(files[0][case][3])
+        expected = train(Wrapped(model), plain, rank=0, first=3, steps=1)
+        for world_size, ranks in continued.items():
+            for results in ranks:
+                if world_size == 3:
+                    # (g + g + g) / 3 rounds.
+                    torch.testing.assert_close(results[case], expected, rtol=1e-4, atol=1e-5)
+                else:
+                    assert torch.equal(results[case], expected), (case, world_size)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+@pytest.fixture
+def one_rank_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.smoke
+def test_one_rank(one_rank_group):
+    _, wrapper, optimizer = pieces_of("adamw")
+    plain = Stack()
+    expected = torch.optim.AdamW(adamw_groups(plain), lr=0.01, weight_decay=0.1)
+    assert torch.equal(train(wrapper, optimizer, 0), train(Wrapped(plain), expected, 0))
+    assert_equal_states(optimizer.full_state_dict(), expected.state_dict())
+    same_again = pieces_of("adamw")[2]
+    same_again.load_state_dict(optimizer.state_dict())
+    assert_equal_states(same_again.full_state_dict(), expected.state_dict())
+
+
+def test_partition_is_chosen_group_by_group(one_rank_group):
+    model = nn.Linear(4, 4)
+    groups = [
+        {"params": [model.weight], "kind": "muon"},
+        {"params": [model.bias], "kind": "adamw"},
+    ]
+    optimizer = ShardedOptimizer(groups, torch.optim.SGD, lr=0.1)
+    shapes = [tuple(p.shape) for group in optimizer.inner.param_groups for p in group["params"]]
+    assert shapes == [(4, 4), (4,)]
+    flat = ShardedOptimizer([model.weight], torch.optim.SGD, lr=0.1)
+    assert flat.inner.param_groups[0]["params"][0].shape == (16,)
+    whole = ShardedOptimizer([model.weight], torch.optim.Adafactor)
+    assert whole.inner.param_groups[0]["params"][0].shape == (4, 4)
+
+
+def test_an_optimizer_is_taken_over(one_rank_group):
+    model, plain = Stack(), Stack()
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
+    wrapper = DistributedDataParallel(model)
+    given = torch.optim.AdamW(adamw_groups(model), **options)
+    optimizer = ShardedOptimizer.from_optimizer(given, ddp=wrapper)
+    assert optimizer.inner is given
+    expected = torch.optim.AdamW(adamw_groups(plain), **options)
+    assert torch.equal(train(wrapper, optimizer, 0), train(Wrapped(plain), expected, 0))
+    with pytest.raises(ValueError, match="shard it before its first step"):
+        ShardedOptimizer.from_optimizer(expected)
+
+
+def test_adding_to_scattered_gradients_is_refused(one_rank_group):
+    _, wrapper, _optimizer = pieces_of("adamw")
+    wrapper(rows_of(0, 0)).sum().backward()
+    with pytest.raises(RuntimeError, match="all but the last backward of a step under no_sync"):
+        wrapper(rows_of(0, 0)).sum().backward()
+
+
+def test_what_does_not_fit_is_refused(one_rank_group):
+    model = Stack()
+    wrapper = DistributedDataParallel(model)
+    partition: Any = "rows"
+    kind: Any = torch.optim.AdamW
+    with pytest.raises(ValueError, match="unknown partition 'rows'; valid: 'auto'"):
+        ShardedOptimizer(model.parameters(), kind, partition=partition)
+    with pytest.raises(ValueError, match=r"shape \(2, 2\) is not of the wrapped module"):
+        ShardedOptimizer([nn.Parameter(torch.zeros(2, 2))], kind, ddp=wrapper)
+    with pytest.raises(ValueError, match="there are no parameters"):
+        ShardedOptimizer([], kind, ddp=wrapper)
+    naive = DistributedDataParallel(nn.Linear(2, 2), strategy="naive")
+    with pytest.raises(ValueError, match="strategy 'naive' has no buckets"):
+        ShardedOptimizer(naive.parameters(), kind, ddp=naive)
+    ShardedOptimizer(model.parameters(), kind, ddp=wrapper)
+    with pytest.raises(RuntimeError, match="attached to this module already"):
+        ShardedOptimizer(model.parameters(), kind, ddp=wrapper)
+
+
+def test_a_part_that_nobody_saved_is_named(one_rank_group):
+    _, wrapper, optimizer = pieces_of("adamw")
+    train(wrapper, optimizer, 0)
+    tensors, layout = optimizer.state_tensors(), optimizer.layout()
+    first, last = layout["pieces"]["embed.weight"]
+    layout["pieces"]["embed.weight"] = [first, last - 100]
+    tensors |= {k: v[:-100] for k, v in tensors.items() if k.startswith("embed") and v.dim()}
+    with pytest.raises(ValueError, match=f"{last - 100} of {last} elements of state 'exp_avg"):
+        optimizer.load_state_tensors([(tensors, layout)])
