@@ -241,6 +241,30 @@ BARS: dict[str, tuple[Bar, ...]] = {
             peers=("torch",),
         ),
     ),
+    "muon": (
+        *(
+            Bar(
+                operators=("newton_schulz",),
+                cases=_bf16(shape),
+                directions=("fwd",),
+                quantity="speed",
+                limit=limit,
+                peers=("torch",),
+            )
+            for shape, limit in (
+                ("16x1536x1536", 1.3),
+                ("16x1536x4096", 1.8),
+                ("4x4096x4096", 1.35),
+            )
+        ),
+        Bar(
+            operators=("muon",),
+            directions=("fwd",),
+            quantity="speed",
+            limit=2.0,
+            peers=("torch",),
+        ),
+    ),
     "attention": (
         *_attention("fwd", _LONG, cudnn=0.8, flash=1.4, flex=1.1),
         *_attention("bwd", _LONG, cudnn=0.7, flash=1.2),
