@@ -1,4 +1,4 @@
-"""Failures that name their rank: one that died, one that hangs, one that makes infinities.
+"""Failures that name their rank: one that died, hangs, makes infinities or has other weights.
 
 A collective that a rank does not join ends, on gloo, with a closed connection or a timeout, neither
 of which says who is missing. `naming_the_missing` holds a roll call then: every rank that is alive
@@ -9,11 +9,15 @@ group's timeout; torchrun then ends the others and starts all again.
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+from tilewright_dist.agreement import gather_objects
 
 ROLL_CALL_SECONDS = 5.0
 """How long ranks wait for each other's signatures. They fail at about the same time: a closed
@@ -26,6 +30,10 @@ class RankFailure(RuntimeError):
 
 class NonFiniteGradientError(RuntimeError):
     """A gradient is infinite or NaN; the message names parameters and ranks."""
+
+
+class DivergenceError(RuntimeError):
+    """Replicas are no longer equal; the message names tensors and ranks."""
 
 
 @contextlib.contextmanager
@@ -83,6 +91,42 @@ def absent_ranks(
                 store.wait([f"{occasion}: alive {rank}"], timedelta(milliseconds=100))
                 absent.remove(rank)
     return sorted(absent)
+
+
+def verify_replicas(module: nn.Module, process_group: dist.ProcessGroup) -> None:
+    """Check that all ranks hold the same parameters and buffers, to the bit.
+
+    Replicas drift apart when a rank's hardware errs, when something updates a parameter on one rank
+    only, or when a buffer changes with the data. Reads everything once and waits for the device.
+    Collective.
+
+    Raises:
+        DivergenceError: On every rank alike, with the tensors and the ranks that differ from most.
+    """
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    digests = {name: _digest(tensor) for name, tensor in tensors.items()}
+    device = next((t.device for t in tensors.values()), torch.device("cpu"))
+    stacked = torch.stack([d.to(device) for d in digests.values()])
+    everyone = gather_objects(stacked.tolist(), process_group, device)
+    ranks = dist.get_process_group_ranks(process_group)
+    found = []
+    for index, name in enumerate(digests):
+        held = [tuple(digest[index]) for digest in everyone]
+        usual, _ = Counter(held).most_common(1)[0]
+        found += [f"{name!r} on rank {r}" for r, d in zip(ranks, held, strict=True) if d != usual]
+    if found:
+        more = f" and {len(found) - 10} more" if len(found) > 10 else ""
+        raise DivergenceError(
+            f"replicas differ from the usual value: {', '.join(found[:10])}{more}. Restart from "
+            "the last checkpoint"
+        )
+
+
+def _digest(tensor: torch.Tensor) -> torch.Tensor:
+    """[2] int64: the sum of a tensor's bytes as numbers, and the same weighted by their place."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
+    places = torch.arange(1, len(data) + 1, device=data.device) % 65521
+    return torch.stack([data.sum(), (data * places).sum()])
 
 
 class NonFiniteGradients:

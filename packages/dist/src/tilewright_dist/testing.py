@@ -10,7 +10,7 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from importlib.machinery import SourceFileLoader
 from multiprocessing.connection import Connection, wait
@@ -27,6 +27,7 @@ def run_ranks(
     world_size: int = 2,
     backend: Literal["gloo", "nccl"] = "gloo",
     timeout: float = 60.0,
+    may_die: Collection[int] = (),
 ) -> list[Any]:
     """Call `function(rank, *args)` on every rank of a fresh default process group.
 
@@ -39,6 +40,7 @@ def run_ranks(
         world_size: Number of ranks.
         backend: "gloo" or "nccl".
         timeout: Seconds until all ranks must have returned.
+        may_die: Ranks whose death is no failure, for tests of what the others do; they return None.
 
     Returns:
         What the ranks returned, by rank. Results travel pickled: return tensors on the CPU.
@@ -61,13 +63,20 @@ def run_ranks(
             for rank in range(world_size):
                 receiver, sender = context.Pipe(duplex=False)
                 call = (function.__code__.co_filename, function.__qualname__, _encode(args))
-                place = (rank, world_size, backend, f"file://{folder}/store", timeout)
+                place = (
+                    rank,
+                    world_size,
+                    backend,
+                    f"file://{folder}/store",
+                    timeout,
+                    bool(may_die),
+                )
                 process = context.Process(target=_run_rank, args=(call, place, sender), daemon=True)
                 process.start()
                 sender.close()
                 receivers.append(receiver)
                 processes.append(process)
-            return _collect(receivers, time.monotonic() + timeout)
+            return _collect(receivers, time.monotonic() + timeout, may_die)
         finally:
             for process in processes:
                 process.kill()
@@ -76,12 +85,12 @@ def run_ranks(
 
 def _run_rank(
     call: tuple[str, str, bytes],
-    place: tuple[int, int, str, str, float],
+    place: tuple[int, int, str, str, float, bool],
     sender: Connection,
 ) -> None:
     """Body of a rank's process: sends (True, result) or (False, traceback)."""
     path, name, encoded_args = call
-    rank, world_size, backend, init_method, timeout = place
+    rank, world_size, backend, init_method, timeout, some_die = place
     try:
         torch.set_num_threads(1)
         device = torch.device("cuda", rank) if backend == "nccl" else None
@@ -97,8 +106,9 @@ def _run_rank(
         )
         outcome = _encode((True, getattr(_load(path), name)(rank, *_decode(encoded_args))))
         # A rank that leaves early closes connections from which others may still be reading.
-        dist.barrier()
-        dist.destroy_process_group()
+        if not some_die:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         outcome = _encode((False, traceback.format_exc()))
     sender.send_bytes(outcome)
@@ -125,7 +135,7 @@ def _load(path: str) -> Any:
     return module
 
 
-def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
+def _collect(receivers: list[Connection], deadline: float, may_die: Collection[int]) -> list[Any]:
     """Results by rank; raises at the first rank that failed."""
     results: dict[int, Any] = {}
     while len(results) < len(receivers):
@@ -135,14 +145,16 @@ def _collect(receivers: list[Connection], deadline: float) -> list[Any]:
             raise TimeoutError(f"rank(s) {', '.join(map(str, waiting))} had not returned in time")
         for rank in waiting:
             if receivers[rank] in ready:
-                results[rank] = _receive(receivers[rank], rank)
+                results[rank] = _receive(receivers[rank], rank, rank in may_die)
     return [results[rank] for rank in range(len(receivers))]
 
 
-def _receive(receiver: Connection, rank: int) -> Any:
+def _receive(receiver: Connection, rank: int, may_die: bool) -> Any:
     try:
         succeeded, result = _decode(receiver.recv_bytes())
     except EOFError:
+        if may_die:
+            return None
         raise RuntimeError(f"rank {rank} died without a word: look at its stderr") from None
     if not succeeded:
         raise RuntimeError(f"rank {rank} failed:\n{result}")

@@ -1,0 +1,86 @@
+"""One place to choose how a module is trained on several ranks."""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from tilewright_dist.data_parallel import DistributedDataParallel, checked_process_group
+from tilewright_dist.module_state import broadcast_module_state, verify_module_state
+from tilewright_dist.sharded_optimizer import ShardedOptimizer
+
+Parallel = Literal["ddp", "zero1", "fsdp"]
+
+
+def wrap(
+    module: nn.Module,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    *,
+    parallel: Parallel = "ddp",
+    process_group: dist.ProcessGroup | None = None,
+    max_grad_norm: float | None = None,
+    **options: Any,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Make a module and its optimizer work on several ranks.
+
+    | parallel | every rank holds | what it is |
+    |---|---|---|
+    | "ddp" | weights, gradients, states | DistributedDataParallel |
+    | "zero1" | weights, gradients, its part of the states | the same and a ShardedOptimizer |
+    | "fsdp" | its part of everything | torch's fully_shard of each block, then of the rest |
+
+    Args:
+        module: On its device. With "fsdp" it is changed in place, and its parameters are DTensors.
+        make_optimizer: Called with the module whose parameters are to be optimized. Under "fsdp"
+            the optimizer has to accept DTensors, as torch.optim's do; one that does not says so.
+        parallel: What is divided.
+        process_group: The ranks; None is the default group.
+        max_grad_norm: For "zero1", where a rank does not see all gradients: clip in the step.
+            Elsewhere clip with torch.nn.utils.clip_grad_norm_.
+        **options: Of DistributedDataParallel, or of fully_shard.
+
+    Returns:
+        The module to call, and the optimizer to step.
+
+    Raises:
+        ValueError: An unknown choice, or max_grad_norm where it is not used.
+    """
+    if parallel not in get_args(Parallel):
+        valid = ", ".join(repr(name) for name in get_args(Parallel))
+        raise ValueError(f"unknown parallel {parallel!r}; valid: {valid}")
+    if max_grad_norm is not None and parallel != "zero1":
+        raise ValueError(
+            f"max_grad_norm is for parallel='zero1': with {parallel!r} call "
+            "torch.nn.utils.clip_grad_norm_ before the step"
+        )
+    process_group = checked_process_group(process_group)
+    if parallel == "fsdp":
+        _shard_fully(module, process_group, options)
+        return module, make_optimizer(module)
+    wrapper = DistributedDataParallel(module, process_group=process_group, **options)
+    optimizer = make_optimizer(module)
+    if parallel == "zero1":
+        optimizer = ShardedOptimizer.from_optimizer(
+            optimizer, ddp=wrapper, max_grad_norm=max_grad_norm
+        )
+    return wrapper, optimizer
+
+
+def _shard_fully(
+    module: nn.Module, process_group: dist.ProcessGroup, options: dict[str, Any]
+) -> None:
+    """Apply fully_shard to the blocks (elements of ModuleLists), then to what is left."""
+    verify_module_state(module, process_group)
+    device = next(module.parameters()).device
+    # fully_shard divides what each rank has: replicas that differ would be mixed.
+    broadcast_module_state(module, process_group, device)
+    mesh = DeviceMesh.from_group(process_group, device.type)
+    for child in module.modules():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                fully_shard(block, mesh=mesh, **options)
+    fully_shard(module, mesh=mesh, **options)
