@@ -8,17 +8,21 @@ what it would change. Kinds of markers, with operators as in `Case.operator`:
     summary: rms_norm/16384x4096/fwd …      one line each, a column a provider
     bars: norms …                   what a family must reach (`tilewright_bench.bars`), met or not
     roofline                        docs/images/roofline.svg
+    convergence                     docs/images/newton_schulz_convergence.svg, of singular values
+    losses: optimizers              docs/images/<name>_losses.svg, of the training runs compared in
+                                    baselines/training/<device>-<name>.json
 
 An operator that has a benchmark but no baseline yet is said to be not measured yet.
 """
 
 import difflib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tilewright_bench import plots, roofline
+from tilewright_bench import curves, plots, roofline
 from tilewright_bench.bars import BARS
 from tilewright_bench.discovery import operators_in
 from tilewright_bench.judge import judge
@@ -90,15 +94,17 @@ class Figures:
             "summary": self._summary,
             "bars": self._bars,
             "roofline": self._roofline,
+            "convergence": self._convergence,
+            "losses": self._losses,
         }
         if marker.kind not in kinds:
             raise marker.error(f"{marker.kind!r} is none of {', '.join(kinds)}")
-        if not marker.items and marker.kind != "roofline":
+        if not marker.items and marker.kind not in ("roofline", "convergence"):
             what = "family, as in bars: norms"
             if marker.kind != "bars":
                 what = f"operator, as in {marker.kind}: rms_norm"
             raise marker.error(f"name at least one {what}")
-        for item in marker.items:
+        for item in marker.items if marker.kind != "losses" else ():
             self._check_name(marker, item.split("/")[0])
         return kinds[marker.kind](marker)
 
@@ -181,6 +187,26 @@ class Figures:
         return _image(
             f"Where operators lie under the ceilings of {drawn.device}", path, marker.page
         )
+
+    def _convergence(self, marker: Marker) -> str:
+        path = IMAGES / "newton_schulz_convergence.svg"
+        self.plots[path] = curves.convergence()
+        return _image("What Newton–Schulz steps make of singular values", path, marker.page)
+
+    def _losses(self, marker: Marker) -> str:
+        parts = []
+        for name in marker.items:
+            comparison = curves.load_comparison(self._root, f"{self._device}-{name}")
+            if comparison is None:
+                parts.append(NOT_MEASURED)
+                continue
+            path = IMAGES / f"{name}_losses.svg"
+            self.plots[path] = curves.losses(comparison)
+            image = _image("Validation losses by optimizer", path, marker.page)
+            parts.append(
+                f"{image}\n\n{curves.losses_table(comparison)}\n\n{_trained_with(comparison)}"
+            )
+        return "\n\n".join(parts)
 
     def _gpu(self, source: Source) -> str:
         return f"one {source.run.content['machine_info']['gpu']}"
@@ -267,6 +293,13 @@ def _made_with(run: SavedRun) -> str:
     return (
         f"One {machine['gpu']} (driver {machine['driver']}), {', '.join(versions)}, commit "
         f"`{commit[:10]}`"
+    )
+
+
+def _trained_with(comparison: Mapping[str, Any]) -> str:
+    return (
+        f"One {comparison['gpu']}, torch {comparison['torch']}, triton {comparison['triton']}, "
+        f"commit `{comparison['commit']}`: `{comparison['command']}` on {comparison['corpus']}."
     )
 
 

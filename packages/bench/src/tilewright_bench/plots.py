@@ -1,4 +1,4 @@
-"""Plots of measurements as SVG: shares of the ceiling as bars, and the roofline.
+"""Plots as SVG: shares of the ceiling as bars, the roofline, curves (`tilewright_bench.curves`).
 
 A plot is data first: a value that can be compared and hashed. The file that is drawn from it holds
 its digest and one of the drawing itself, so that whether the file is up to date and as it was drawn
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tilewright_bench.curves import Curves, draw_curves
 from tilewright_bench.rows import OURS, Row, groups_of, lead
 from tilewright_bench.tables import DIRECTIONS, NAMES, case_text
 
@@ -76,7 +77,7 @@ class Roofline:
     points: tuple[tuple[str, str, float, float], ...]
 
 
-Plot = Bars | Roofline
+Plot = Bars | Roofline | Curves
 
 
 def bars(rows: Sequence[Row]) -> Bars:
@@ -131,6 +132,8 @@ def draw(plot: Plot, path: Path) -> None:
         figure = Figure()
         if isinstance(plot, Bars):
             _draw_bars(plot, figure)
+        elif isinstance(plot, Curves):
+            draw_curves(plot, figure)
         else:
             _draw_roofline(plot, figure)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,13 @@ def newton_schulz_reference(
     return y.mT if tall else y
 
 
+def polynomial(value: float, coefficients: Coefficients = QUINTIC, steps: int = 5) -> float:
+    """What the steps make of one singular value, in exact arithmetic."""
+    for a, b, c in triples(coefficients, steps):
+        value = a * value + b * value**3 + c * value**5
+    return value
+
+
 def newton_schulz(
     x: Tensor,
     *,
