@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from pytest_benchmark.utils import get_commit_info
 
-from tilewright_bench import docs, plots, roofline
+from tilewright_bench import collectives_command, docs, plots, roofline
 from tilewright_bench.compare import compare
 from tilewright_bench.environment import describe
 from tilewright_bench.pages import PageError
@@ -70,6 +70,11 @@ def show_main() -> int:
 def roofline_main() -> int:
     """bench-roofline."""
     return main(command="roofline")
+
+
+def collectives_main() -> int:
+    """bench-collectives."""
+    return main(command="collectives")
 
 
 def docs_main() -> int:
@@ -163,6 +168,10 @@ COMMANDS = {
     "save": (_save, "keep a run as a named baseline"),
     "show": (_show, "print bandwidth, memory and accuracy of a run"),
     "roofline": (_roofline, "measure the ceilings of this device and draw operators under them"),
+    "collectives": (
+        collectives_command.run,
+        "measure collectives by size under torchrun: time, algorithm and bus bandwidth",
+    ),
     "docs": (_docs, "make the tables and plots of README and docs anew from the baselines"),
 }
 
@@ -184,6 +193,9 @@ def _parser_of(command: str) -> argparse.ArgumentParser:
 def _add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     run, _ = COMMANDS[command]
     parser.set_defaults(run_command=run)
+    if command == "collectives":
+        collectives_command.add_arguments(parser)
+        return
     which = "name of a baseline, path of a file, or number of a saved run"
     parser.add_argument("--baselines", type=Path, default=BASELINES, help="[%(default)s]")
     if command in ("compare", "save", "show"):
