@@ -112,12 +112,15 @@ def _store(x, pointer, row, length, row_stride, D: gl.constexpr, BLOCK_D: gl.con
 
 
 @gluon.jit
-def _member(step, begin, blocks, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Which query head of the group a step is at, and its first query."""
-    member = 0
+def _following(row, head, scratch, begin, end, rows_per_head, GROUP: gl.constexpr, BLOCK_M):
+    """The next queries: those below, or the first ones of the next head of the group."""
+    row += BLOCK_M
     if GROUP > 1:
-        member = step // blocks
-    return member, begin + (step - member * blocks) * BLOCK_M
+        over = row == end
+        row = gl.where(over, begin, row)
+        head = gl.where(over, head + 1, head)
+        scratch = gl.where(over, scratch + rows_per_head, scratch)
+    return row, head, scratch
 
 
 @gluon.jit(
@@ -156,8 +159,7 @@ def attention_backward_hopper_kernel(
     )
     if first_key + BLOCK_N > len_k:
         full_begin, full_end = end, end
-    blocks = (end - begin) // BLOCK_M
-    steps = blocks * GROUP
+    steps = (end - begin) // BLOCK_M * GROUP
 
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
     k = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_D], tile)
@@ -188,17 +190,13 @@ def attention_backward_hopper_kernel(
     dv = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_D), gl.float32, dk_layout))
     key = (first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, s_layout)))[:, None]
     factor = scale * 1.4426950408889634
-    first_scratch = scratch_row(
-        batch, kv_head * GROUP, kv_heads * GROUP, first_q, rows_per_head, PACKED
-    )
+    row, head = begin, kv_head * GROUP
+    scratch = scratch_row(batch, head, kv_heads * GROUP, first_q, rows_per_head, PACKED)
     if steps > 0:
         mbarrier.expect(keys_full, 4 * BLOCK_N * BLOCK_D)
         _copy(k_desc, keys_full, k, index, kv_head, first_k + first_key, True)
         _copy(v_desc, keys_full, v, index, kv_head, first_k + first_key, True)
-        member, row = _member(0, begin, blocks, GROUP, BLOCK_M)
-        _fetch(
-            descs, bufs, full, 0, index, kv_head * GROUP, first_q + row, first_scratch + row, True
-        )
+        _fetch(descs, bufs, full, 0, index, head, first_q + row, scratch + row, True)
         mbarrier.wait(keys_full, 0)
         if PACKED and first_key + BLOCK_N > len_k:
             _clear(k, len_k - first_key, BLOCK_D)
@@ -214,11 +212,12 @@ def attention_backward_hopper_kernel(
                 s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
             fence_async_shared()
             gl.thread_barrier()
-            other, next_row = _member(step + 1, begin, blocks, GROUP, BLOCK_M)
+            next_row, next_head, next_scratch = _following(
+                row, head, scratch, begin, end, rows_per_head, GROUP, BLOCK_M
+            )
             _fetch(
-                descs, bufs, full, (step + 1) % STAGES, index, kv_head * GROUP + other,
-                first_q + next_row, first_scratch + other * rows_per_head + next_row,
-                step + 1 < steps,
+                descs, bufs, full, (step + 1) % STAGES, index, next_head,
+                first_q + next_row, next_scratch + next_row, step + 1 < steps,
             )  # fmt: skip
             # Before the first step this multiplies what is there, and nobody looks at it.
             dq = warpgroup_mma(
@@ -255,9 +254,8 @@ def attention_backward_hopper_kernel(
             ds_operand = gl.convert_layout(ds, operand)
             dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
             ds_bufs.index(step & 1).store(ds)
-            scratch = first_scratch + member * rows_per_head + row
-            sums = sums_ptr + scratch.to(gl.int64) * BLOCK_D
-            member, row = other, next_row
+            sums = sums_ptr + (scratch + row).to(gl.int64) * BLOCK_D
+            row, head, scratch = next_row, next_head, next_scratch
         fence_async_shared()
         gl.thread_barrier()
         dq = warpgroup_mma(
