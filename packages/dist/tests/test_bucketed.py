@@ -21,6 +21,11 @@ TINY_MB = 1e-6  # below every tensor: one bucket each
 SMALL_MB = 2e-3  # two matrices of WIDTH x WIDTH in float32
 
 
+def gradient_of(parameter):
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -246,12 +251,12 @@ def test_collectives_start_while_backward_goes_on():
 def mishaps(rank):
     """Messages of errors, by case."""
     messages = {}
-    partly = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    partly: Any = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
     strategies: list[Any] = ["naive", "per_parameter", "bucketed"]
     for strategy in strategies:
         wrapper = DistributedDataParallel(partly, strategy=strategy)
         with pytest.raises(RuntimeError, match="no gradient arrived") as unused:
-            wrapper.module["used"](torch.ones(1, 2)).sum().backward()
+            partly["used"](torch.ones(1, 2)).sum().backward()
         messages[strategy] = str(unused.value)
         del wrapper
         partly.zero_grad()
@@ -294,10 +299,11 @@ def take_branches(rank):
     found = []
     searching = _Branches(nn.ModuleList(nn.Linear(2, 1, bias=False) for _ in range(3)), own=rank)
     static = _Branches(nn.ModuleList(nn.Linear(2, 1, bias=False) for _ in range(2)), own=None)
-    for model, options in (
+    cases: Any = (
         (searching, {"find_unused_parameters": True}),
         (static, {"static_graph": True}),
-    ):
+    )
+    for model, options in cases:
         wrapper = DistributedDataParallel(model, **options, bucket_cap_mb=TINY_MB)
         for _ in range(3):
             wrapper.zero_grad()
@@ -308,7 +314,7 @@ def take_branches(rank):
 
 def odd_parameters(rank):
     """Average of mixed dtypes and memory orders, a scalar and an empty tensor."""
-    module = nn.Module()
+    module: Any = nn.Module()
     module.image = nn.Parameter(torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last))
     module.transposed = nn.Parameter(torch.zeros(3, 2).t())
     module.sixteen_bits = nn.Parameter(torch.zeros(5, dtype=torch.bfloat16))
@@ -324,7 +330,7 @@ def odd_parameters(rank):
                 factors = torch.arange(parameter.numel()).view(parameter.shape) + rank
                 loss = loss + (parameter * factors).sum().float()
         loss.backward()
-    assert module.image.grad.is_contiguous(memory_format=torch.channels_last)
+    assert gradient_of(module.image).is_contiguous(memory_format=torch.channels_last)
     assert all(p.grad.stride() == p.stride() for p in module.parameters())
     return {name: p.grad for name, p in module.named_parameters()}
 
@@ -338,6 +344,10 @@ def test_dtypes_and_memory_orders():
             assert torch.equal(gradient, expected.to(gradient.dtype)), name
 
 
+def flat_gradient(module):
+    return torch.cat([gradient_of(p).reshape(-1) for p in module.parameters()])
+
+
 def accumulate(rank):
     """Gradients after two backwards under no_sync and one outside, and where they lie."""
     wrapper = DistributedDataParallel(Stack(), bucket_cap_mb=SMALL_MB)
@@ -347,11 +357,11 @@ def accumulate(rank):
             for micro in range(2):
                 wrapper(rows_of(rank, micro)).square().mean().backward()
         wrapper(rows_of(rank, 2)).square().mean().backward()
-        addresses = [p.grad.data_ptr() for p in wrapper.parameters()]
-        gradients.append(torch.cat([p.grad.reshape(-1).clone() for p in wrapper.parameters()]))
+        addresses = [gradient_of(p).data_ptr() for p in wrapper.parameters()]
+        gradients.append(flat_gradient(wrapper))
         wrapper.zero_grad(set_to_none=set_to_none)
     wrapper(rows_of(rank, 2)).square().mean().backward()
-    assert addresses == [p.grad.data_ptr() for p in wrapper.parameters()]
+    assert addresses == [gradient_of(p).data_ptr() for p in wrapper.parameters()]
     return gradients
 
 
@@ -360,7 +370,7 @@ def test_accumulation_adds_in_the_buckets():
     for rank in range(2):
         for micro in range(3):
             (model(rows_of(rank, micro)).square().mean() / 2).backward()
-    expected = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    expected = flat_gradient(model)
     for gradients in run_ranks(accumulate):
         for gradient in gradients:
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
@@ -371,7 +381,7 @@ def buffers_follow_rank_0(rank):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=0.0))
     wrapper = DistributedDataParallel(model)
     kept = DistributedDataParallel(model, broadcast_buffers=False)
-    mean = model[1].running_mean
+    mean: Any = model[1].running_mean
     means = {}
 
     def forward(case, wrapper):
@@ -439,26 +449,28 @@ def test_reentrant_checkpoints_without_static_graph_are_refused(one_rank_group):
 def test_backward_that_raised_leaves_the_buckets_usable(one_rank_group):
     model = Stack()
     wrapper = DistributedDataParallel(model, bucket_cap_mb=SMALL_MB)
-    handle = model.blocks[0].norm.weight.register_hook(lambda _: 1 / 0)
+    first: Any = model.blocks[0]
+    handle = first.norm.weight.register_hook(lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         wrapper(rows_of(0, 0)).sum().backward()
     handle.remove()
     wrapper.zero_grad()
     wrapper(rows_of(0, 0)).sum().backward()
-    found = [p.grad.clone() for p in model.parameters()]
+    found = [gradient_of(p).clone() for p in model.parameters()]
     plain = Stack()
     plain(rows_of(0, 0)).sum().backward()
     for gradient, parameter in zip(found, plain.parameters(), strict=True):
-        assert torch.equal(gradient, parameter.grad)
+        assert torch.equal(gradient, gradient_of(parameter))
 
 
 def test_gradients_that_are_part_of_a_graph_keep_it(one_rank_group):
-    wrapper = DistributedDataParallel(nn.Linear(2, 1, bias=False))
+    model = nn.Linear(2, 1, bias=False)
+    wrapper = DistributedDataParallel(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # create_graph warns of reference cycles
         wrapper(torch.ones(1, 2)).square().sum().backward(create_graph=True)
-    assert wrapper.module.weight.grad.requires_grad
-    wrapper.module.weight.grad = None
+    assert gradient_of(model.weight).requires_grad
+    model.weight.grad = None
 
 
 def test_sparse_gradients_are_refused_by_name(one_rank_group):

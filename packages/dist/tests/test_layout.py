@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tilewright_dist.layout import (
     ALIGNMENT,
+    Partition,
     TensorSpec,
     assign_buckets,
     balance,
@@ -16,7 +17,7 @@ from tilewright_dist.layout import (
 )
 
 
-def spec(name, *shape, dtype=torch.float32, partition="replicated"):
+def spec(name, *shape, dtype=torch.float32, partition: Partition = "replicated"):
     return TensorSpec(name=name, shape=shape, dtype=dtype, partition=partition)
 
 

@@ -240,7 +240,7 @@ def accumulated(rank):
         optimizer.zero_grad()
         # A step whose last gradients are still each rank's own.
         with wrapper.no_sync():
-            model.blocks[0](wrapper.module.embed(rows_of(rank, 3))).sum().backward()
+            model.blocks[0](model.embed(rows_of(rank, 3))).sum().backward()
         wrapper.finish_gradient_synchronization()
         optimizer.step()
         found.append(weights_of(model, optimizer))

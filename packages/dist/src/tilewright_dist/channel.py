@@ -48,7 +48,9 @@ class Channel:
             for work in exchange:
                 if work is not None:
                     work.wait()
-            return _StreamHandle(self._stream.record_event())
+            event = torch.cuda.Event()
+            event.record(self._stream)
+            return _StreamHandle(event)
 
 
 class _StreamHandle(Handle):

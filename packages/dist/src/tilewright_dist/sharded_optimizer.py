@@ -156,7 +156,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"unknown partition {partition!r}; valid: 'auto', 'flat', 'matrix'")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, not {max_grad_norm}")
-        self._partition = partition
+        self._partition: Literal["auto", "flat", "matrix"] = partition
         self._inner_class = optimizer_cls
         self._max_grad_norm = max_grad_norm
         self._ddp = ddp
@@ -354,7 +354,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return [Shard(layout, parameters, self._group.rank(), None) for layout in layouts]
 
     def _partition_of(self, group: Mapping[str, Any]) -> Partition:
-        if self._partition != "auto":
+        if self._partition == "flat" or self._partition == "matrix":
             return self._partition
         if "kind" in group:
             return "flat" if group["kind"] == "adamw" else "matrix"
@@ -412,11 +412,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 torch._foreach_div_(gradients, divisor)
             yield
             return
-        self._inner.grad_scale, self._inner.found_inf = divisor, found_inf
+        inner: Any = self._inner
+        inner.grad_scale, inner.found_inf = divisor, found_inf
         try:
             yield
         finally:
-            self._inner.grad_scale = self._inner.found_inf = None
+            inner.grad_scale = inner.found_inf = None
 
     def _piece_gradients(self) -> list[torch.Tensor]:
         pieces = (piece for piece, _ in self._owned().values())

@@ -85,7 +85,7 @@ def assemble(
             state |= layout["numbers"].get(name, {})
         for key in sorted(keys[name]):
             parts = [
-                (Segment(name, *layout["pieces"][name], 0), tensors[f"{name}.{key}"])
+                (_segment_of(name, layout), tensors[f"{name}.{key}"])
                 for tensors, layout in saved
                 if f"{name}.{key}" in tensors
             ]
@@ -93,6 +93,11 @@ def assemble(
         if state:
             pieces[name] = state
     return pieces
+
+
+def _segment_of(name: str, layout: Mapping[str, Any]) -> Segment:
+    start, stop = layout["pieces"][name]
+    return Segment(name, start, stop, 0)
 
 
 def cut(

@@ -25,7 +25,7 @@ def all_reduce(
     """Replace contiguous values by their average over the ranks, the same bits on every rank."""
     if values.numel() == 0:
         return
-    if _is_narrower(reduce_dtype, values.dtype):
+    if reduce_dtype is not None and reduce_dtype.itemsize < values.dtype.itemsize:
         yield from _all_reduce_narrow(values, group, reduce_dtype)
         return
     wire = values if reduce_dtype is None else values.to(reduce_dtype)
@@ -61,7 +61,7 @@ def reduce_scatter(
     """
     if values.numel() == 0:
         return
-    if _is_narrower(reduce_dtype, values.dtype):
+    if reduce_dtype is not None and reduce_dtype.itemsize < values.dtype.itemsize:
         yield from _reduce_scatter_narrow(values, bounds, group, reduce_dtype)
         return
     wire = values if reduce_dtype is None else values.to(reduce_dtype)
@@ -136,7 +136,3 @@ def _pieces(values: torch.Tensor, bounds: Sequence[int]) -> list[torch.Tensor]:
 
 def _is_even(bounds: Sequence[int]) -> bool:
     return len({b - a for a, b in itertools.pairwise(bounds)}) == 1
-
-
-def _is_narrower(dtype: torch.dtype | None, than: torch.dtype) -> bool:
-    return dtype is not None and dtype.itemsize < than.itemsize
