@@ -36,7 +36,7 @@ class Model(nn.Module):
         self.unembedding = nn.Linear(16, 20, bias=False)
         self.conv = nn.Conv1d(4, 4, 3)
         self.conv.weight.data = self.conv.weight.data[..., None]  # four dimensions
-        self.frozen = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
         if tied:
             self.unembedding.weight = self.embed.weight
 
@@ -80,6 +80,13 @@ def test_groups_of_a_module(tied, device):
     biases = {f"{layer}.qkv_proj.bias" for layer in layers}
     assert found["adamw", 0.0, None] == set(vectors) | biases | {"conv.weight", "conv.bias"}
     assert sum(map(len, found.values())) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_with_as_many_rows_as_words_is_a_matrix():
+    model = nn.Sequential(nn.Embedding(48, 16), Block(), nn.Linear(16, 48))
+    kinds = {n: g["kind"] for g in MuonW.from_module(model).param_groups for n in g["param_names"]}
+    assert kinds["1.gate_up_proj.weight"] == "muon"
+    assert kinds["2.weight"] == "adamw"
 
 
 def test_parameters_that_adamw_shall_have(device):

@@ -22,22 +22,25 @@ ROUTERS = frozenset(("router", "gate", "wg"))
 def roles(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Role]]:
     """Name, parameter and role of each parameter that is trained, shared ones once.
 
-    A parameter is an embedding if it is that of an `nn.Embedding`, of its shape (an output layer
-    that is not tied), or of a layer named as in `HEADS` or `ROUTERS`; else a matrix if it has two
-    dimensions or, for experts, three; else a vector, whatever its shape.
+    A parameter is an embedding if it is that of an `nn.Embedding`, if it has such a one's shape and
+    is the module's last matrix (an output layer that is not tied), or if its layer is named as in
+    `HEADS` or `ROUTERS`; else a matrix if it has two dimensions or, for experts, three; else a
+    vector, whatever its shape.
     """
     embeddings = [
         m.weight for m in module.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)
     ]
     known = {id(weight) for weight in embeddings}
-    shapes = {weight.shape for weight in embeddings}
+    matrices = [param for param in module.parameters() if param.ndim == 2]
+    if matrices and matrices[-1].shape in {weight.shape for weight in embeddings}:
+        known.add(id(matrices[-1]))
     for name, param in module.named_parameters():
         if not param.requires_grad:
             continue
         layer = name.split(".")[-2:-1]
         if param.ndim not in (2, 3):
             yield name, param, "vector"
-        elif id(param) in known or param.shape in shapes or (HEADS | ROUTERS) & set(layer):
+        elif id(param) in known or (HEADS | ROUTERS) & set(layer):
             yield name, param, "embedding"
         else:
             yield name, param, "matrix"
