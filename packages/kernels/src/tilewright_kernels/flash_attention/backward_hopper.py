@@ -154,8 +154,9 @@ def attention_backward_hopper_kernel(
     if first_key >= len_k:
         return
     shift = shift_of(len_q, len_k, BOTTOM_RIGHT)
+    last_key = gl.minimum(first_key + BLOCK_N, len_k) - 1
     begin, full_begin, full_end, end = query_blocks(
-        first_key, first_key + BLOCK_N - 1, len_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+        first_key, last_key, len_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
     )
     if first_key + BLOCK_N > len_k:
         full_begin, full_end = end, end

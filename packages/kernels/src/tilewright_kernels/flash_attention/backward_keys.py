@@ -131,8 +131,9 @@ def attention_backward_keys_kernel(
     if first_key >= len_k:
         return
     shift = shift_of(len_q, len_k, BOTTOM_RIGHT)
+    last_key = tl.minimum(first_key + BLOCK_N, len_k) - 1
     begin, full_begin, full_end, end = query_blocks(
-        first_key, first_key + BLOCK_N - 1, len_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
+        first_key, last_key, len_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M
     )
     # Keys past the end need a mask at every query. Queries past the end do not: their lse makes p
     # zero. But there, between packed sequences, a descriptor would read what is another one's, and

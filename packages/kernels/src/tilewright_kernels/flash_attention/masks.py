@@ -195,8 +195,9 @@ def _blocks(
     if HAS_AFTER:
         end = tl.maximum(tl.minimum(last + after + 1, length), 0)
         full_end = tl.maximum(tl.minimum(first + after + 1, length), 0)
+    nothing = begin >= end
     begin = begin // BLOCK * BLOCK
-    end = tl.maximum(tl.cdiv(end, BLOCK) * BLOCK, begin)
+    end = tl.where(nothing, begin, tl.cdiv(end, BLOCK) * BLOCK)
     full_begin = tl.minimum(tl.cdiv(full_begin, BLOCK) * BLOCK, end)
     full_end = tl.maximum(full_end // BLOCK * BLOCK, full_begin)
     return begin, full_begin, full_end, end
