@@ -369,7 +369,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return inner | {"params": [piece for _, piece in named]}
 
     def _refuse_inner_clipping(self) -> None:
-        for options in [self._inner.defaults, *self._inner.param_groups]:
+        own = {"max_grad_norm": getattr(self._inner, "max_grad_norm", None)}
+        for options in [own, self._inner.defaults, *self._inner.param_groups]:
             if options.get("max_grad_norm") is not None:
                 raise ValueError(
                     "max_grad_norm of the inner optimizer would clip by the norm of one rank's "
