@@ -217,13 +217,16 @@ class Adam(NamedStates, Optimizer):
                 return loss
             found_inf = None
         norm = None if self.max_grad_norm is None else self._total_norm()
+        self._step_groups(found_inf, norm)
+        return loss
+
+    def _step_groups(self, found_inf: Tensor | None, norm: Tensor | None) -> None:
         states = list(self.state.values())
         if len(states) != len(self._planned) or not all(map(is_, states, self._planned)):
             self._plans.clear()
         for index, group in enumerate(self.param_groups):
             self._step_group(index, group, found_inf, norm)
         self._planned = list(self.state.values())
-        return loss
 
     def _total_norm(self) -> Tensor | None:
         grads = [param.grad for param in self._all_params() if param.grad is not None]

@@ -191,6 +191,7 @@ class MuonW(NamedStates, Optimizer):
         self.__dict__.setdefault("_norms", {})
         self.__dict__.setdefault("grad_norm", None)
         self._share()
+        self._parts["adamw"]._reset()
         for part in self._parts.values():
             for group in part.param_groups:
                 for option, default in part.defaults.items():
@@ -222,6 +223,7 @@ class MuonW(NamedStates, Optimizer):
             for param, state in states:
                 adamw._storage.convert(param, state)
         pack_steps(state for _, state in states)
+        adamw._reset()
 
     @torch.compiler.disable  # it works with addresses and counts on the host, each a graph break
     @torch.no_grad()
@@ -252,8 +254,7 @@ class MuonW(NamedStates, Optimizer):
             part.grad_scale, part.found_inf = scale, found_inf
         for index, group in enumerate(muon.param_groups):
             muon._step_group(index, group)
-        for index, group in enumerate(adamw.param_groups):
-            adamw._step_group(index, group, found_inf, None)
+        adamw._step_groups(found_inf, None)
         return loss
 
     def _clipping_scale(self, scale: Tensor | None, max_norm: float) -> Tensor | None:
