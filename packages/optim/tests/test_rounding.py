@@ -73,7 +73,7 @@ def test_nan_stays_nan_in_both(nan_bits, device):
     high, low = split_master(x)
     assert high.isnan().all()
     assert join_master(high, low).isnan().all()
-    assert stochastic_round(x, torch.full((1,), 0xFFFF, device=device)).isnan().all()
+    assert stochastic_round(x, torch.full((1,), 0xFFFFFFFF, device=device)).isnan().all()
 
 
 def test_halves_of_the_kernel_are_torchs(device):

@@ -137,6 +137,9 @@ def _describe(args: tuple[Any, ...], device: int) -> tuple[list[Any], list[Any]]
         elif arg is None:
             values.append(None)
             specialization.append(None)
+        elif type(arg) is float:  # never specialized on
+            values.append(arg)
+            specialization.append(float)
         else:
             return None
     return values, specialization

@@ -44,10 +44,10 @@ def split_halves(x):
 def stochastic_half(x, random):
     """int16 bits of x rounded to bfloat16, up with the probability of its lower 16 bits.
 
-    `random` is uint32, its lower 16 bits are used.
+    `random` is uint32, its upper 16 bits are used.
     """
     bits = x.to(tl.int32, bitcast=True).to(tl.uint32, bitcast=True)
-    bits = tl.where(x != x, _NAN_BITS, bits + (random & 0xFFFF))
+    bits = tl.where(x != x, _NAN_BITS, bits + (random >> 16))
     return (bits >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
 
 
@@ -71,13 +71,9 @@ def random_keys(seed, step):
 
 @triton.jit
 def random_words(index, first, second):
-    """uint32 of each element's index under the two keys."""
-    x = index.to(tl.uint32) ^ first
-    x ^= x >> 16
-    x *= _MIX1
-    x = (x ^ (x >> 15)) + second
-    x *= _MIX2
-    return x ^ (x >> 16)
+    """uint32 of each element's index under the two keys; its upper bits are the better ones."""
+    x = (index.to(tl.uint32) ^ first) * _MIX1
+    return (x ^ (x >> 15)) * _MIX2 + second
 
 
 def split_master(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +98,7 @@ def stochastic_round(x: Tensor, random: Tensor) -> Tensor:
         random: int64 in [0, 2³²), of the same shape.
     """
     bits = x.view(torch.int32).to(torch.int64) & _WORD
-    bits = torch.where(x.isnan(), _NAN, bits + (random & 0xFFFF))
+    bits = torch.where(x.isnan(), _NAN, bits + (random >> 16))
     half = (bits >> 16) & 0xFFFF
     return torch.where(half < 0x8000, half, half - 0x10000).to(torch.int16).view(torch.bfloat16)
 
@@ -118,11 +114,8 @@ def random_bits(size: int, seed: int, step: Tensor) -> Tensor:
     step = step.to(torch.int64) & _WORD
     first = _mixed(_mixed((step * 0 + seed + _GOLDEN.value) & _WORD) ^ step)
     second = _mixed(first ^ _GOLDEN.value)
-    x = (torch.arange(size, device=step.device) & _WORD) ^ first
-    x = ((x ^ (x >> 16)) * _MIX1.value) & _WORD
-    x = ((x ^ (x >> 15)) + second) & _WORD
-    x = (x * _MIX2.value) & _WORD
-    return x ^ (x >> 16)
+    x = (((torch.arange(size, device=step.device) & _WORD) ^ first) * _MIX1.value) & _WORD
+    return ((x ^ (x >> 15)) * _MIX2.value + second) & _WORD
 
 
 def _mixed(x: Tensor) -> Tensor:

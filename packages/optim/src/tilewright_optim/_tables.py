@@ -97,11 +97,11 @@ class PointerTables:
         if self._device.type == "cuda" and not capturing:
             self._follow_stream()
         tables, work_key = self._tables, [*columns, sizes]
-        if work_key != self._work_key:
+        if not _are_equal(work_key, self._work_key):
             chunks = chunk_list(sizes, self._chunk)
             work = torch.cat([torch.tensor(work_key).flatten(), chunks])
             tables = tables._replace(work=self._send(work, capturing), num_chunks=len(chunks))
-        if grads != self._grads_key:
+        if grads is not self._grads_key and grads != self._grads_key:
             tables = tables._replace(grads=self._send(torch.tensor(grads), capturing))
         if capturing:
             # Not for later steps: what is sent in a capture arrives when the graph is replayed.
@@ -126,3 +126,10 @@ class PointerTables:
             self._stream = stream.cuda_stream
             self._tables.work.record_stream(stream)
             self._tables.grads.record_stream(stream)
+
+
+def _are_equal(ours: list[list[int]], theirs: list[list[int]]) -> bool:
+    """Whether lists of lists are equal; a list that is itself is not gone through."""
+    return len(ours) == len(theirs) and all(
+        a is b or a == b for a, b in zip(ours, theirs, strict=True)
+    )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from tilewright_optim._adam_kernel import CHUNK, OPERATORS, adam_triton
+from tilewright_optim._adam_kernel import OPERATORS, adam_triton, chunk_size
 from tilewright_optim._checks import check_options, check_tensors
 from tilewright_optim._kinds import Kind, by_kind
 from tilewright_optim._named_states import NamedStates
@@ -245,7 +245,10 @@ class Adam(NamedStates, Optimizer):
     ) -> None:
         plan = self._plans.get(index)
         if plan is None or not plan.refresh(group):
-            plan = self._plans[index] = Plan(group, list(self._launches(group)))
+            self._plans.pop(index, None)
+            plan = Plan(group, list(self._launches(group)))
+            if plan.small:
+                self._plans[index] = plan
         for launch in plan.launches:
             self._update(index, group, launch, found_inf, norm)
 
@@ -285,7 +288,9 @@ class Adam(NamedStates, Optimizer):
         if any(launch.sizes) and OPERATORS[decoupled].uses_triton(params[0], launch.obstacle):
             key = (index, launch.kind)
             if key not in self._tables:
-                self._tables[key] = PointerTables(device, CHUNK)
+                self._tables[key] = PointerTables(
+                    device, chunk_size(launch.columns.exp_avgs[0].dtype)
+                )
             adam_triton(launch, self._tables[key], **options)
         else:
             adam_reference(**launch.columns._asdict(), **options)
