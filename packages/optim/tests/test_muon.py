@@ -300,6 +300,32 @@ def _float_buffers(optimizer, params):
         state["momentum_buffer"] = (0.05 * p.grad.float()).to(torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "master", "expected"),
+    [(torch.float32, "none", 12), (torch.bfloat16, "none", 6), (torch.bfloat16, "exact", 8)],
+    ids=str,
+)
+def test_bytes_a_parameter(dtype, master, expected, device):
+    params = make(device, dtype, [(16, 24)])
+    optimizer = run(lambda p: Muon(p, master=master), params, 1)
+    kept = [params[0], params[0].grad, *optimizer.state[params[0]].values()]
+    assert sum(t.nbytes for t in kept) == expected * params[0].numel()
+
+
+def test_subclasses_are_left_to_torch(backend, device):
+    class Sharded(torch.Tensor):
+        pass
+
+    param = torch.nn.Parameter(torch.ones(4, 4, device=device).as_subclass(Sharded))
+    param.grad = torch.ones_like(param)
+    optimizer = Muon([param])
+    if backend == "triton":
+        with pytest.raises(ValueError, match="Sharded"):
+            optimizer.step()
+    else:
+        optimizer.step()
+
+
 def test_cautious_decay(device):
     options = {"lr": 0.1, "weight_decay": 0.5}
     ours = make(device, shapes=[(8, 12)])

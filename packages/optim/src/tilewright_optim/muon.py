@@ -169,7 +169,9 @@ class Muon(NamedStates, Optimizer):
             )
             device = params[0].device
             update: Callable[..., None] = muon_reference
-            if any(map(Tensor.numel, params)) and OPERATOR.uses_triton(params[0]):
+            if any(map(Tensor.numel, params)) and OPERATOR.uses_triton(
+                params[0], _obstacle(params)
+            ):
                 plan = self._plans.setdefault((index, kind), Plan())
                 update = partial(muon_triton, plan=plan, form=group["form"])
             update(
@@ -218,6 +220,14 @@ class Muon(NamedStates, Optimizer):
         if exact:
             state["master_low"] = split_master(param.float())[1]
         return state
+
+
+def _obstacle(params: list[Tensor]) -> str | None:
+    """Why the kernels cannot take these parameters, or None if they can."""
+    subclasses = set(map(type, params)) - {Tensor, torch.nn.Parameter}
+    if not subclasses:
+        return None
+    return f"a parameter is a {subclasses.pop().__name__}, which may not lie at one address"
 
 
 def _learning_rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
