@@ -61,7 +61,12 @@ def test_tensors_are_told_apart_by_dtype_and_alignment():
     assert described(x[1:])[0] == [x.data_ptr() + 4]
 
 
-@pytest.mark.parametrize("argument", [1.5, True, "text", 2**63], ids=str)
+def test_floats_are_all_of_one_kind():
+    assert described(1.5)[0] == [1.5]
+    assert described(1.5)[1] == described(1.0)[1] != described(1)[1]
+
+
+@pytest.mark.parametrize("argument", [True, "text", 2**63], ids=str)
 def test_other_arguments_are_left_to_triton(argument):
     assert _describe((torch.zeros(1), argument), -1) is None
 
