@@ -1,6 +1,7 @@
 """commuting_matmul: against float64, symmetry to the bit, and gradients."""
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,6 @@ def test_opcheck(device):
     ids=str,
 )
 def test_errors(arguments, error, message):
-    given = {"a": torch.ones(3, 3), "b": torch.ones(3, 3), **arguments}
+    given: dict[str, Any] = {"a": torch.ones(3, 3), "b": torch.ones(3, 3), **arguments}
     with pytest.raises(error, match=message):
         commuting_matmul(given.pop("a"), given.pop("b"), **given)

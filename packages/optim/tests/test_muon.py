@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,11 @@ def set_grads(params, seed, skip=(), factor=1.0):
         p.grad = None if i in skip else grad.to(p)
 
 
+def grad_of(param) -> torch.Tensor:
+    assert param.grad is not None
+    return param.grad
+
+
 def errors(params, oracle):
     return [
         (p.double().cpu() - o.double().cpu()).abs().max().item()
@@ -58,28 +64,25 @@ def run(make_optimizer, params, steps, **grads):
 def reference(params, steps, **options):
     """The parameters after some steps of the definition in float64, from the same gradients."""
     wide = [p.detach().cpu().double().requires_grad_() for p in params]
+    narrow = [torch.empty_like(p, device="cpu").detach() for p in params]
+    optimizer = Muon(wide, **options)
     with use_backend("torch"):
         for step in range(steps):
-            narrow = [torch.empty_like(p, device="cpu").detach() for p in params]
-            for p in narrow:
-                p.grad = None
             set_grads(narrow, step)
             for w, n in zip(wide, narrow, strict=True):
-                w.grad = n.grad.double()
-            if step == 0:
-                optimizer = Muon(wide, **options)
+                w.grad = grad_of(n).double()
             optimizer.step()
     return wide
 
 
-OPTIONS = (
+OPTIONS: tuple[dict[str, Any], ...] = (
     {"nesterov": False},
     {"adjust_lr_fn": "match_rms_adamw"},
     {"weight_decay": 0.0, "momentum": 0.6},
     {"ns_steps": 3, "eps": 1e-3},
     {"momentum": 0.0},
 )
-CASES = [(SHAPES, torch.float32, {}), (SHAPES[:3], torch.float64, {})]
+CASES: list[Any] = [(SHAPES, torch.float32, {}), (SHAPES[:3], torch.float64, {})]
 CASES += [(SHAPES[:2], torch.float32, options) for options in OPTIONS]
 
 
@@ -120,7 +123,7 @@ def test_momentum_without_nesterov_is_not_normalized(device):
     # What torch.optim.Muon does to bfloat16 buffers.
     params = make(device, torch.bfloat16, shapes=[(8, 12)])
     optimizer = run(lambda p: Muon(p, nesterov=False), params, 1, factor=5.0)
-    grad = params[0].grad
+    grad = grad_of(params[0])
     torch.testing.assert_close(
         optimizer.state[params[0]]["momentum_buffer"], 0.05 * grad, rtol=2e-2, atol=1e-2
     )
@@ -204,8 +207,8 @@ def test_non_contiguous_parameters_and_gradients(device):
     a, b = Muon(plain, lr=0.1), Muon(odd, lr=0.1)
     for step in range(2):
         set_grads(plain, step)
-        odd[0].grad, odd[1].grad = (p.grad.clone() for p in plain)
-        odd[1].grad = plain[1].grad.mT.contiguous().mT
+        odd[0].grad = grad_of(plain[0]).clone()
+        odd[1].grad = grad_of(plain[1]).mT.contiguous().mT
         a.step()
         b.step()
     for p, q in zip(plain, odd, strict=True):
@@ -254,7 +257,7 @@ def test_found_inf_leaves_everything_untouched(device):
 def test_nan_stays_in_its_matrix(device):
     params = make(device)
     set_grads(params, 0)
-    params[1].grad[3, 4] = torch.nan  # in one batch with two others
+    grad_of(params[1])[3, 4] = torch.nan  # in one batch with two others
     Muon(params, lr=0.1).step()
     assert [bool(p.isnan().all()) for p in params] == [i == 1 for i in range(len(params))]
     assert all(p.isfinite().all() for i, p in enumerate(params) if i != 1)
@@ -285,7 +288,7 @@ def test_exact_masters_are_float32_training(device):
     for step in range(6):
         set_grads(halves, step)
         for w, h in zip(wide, halves, strict=True):
-            w.grad = h.grad.float()
+            w.grad = grad_of(h).float()
         # The buffers have the gradients' dtypes; made equal here, the rest must be too.
         exact.step() if step else _float_buffers(exact, halves)
         plain.step()
@@ -297,7 +300,7 @@ def _float_buffers(optimizer, params):
     optimizer.step()
     for p in params:
         state = optimizer.state[p]
-        state["momentum_buffer"] = (0.05 * p.grad.float()).to(torch.float32)
+        state["momentum_buffer"] = (0.05 * grad_of(p).float()).to(torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +311,7 @@ def _float_buffers(optimizer, params):
 def test_bytes_a_parameter(dtype, master, expected, device):
     params = make(device, dtype, [(16, 24)])
     optimizer = run(lambda p: Muon(p, master=master), params, 1)
-    kept = [params[0], params[0].grad, *optimizer.state[params[0]].values()]
+    kept = [params[0], grad_of(params[0]), *optimizer.state[params[0]].values()]
     assert sum(t.nbytes for t in kept) == expected * params[0].numel()
 
 
@@ -356,7 +359,10 @@ def test_learning_rate_as_a_tensor(device):
 
 def test_groups_with_different_settings(device):
     a, b = make(device), make(device)
-    options = [{"lr": 0.1, "nesterov": False}, {"lr": 0.02, "weight_decay": 0.0, "ns_steps": 2}]
+    options: list[dict[str, Any]] = [
+        {"lr": 0.1, "nesterov": False},
+        {"lr": 0.02, "weight_decay": 0.0, "ns_steps": 2},
+    ]
     together = Muon([{"params": a[:3], **options[0]}, {"params": a[3:], **options[1]}])
     apart = [Muon(b[:3], **options[0]), Muon(b[3:], **options[1])]
     for step in range(2):
@@ -456,7 +462,8 @@ def test_state_tensors(device):
     for some, one in ((model, optimizer), (twin, again)):
         set_grads(list(some.parameters()), 1)
         one.step()
-    assert torch.equal(model[0].weight, twin[0].weight)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_closure_and_hooks(device):
@@ -495,7 +502,7 @@ def test_captured_graph_replays_the_eager_step(backend, device):
         new = make(device)
         set_grads(new, step)
         for p, q, n in zip(captured, eager, new, strict=True):
-            p.grad.copy_(n.grad)
+            grad_of(p).copy_(grad_of(n))
             q.grad = n.grad
         graph.replay()
         two.step()

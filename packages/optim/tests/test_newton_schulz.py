@@ -1,5 +1,7 @@
 """newton_schulz: against float64, torch.optim's own, singular values, both forms, odd shapes."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
@@ -21,7 +23,7 @@ def half_products(request, monkeypatch):
         monkeypatch.setattr(products, "_few", lambda batch, n: False)
 
 
-def spectrum(rows, cols, kind, seed=0):
+def spectrum(rows: int, cols: int, kind: str, seed: int = 0):
     """A matrix [rows, cols] whose singular values fall as the name says."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, cols, generator=generator, dtype=torch.float64)
@@ -41,7 +43,8 @@ def error(y, oracle):
 @pytest.mark.parametrize("kind", ["gaussian", "exponential", "power"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_is_at_most_twice_torchs(shape, kind, form, device):
-    x = spectrum(*shape, kind).to(device)
+    rows, cols = shape
+    x = spectrum(rows, cols, kind).to(device)
     oracle = newton_schulz_reference(x.double()).cpu()
     torchs = _zeropower_via_newtonschulz(x, QUINTIC, 5, 1e-7)
     with use_backend("triton"):
@@ -182,6 +185,6 @@ def test_triples():
     ids=str,
 )
 def test_errors(arguments, error, message):
-    given = {"x": torch.ones(3, 4), **arguments}
+    given: dict[str, Any] = {"x": torch.ones(3, 4), **arguments}
     with pytest.raises(error, match=message):
         newton_schulz(given.pop("x"), **given)
