@@ -1,21 +1,28 @@
-"""AdamW beside torch's: one step reads p, g, m, v and writes p, m, v, seven times a parameter.
+"""AdamW's step on all parameters of a model, in each of its modes, beside torch's way to the same.
 
-Shapes are the tensors of a model (tensors × parameters): 0.5 B parameters, where memory decides,
-and a thousand small tensors, where the number of launches does. The learning rate is so large that
-a step changes a parameter by more than its own size; else the error would say nothing.
+The bytes counted are those of a pass over all that is kept: p, g, m, v read, p, m, v written.
+Shapes are those of a model (tensors × parameters): 0.5 B parameters, where memory decides, and a
+thousand small tensors, where the host and the number of launches do. The learning rate is so large
+that a step changes a parameter by more than its own size; else the error would say nothing.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tilewright_bench import Case, Variant, Work, by_device, run, variants
+from tilewright_bench import Case, Work, by_device, run, variants
 from tilewright_optim import AdamW, adamw_reference
 
 LR = 0.1
+MAX_NORM = 1.0
+
+Params = list[torch.nn.Parameter]
+Step = Callable[[], Any]
 
 
 def decoder(layers: int, hidden: int, intermediate: int, vocabulary: int) -> list[tuple[int, ...]]:
@@ -27,48 +34,117 @@ def decoder(layers: int, hidden: int, intermediate: int, vocabulary: int) -> lis
 
 MODELS: dict[str, list[tuple[int, ...]]] = {
     "0.5b": decoder(16, 1536, 4096, 32768),
-    "1000 small": [(24, 1024)] * 1000,
+    "1000 small": [(1024,)] * 1000,
     "tiny": decoder(1, 16, 32, 64),
 }
-SHAPES = by_device(gpu=[("0.5b",), ("1000 small",)], cpu=[("tiny",)])
-DTYPES = (torch.float32, torch.bfloat16)
+LARGE = by_device(gpu=["0.5b"], cpu=["tiny"])
+SMALL = by_device(gpu=["1000 small"], cpu=["tiny"])
 
 
-def stepping(make_optimizer):
+def stepping(make_step: Callable[[Params], Step]):
     """A function of (*params, *grads) that makes a step; each set of inputs has an optimizer."""
 
-    optimizers: Any = WeakTensorKeyDictionary()
+    steps: Any = WeakTensorKeyDictionary()
 
     def prepare(inputs):
         half = len(inputs) // 2
         params = [torch.nn.Parameter(p, requires_grad=False) for p in inputs[:half]]
         for p, g in zip(params, inputs[half:], strict=True):
             p.grad = g
-        return make_optimizer(params), tuple(params)
+        return make_step(params), tuple(params)
 
     def step(*inputs):
-        if inputs[0] not in optimizers:
-            optimizers[inputs[0]] = prepare(inputs)
-        optimizer, params = optimizers[inputs[0]]
-        optimizer.step()
+        if inputs[0] not in steps:
+            steps[inputs[0]] = prepare(inputs)
+        make_one, params = steps[inputs[0]]
+        make_one()
         return params
 
     return step
 
 
-def reference(*inputs):
+def ours(**options: Any):
+    """Our step in one of its modes."""
+    return lambda: stepping(lambda params: AdamW(params, LR, **options).step)
+
+
+def torchs(**options: Any):
+    """torch's step."""
+    return lambda: stepping(lambda params: torch.optim.AdamW(params, LR, **options).step)
+
+
+def clip_and_step(params: Params) -> Step:
+    """torch's way to clip: gradients are scaled in memory before the step."""
+    optimizer = torch.optim.AdamW(params, LR, fused=True)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
+        optimizer.step()
+
+    return step
+
+
+def step_on_copies(params: Params) -> Step:
+    """torch's way to float32 masters of bfloat16 parameters: copies, there and back."""
+    masters = [torch.nn.Parameter(p.float(), requires_grad=False) for p in params]
+    for master in masters:
+        master.grad = torch.empty_like(master)
+    optimizer = torch.optim.AdamW(masters, LR, fused=True)
+    grads: Any = [p.grad for p in params]
+    wide: Any = [master.grad for master in masters]
+    lows: list[Tensor] = [*params]
+    highs: list[Tensor] = [*masters]
+
+    def step() -> None:
+        torch._foreach_copy_(wide, grads)
+        optimizer.step()
+        torch._foreach_copy_(lows, highs)
+
+    return step
+
+
+def reference(*inputs, max_norm: float | None = None):
     """The first step, from states of zeros."""
     half = len(inputs) // 2
-    params = [p.clone() for p in inputs[:half]]
+    params, grads = [p.clone() for p in inputs[:half]], inputs[half:]
     m, v = ([torch.zeros_like(p) for p in params] for _ in range(2))
     adamw_reference(
-        params, inputs[half:], m, v, [], [torch.zeros(()) for _ in params],
-        lr=LR, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2,
+        params, grads, m, v, [], [torch.zeros(()) for _ in params],
+        lr=LR, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2, max_norm=max_norm,
+        total_norm=None if max_norm is None else torch.nn.utils.get_total_norm(grads),
     )  # fmt: skip
     return tuple(params)
 
 
-def case(model: str, dtype: torch.dtype = torch.float32) -> Case:
+def clipped_reference(*inputs: Tensor):
+    """The first step after clipping."""
+    return reference(*inputs, max_norm=MAX_NORM)
+
+
+PROVIDERS: dict[str, dict[str, Any]] = {
+    "adamw": {"tilewright": ours(), "torch": torchs(), "fused": torchs(fused=True)},
+    "adamw_clipped": {
+        "tilewright": ours(max_grad_norm=MAX_NORM),
+        "fused": lambda: stepping(clip_and_step),
+    },
+    "adamw_exact": {
+        "tilewright": ours(master="exact"),
+        "fused": lambda: stepping(step_on_copies),
+    },
+    "adamw_int8": {
+        "tilewright": ours(master="exact", state_dtype="int8"),
+        "bf16_states": ours(master="exact", state_dtype=torch.bfloat16),
+    },
+    "adamw_captured": {
+        "tilewright": ours(capturable=True),
+        "fused": torchs(fused=True, capturable=True),
+    },
+}
+BYTES = {"adamw_clipped": 32, "adamw_exact": 26, "adamw_int8": 14}
+"""A parameter, where they are not 7 times its own: the norm's pass; the masters' low halves."""
+
+
+def case(operator: str, model: str, dtype: torch.dtype) -> Case:
     shapes = MODELS[model]
 
     def make_inputs(device, generator):
@@ -77,26 +153,28 @@ def case(model: str, dtype: torch.dtype = torch.float32) -> Case:
         return *params, *(torch.randn(shape, **options) for shape in shapes)
 
     size = sum(map(math.prod, shapes))
-    work = Work(bytes=7 * size * dtype.itemsize, flops=15 * size)
+    work = Work(bytes=BYTES.get(operator, 7 * dtype.itemsize) * size, flops=15 * size)
     return Case(
-        operator="adamw",
+        operator=operator,
         shape=(len(shapes), size),
         dtype=dtype,
         make_inputs=make_inputs,
-        reference=reference,
+        reference=clipped_reference if operator == "adamw_clipped" else reference,
         forward=work,
         backward=work,  # there is none, and it is never timed
     )
 
 
-PROVIDERS = {
-    "tilewright": lambda: stepping(lambda params: AdamW(params, LR)),
-    "torch": lambda: stepping(lambda params: torch.optim.AdamW(params, LR)),
-    "fused": lambda: stepping(lambda params: torch.optim.AdamW(params, LR, fused=True)),
-}
+CASES = [
+    *(case("adamw", m, d) for m in (*LARGE, *SMALL) for d in (torch.float32, torch.bfloat16)),
+    *(case("adamw_clipped", model, torch.float32) for model in LARGE),
+    *(case("adamw_exact", model, torch.bfloat16) for model in LARGE),
+    *(case("adamw_int8", model, torch.bfloat16) for model in LARGE),
+    *(case("adamw_captured", model, torch.float32) for model in SMALL),
+]
+MEASURED = [(c, v) for c in dict.fromkeys(CASES) for v in variants(PROVIDERS[c.operator], ("fwd",))]
 
 
-@pytest.mark.parametrize("variant", variants(PROVIDERS, ("fwd",)), ids=str)
-@pytest.mark.parametrize("case", [case(*s, d) for s in SHAPES for d in DTYPES], ids=str)
-def bench_adamw(benchmark, case: Case, variant: Variant):
+@pytest.mark.parametrize(("case", "variant"), MEASURED, ids=str)
+def bench_adamw(benchmark, case, variant):
     run(benchmark, case, variant)

@@ -12,10 +12,12 @@ from tilewright_bench.evaluate import directed
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 
+# States of the optimizer.
+_ADAMW = {"adamw", "adamw_captured", "adamw_clipped", "adamw_exact", "adamw_int8"}
 NOT_CHECKED = {
-    "fwd": {"adamw", "apply_rotary_emb"},  # states of the optimizer; tables that only peers read
+    "fwd": {*_ADAMW, "apply_rotary_emb"},  # tables that only peers read
     # No backward, two gradients that are one tensor, or inputs that a backward does not read.
-    "bwd": {"adamw", "apply_rotary_emb", "add_rms_norm", "dropout", "dropout_add"},
+    "bwd": {*_ADAMW, "apply_rotary_emb", "add_rms_norm", "dropout", "dropout_add"},
 }
 
 

@@ -24,6 +24,8 @@ _WIDE = _bf16("512x262144")
 _SMALL = _bf16("256x1024")
 _LOGITS = _bf16("16384x32768", "8192x131072")
 _LONG = _bf16("4x4096x16x16x128", "1x16384x16x16x128")
+_HALF_BILLION = "130x503367168"
+_THOUSAND_SMALL = "1000x1024000"
 _NARROW_HEADS = _bf16("4x4096x32x32x64")
 _PROJECTIONS = _bf16("16384x1536x32768", "16384x4096x131072")
 
@@ -239,6 +241,43 @@ BARS: dict[str, tuple[Bar, ...]] = {
             quantity="speed",
             limit=1.2,
             peers=("torch",),
+        ),
+    ),
+    "adamw": (
+        *(
+            Bar(
+                operators=(operator,),
+                cases=(f"{case}-{dtype}",),
+                directions=("fwd",),
+                quantity="speed",
+                limit=limit,
+                peers=("fused",),
+            )
+            for operator, case, dtype, limit in (
+                ("adamw", _HALF_BILLION, "fp32", 1.12),
+                ("adamw", _HALF_BILLION, "bf16", 1.3),
+                ("adamw_clipped", _HALF_BILLION, "fp32", 1.35),
+                ("adamw_exact", _HALF_BILLION, "bf16", 1.5),
+                ("adamw_captured", _THOUSAND_SMALL, "fp32", 10.0),
+            )
+        ),
+        Bar(
+            operators=("adamw_int8",),
+            cases=(f"{_HALF_BILLION}-bf16",),
+            directions=("fwd",),
+            quantity="speed",
+            limit=1.0,
+            peers=("bf16_states",),
+            noise=True,
+        ),
+        # A quarter of the host's time, which is all there is to a step of so little.
+        Bar(
+            operators=("adamw",),
+            cases=(f"{_THOUSAND_SMALL}-fp32",),
+            directions=("fwd",),
+            quantity="host",
+            limit=0.25,
+            peers=("fused",),
         ),
     ),
     "muon": (
