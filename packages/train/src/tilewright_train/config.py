@@ -85,7 +85,7 @@ class TrainingOptions:
     optim: Literal["adamw", "muon"] = "adamw"
     """Optimizer: AdamW, or MuonW, which is Muon for hidden matrices and AdamW for the rest."""
     lr: float | None = None
-    """Highest learning rate, reached after the warm-up; both optimizers want about the same."""
+    """Highest learning rate, reached after the warm-up. Muon bears higher ones than AdamW."""
     min_lr_ratio: float = 0.1
     """Learning rate at the end, as a share of the highest; a cosine leads there."""
     warmup_steps: int | None = None
