@@ -7,7 +7,8 @@ Sizes of buckets are those that training uses (`layout.py`).
 
 Two things make communication cost time. What lies under no computation is exposed outright. What
 does takes multiprocessors and memory bandwidth from the kernels it runs beside: `interference`
-seconds for every hidden one. That number is no constant of nature; measure it on two GPUs.
+seconds for every hidden one. That number is no constant of nature; measure it on two GPUs. It is
+taken alike for links inside a host and between hosts, which is too much for the slower ones.
 
 Activations are not counted: data parallelism does not change them.
 """
@@ -106,7 +107,9 @@ class Prediction:
     step: float
     """Seconds."""
     computation: float
-    """Seconds of the step that one GPU would take for its part alone."""
+    """Seconds of the step without any communication."""
+    alone: float
+    """Seconds of a step of one GPU that updates all parameters itself."""
     communication: float
     """Seconds that collectives run, hidden or not."""
     exposed: float
@@ -118,8 +121,8 @@ class Prediction:
 
     @property
     def efficiency(self) -> float:
-        """Speed of a GPU against one that computes alone, with a whole optimizer step."""
-        return self.computation / self.step
+        """Speed of a GPU against one that trains alone."""
+        return self.alone / self.step
 
 
 def plan(workload: Workload, cluster: Cluster, world_size: int, scheme: Scheme) -> Prediction:
@@ -158,6 +161,7 @@ def plan(workload: Workload, cluster: Cluster, world_size: int, scheme: Scheme) 
         world_size=world_size,
         step=computation + exposed,
         computation=computation,
+        alone=workload.forward + workload.backward + workload.optimizer,
         communication=busy,
         exposed=exposed,
         sent_bytes=sent,
@@ -276,7 +280,7 @@ def _gather_under_forward(
     now = 0.0
     for index, share in enumerate(shares):
         now = max(now, there[str(index)]) + share * workload.forward
-    return now - workload.forward, end, sent
+    return max(0.0, now - workload.forward), end, sent
 
 
 def _layer_by_layer(
@@ -310,4 +314,4 @@ def _layer_by_layer(
             if is_backward:
                 send(sizes[index] * workload.reduce_bytes, now)
     end = max(now, link)
-    return end - workload.forward - workload.backward, busy, sent
+    return max(0.0, end - workload.forward - workload.backward), busy, sent
