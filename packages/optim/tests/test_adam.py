@@ -1,6 +1,7 @@
 """Adam, and what both optimizers have beyond torch's: cautious decay, clipping, tensor options."""
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from tilewright_kernels import use_backend
 from tilewright_kernels.testing import count_launches, no_synchronization
-from tilewright_optim import Adam, AdamW, adamw_reference
+from tilewright_optim import Adam, AdamW, _plan, adamw_reference
 from tilewright_optim._adam_kernel import CHUNK
 
 SHAPES = ((), (3, 5), (CHUNK + 6,), (0,))
@@ -253,6 +254,18 @@ def test_a_thousand_small_tensors(backend, device):
     with count_launches() as launches:
         follow(ours, torchs, optimizer, torch.optim.AdamW(torchs, lr=1e-2), 3)
     assert launches["adamw"] == (3 if backend == "triton" else 0)
+    assert_close(ours, torchs)
+
+
+@pytest.mark.parametrize("kept", [0, 2**25], ids=["large", "small"])
+def test_gradients_of_large_groups_are_let_go(kept, monkeypatch, device):
+    monkeypatch.setattr(_plan, "KEPT", kept)
+    ours, torchs = make(device), make(device)
+    optimizer = AdamW(ours, lr=1e-2)
+    follow(ours, torchs, optimizer, torch.optim.AdamW(torchs, lr=1e-2))
+    alive = [weakref.ref(g) for g in grads_of(ours)]
+    optimizer.zero_grad()
+    assert [ref() is not None for ref in alive] == [kept > 0] * len(alive)
     assert_close(ours, torchs)
 
 

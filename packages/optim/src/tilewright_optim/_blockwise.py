@@ -3,7 +3,7 @@
     m = s · sign(c) (c / 127)²    c = -127 … 127        v = s · (c / 255)⁴    c = 0 … 255
 
 with s the largest magnitude of the block, in the order of memory. What the update divides is m by
-√v, so both maps give m and √v one resolution: a code is 1.6 % of the value at the top, 10 % at
+√v, so both maps give m and √v one resolution: a code is 1.6 % of the value at the top, 16 % at
 1/100 of it, and values down to 6·10⁻⁵ (m) and 1.5·10⁻⁵ (√v) of the largest are told from zero.
 Linear codes end at 4·10⁻³, and one large element would silence its block.
 

@@ -226,7 +226,7 @@ class Adam(NamedStates, Optimizer):
             self._plans.clear()
         for index, group in enumerate(self.param_groups):
             self._step_group(index, group, found_inf, norm)
-        self._planned = list(self.state.values())
+        self._planned = list(self.state.values()) if self._plans else []
 
     def _total_norm(self) -> Tensor | None:
         grads = [param.grad for param in self._all_params() if param.grad is not None]
