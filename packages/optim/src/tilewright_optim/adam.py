@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from tilewright_optim._adam_kernel import OPERATORS, adam_triton, chunk_size
-from tilewright_optim._checks import check_options, check_tensors
+from tilewright_optim._checks import check_max_grad_norm, check_options, check_tensors
 from tilewright_optim._kinds import Kind, by_kind
 from tilewright_optim._named_states import NamedStates
 from tilewright_optim._norm_kernel import NormTables
@@ -65,7 +65,7 @@ class Adam(NamedStates, Optimizer):
             that make them float32 to the optimizer; "stochastic", nothing, but they are rounded
             stochastically.
         state_dtype: of the averages: None for float32 beside exact masters and else the parameter's
-            own, torch.bfloat16, or "int8" for codes of 8 bits and a scale every 256 elements.
+            own, torch.float32, torch.bfloat16, or "int8" for codes of 8 bits and a scale every 256 elements.
         max_grad_norm: clip by the norm of the gradients of all groups (divided by grad_scale). The
             norm is `optimizer.grad_norm` then.
 
@@ -103,8 +103,7 @@ class Adam(NamedStates, Optimizer):
     ) -> None:
         if differentiable:
             raise ValueError("differentiable is True; this optimizer writes in place, use torch's")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be above 0, or None")
+        check_max_grad_norm(max_grad_norm)
         self._storage = Storage(master=master, state_dtype=state_dtype)
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
@@ -154,6 +153,9 @@ class Adam(NamedStates, Optimizer):
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict comes through here, and so do copy and pickle, on an empty object.
+        storage = state.get("_storage") or self._storage
+        for group in state["param_groups"]:
+            storage.check_amsgrad(group.get("amsgrad", False))
         super().__setstate__(state)
         decoupled = self.defaults["decoupled_weight_decay"]
         for group in self.param_groups:
@@ -174,6 +176,7 @@ class Adam(NamedStates, Optimizer):
         self._tables: dict[tuple[int, Kind], PointerTables] = {}
         self._plans: dict[int, Plan] = {}
         self._planned: list[State] = []
+        self._numbers: dict[int, int] = {}
         self._norms: dict[torch.device, NormTables] = {}
         self.grad_norm = None
         self._loading: dict[str, Any] | None = None
@@ -189,11 +192,7 @@ class Adam(NamedStates, Optimizer):
 
     def _check(self, options: dict[str, Any]) -> None:
         check_options(options)
-        if options["amsgrad"] and self._storage.state_dtype == "int8":
-            raise ValueError(
-                "amsgrad is set and state_dtype is 'int8', in which a maximum would not stay one; "
-                "use torch.bfloat16"
-            )
+        self._storage.check_amsgrad(options["amsgrad"])
 
     @torch.compiler.disable  # it works with addresses and counts on the host, each a graph break
     @torch.no_grad()
@@ -224,6 +223,7 @@ class Adam(NamedStates, Optimizer):
         states = list(self.state.values())
         if len(states) != len(self._planned) or not all(map(is_, states, self._planned)):
             self._plans.clear()
+        self._numbers = {}
         for index, group in enumerate(self.param_groups):
             self._step_group(index, group, found_inf, norm)
         self._planned = list(self.state.values()) if self._plans else []
@@ -299,6 +299,8 @@ class Adam(NamedStates, Optimizer):
         params = [param for param in group["params"] if param.grad is not None]
         self._make_states(params, group)
         states = [self.state[param] for param in params]
+        if group["amsgrad"]:
+            self._make_maxima(states)
         places = map(Tensor.get_device, params) if group["capturable"] else repeat(_CPU)
         if any(map(ne, [state["step"].get_device() for state in states], places)):
             # capturable was changed, or the model was moved
@@ -306,14 +308,17 @@ class Adam(NamedStates, Optimizer):
                 place = param.device if group["capturable"] else "cpu"
                 state["step"] = state["step"].to(place, torch.float32)
             pack_steps(states)
-        numbers = {id(param): i for i, param in enumerate(self._all_params())}
-        seeds = [numbers[id(param)] for param in params]
+        if not self._numbers:
+            self._numbers = {id(param): i for i, param in enumerate(self._all_params())}
+        seeds = [self._numbers[id(param)] for param in params]
         grads = [param.grad for param in params]
         averages = [[state[name] for state in states] for name in STATES[:2]]
         for kind, split in by_kind((params, grads, *averages), (states, seeds)):
             *tensors, states, seeds = split
             check_tensors(*(column[0] for column in tensors))
-            names = [name for name in STATES[2:] if group["amsgrad"] or name != STATES[2]]
+            exact = self._storage.master_of(tensors[0][0]) == "exact"
+            unused = {"max_exp_avg_sq": not group["amsgrad"], "master_low": not exact}
+            names = [name for name in STATES[2:] if not unused.get(name)]
             rest = {name: [state[name] for state in states] for name in names if name in states[0]}
             columns = Columns(
                 *tensors,
@@ -322,6 +327,13 @@ class Adam(NamedStates, Optimizer):
                 seeds=seeds,
             )
             yield Launch(columns, states, group["capturable"], kind)
+
+    def _make_maxima(self, states: list[State]) -> None:
+        """Begin running maxima where there are none: amsgrad was set after some steps."""
+        for state in states:
+            if "max_exp_avg_sq" not in state:
+                self._storage.check_amsgrad(True)
+                state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
 
     def _make_states(self, params: list[Tensor], group: dict[str, Any]) -> None:
         new = [param for param in params if not self.state[param]]

@@ -15,6 +15,7 @@ from tilewright_optim._layout import lies_dense
 from tilewright_optim._norm_kernel import NORM_DTYPES, OPERATOR, NormTables
 
 
+@torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
