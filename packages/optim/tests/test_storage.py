@@ -102,6 +102,18 @@ def test_kernel_is_the_reference(storage, device):
                 torch.testing.assert_close(a[name], b[name], rtol=2**-5, atol=2e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_codes_of_other_dtypes(dtype, device):
+    def after(backend):
+        params = make(device, dtype)
+        with use_backend(backend):
+            run(AdamW(params, lr=3e-2, state_dtype="int8"), params, 2)
+        return [p.detach() for p in params]
+
+    for a, b in zip(after("triton"), after("torch"), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 def test_bytes_between_steps(storage, device):
     params = make(device, shapes=[(64, BLOCK)])
@@ -266,3 +278,53 @@ def test_bad_storage(options, message):
 
 def test_scales_of_an_odd_size():
     assert [num_blocks(n) for n in (0, 1, BLOCK, BLOCK + 1)] == [0, 1, 1, 2]
+
+
+def test_amsgrad_set_after_some_steps_begins_a_maximum(device):
+    def after(backend):
+        params = make(device, torch.float32)
+        with use_backend(backend):
+            optimizer = AdamW(params, lr=1e-2)
+            run(optimizer, params, 2)
+            optimizer.param_groups[0]["amsgrad"] = True
+            run(optimizer, params, 2, first=2)
+        return params, [optimizer.state[p]["max_exp_avg_sq"] for p in params]
+
+    for kernel, reference in zip(after("triton"), after("torch"), strict=True):
+        for a, b in zip(kernel, reference, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
+
+
+def test_codes_refuse_amsgrad_wherever_it_comes_from(device):
+    params, torchs = make(device, torch.float32), make(device, torch.float32)
+    optimizer, reference = (
+        AdamW(params, state_dtype="int8"),
+        torch.optim.AdamW(torchs, amsgrad=True),
+    )
+    run(reference, torchs, 1)
+    with pytest.raises(ValueError, match="amsgrad is set and state_dtype is 'int8'"):
+        optimizer.load_state_dict(reference.state_dict())
+    assert not optimizer.state
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="amsgrad is set and state_dtype is 'int8'"):
+        run(optimizer, params, 1)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_model_made_float32_has_no_masters_any_more(backend, device):
+    params = make(device, torch.bfloat16)
+    with use_backend(backend):
+        optimizer = AdamW(params, lr=1e-2, master="exact")
+        run(optimizer, params, 1)
+        for p in params:
+            p.grad = None
+            p.data = p.data.float()
+        wide = make(device, torch.float32)
+        for p, q in zip(wide, params, strict=True):
+            p.data.copy_(q)
+        other = AdamW(wide, lr=1e-2)
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        run(optimizer, params, 1, first=1)
+        run(other, wide, 1, first=1)
+    for p, q in zip(params, wide, strict=True):
+        assert torch.equal(p, q)

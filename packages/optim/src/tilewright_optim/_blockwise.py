@@ -49,12 +49,21 @@ def decode_square(code, scale):
 @triton.jit
 def encode_signed(m):
     """(codes, scales [rows, 1]) of m [rows, BLOCK]."""
-    size = tl.where(m != m, float("inf"), tl.abs(m))  # max passes NaN over: inf spoils the block
-    scale = tl.max(size, axis=1)[:, None]
-    code = tl.sqrt(tl.abs(m) * (_inverse(scale) * (127 * 127)))
-    sign = m.to(tl.uint32, bitcast=True) & 0x80000000
-    code = (code.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    bits = m.to(tl.float32).to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    scale = _largest_float(size)
+    code = tl.sqrt(size.to(tl.float32, bitcast=True) * (_inverse(scale) * (127 * 127)))
+    code = (code.to(tl.int32, bitcast=True) | (bits ^ size)).to(tl.float32, bitcast=True)
     return (code + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8), scale
+
+
+@triton.jit
+def _largest_float(bits):
+    """[rows, 1] of the bits of floats of at least 0, whose order integers have too.
+
+    A NaN is the largest then, and spoils its block, where a maximum of floats passes it over.
+    """
+    return tl.max(bits, axis=1)[:, None].to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -63,7 +72,8 @@ def encode_square(v, root, random):
 
     Uses the upper bits of random uint32.
     """
-    scale = tl.max(v, axis=1)[:, None]
+    v, root = v.to(tl.float32), root.to(tl.float32)
+    scale = _largest_float(v.to(tl.int32, bitcast=True))
     squared = root * tl.sqrt(_inverse(scale) * _TOP)
     below = tl.minimum(tl.sqrt(squared), 255.0) - 0.5 + _MAGIC  # rounds: the code below v
     code = below.to(tl.int32, bitcast=True)
@@ -87,7 +97,7 @@ def _inverse(scale):
 def quantize_signed(m: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes of m's shape and strides, and float32 scales [⌈size / 256⌉]."""
     blocks = _blocks(m)
-    scale = _largest(blocks.abs())
+    scale = blocks.abs().amax(1, keepdim=True)
     code = (blocks.abs() * (_inverted(scale) * 127**2)).sqrt().copysign(blocks).round()
     return _unblock(code.to(torch.int8), m), scale.flatten()
 
@@ -100,7 +110,7 @@ def quantize_square(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
         random: int64 [size] in [0, 2³²), in the order of memory.
     """
     blocks = _blocks(v)
-    scale = _largest(blocks)
+    scale = blocks.amax(1, keepdim=True)
     squared = blocks.sqrt() * (_inverted(scale) * _TOP.value).sqrt()
     below = (squared.sqrt().clamp(max=255) - 0.5).round()
     gap = (below + 1) ** 4 - below**4
@@ -126,11 +136,6 @@ def dequantize_square(code: Tensor, scale: Tensor) -> Tensor:
 def num_blocks(size: int) -> int:
     """Scales of a tensor of this many elements."""
     return (size + BLOCK - 1) // BLOCK
-
-
-def _largest(blocks: Tensor) -> Tensor:
-    """[blocks, 1]; infinite where one is NaN."""
-    return blocks.nan_to_num(nan=torch.inf, posinf=torch.inf).amax(1, keepdim=True)
 
 
 def _inverted(scale: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class Adam(NamedStates, Optimizer):
             that make them float32 to the optimizer; "stochastic", nothing, but they are rounded
             stochastically.
         state_dtype: of the averages: None for float32 beside exact masters and else the parameter's
-            own, torch.float32, torch.bfloat16, or "int8" for codes of 8 bits and a scale every 256 elements.
+            own; torch.float32; torch.bfloat16; or "int8", codes of 8 bits and a scale every 256
+            elements.
         max_grad_norm: clip by the norm of the gradients of all groups (divided by grad_scale). The
             norm is `optimizer.grad_norm` then.
 
