@@ -1,10 +1,12 @@
 """state_tensors and load_state_tensors: through safetensors and back, bit for bit."""
 
+import copy
+
 import pytest
 import torch
 
 from tilewright_kernels import use_backend
-from tilewright_optim import Adam, AdamW
+from tilewright_optim import Adam, AdamW, Muon
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +93,34 @@ def test_bad_tensors(device):
         optimizer.load_state_tensors({"9.weight.exp_avg": torch.ones(1)}, named.items())
     with pytest.raises(ValueError, match=r"0\.bias\.exp_avg has shape \(7,\) and its parameter"):
         optimizer.load_state_tensors({"0.bias.exp_avg": torch.ones(7)}, named.items())
+    with pytest.raises(ValueError, match=r"0\.bias\.exp_avg_scale has shape \(7,\)"):
+        optimizer.load_state_tensors({"0.bias.exp_avg_scale": torch.ones(7)}, named.items())
+
+
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_a_state_of_other_shapes_is_refused_before_anything_changes(kind, device):
+    ours = [torch.nn.Parameter(torch.ones(*s, device=device)) for s in ((4, 3), (2, 5))]
+    theirs = [torch.nn.Parameter(torch.ones_like(p)) for p in reversed(ours)]
+    optimizer, other = kind(ours, lr=0.1), kind(theirs, lr=0.2)
+    for p in (*ours, *theirs):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    other.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"of shape \(2, 5\) for a parameter of shape \(4, 3\)"):
+        optimizer.load_state_dict(other.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, state in before["state"].items():
+        assert all(torch.equal(state[key], after["state"][index][key]) for key in state)
+
+
+def test_options_that_torch_lacks_stay_as_they_are(device):
+    p, q = (torch.nn.Parameter(torch.ones(4, 3, device=device)) for _ in range(2))
+    ours = Muon([{"params": [p], "split_sizes": (2, 2)}])
+    ours.load_state_dict(torch.optim.Muon([q], lr=0.5).state_dict())
+    assert ours.param_groups[0]["split_sizes"] == (2, 2)
+    assert ours.param_groups[0]["lr"] == 0.5
+    decayed = AdamW([{"params": [p], "cautious": True}])
+    decayed.load_state_dict(torch.optim.AdamW([q]).state_dict())
+    assert decayed.param_groups[0]["cautious"]

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewright_optim._blockwise import num_blocks
+
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -49,3 +51,29 @@ def check_tensors(param: Tensor, grad: Tensor, *states: Tensor) -> None:
                 f"{what} is on {param.device} and its {name} on {tensor.device}; move the model "
                 f"first, then create its optimizer and load the optimizer's state"
             )
+
+
+def check_max_grad_norm(max_grad_norm: float | None) -> None:
+    """Raise a ValueError unless gradients can be clipped to this norm; None does not clip."""
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be above 0, or None")
+
+
+def state_shape(param: Tensor, key: str) -> tuple[int, ...]:
+    """The shape of this entry of a parameter's state; kernels take it for granted."""
+    if key == "step":
+        return ()
+    return (num_blocks(param.numel()),) if key.endswith("_scale") else tuple(param.shape)
+
+
+def check_states(states: Mapping[Any, Any], keys: frozenset[str]) -> None:
+    """Raise a ValueError unless entries of these keys fit their parameters."""
+    for param, state in states.items():
+        for key in keys & state.keys():
+            shape = tuple(state[key].shape)
+            if shape != state_shape(param, key):
+                raise ValueError(
+                    f"the state to be loaded has {key} of shape {shape} for a parameter of shape "
+                    f"{tuple(param.shape)}; make the optimizer of the same parameters in the same "
+                    f"order"
+                )

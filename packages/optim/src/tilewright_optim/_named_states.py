@@ -1,10 +1,17 @@
 """Optimizer state as named tensors, for safetensors and its like, which hold no pickles."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
+
+from tilewright_optim._checks import check_states, state_shape
+from tilewright_optim._plan import STATES
+
+_SHAPED = frozenset((*STATES, "momentum_buffer"))
+"""Entries that kernels walk along with their parameter."""
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -52,7 +59,7 @@ class NamedStates(Optimizer):
                     f"{', '.join(list(named)[:5])} …"
                 )
             param = named[name]
-            if tensor.shape not in (param.shape, ()) and not key.endswith("_scale"):
+            if tuple(tensor.shape) != state_shape(param, key):
                 raise ValueError(
                     f"{full_name} has shape {tuple(tensor.shape)} and its parameter "
                     f"{tuple(param.shape)}; load the state of the same model"
@@ -60,6 +67,16 @@ class NamedStates(Optimizer):
             states.setdefault(numbers[id(param)], {})[key] = tensor.to(param.device, copy=True)
         groups = self.state_dict()["param_groups"]
         self.load_state_dict({"state": states, "param_groups": groups})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # load_state_dict ends here, and nothing is replaced yet; copy and pickle begin here.
+        check_states(state["state"], _SHAPED)
+        for group, before in zip(
+            state["param_groups"], self.__dict__.get("param_groups", ()), strict=False
+        ):
+            for option, value in before.items():
+                group.setdefault(option, value)  # those that torch's optimizers do not have
+        super().__setstate__(state)
 
     def _named(self, named_parameters: Named | None) -> dict[str, Tensor]:
         if named_parameters is not None:

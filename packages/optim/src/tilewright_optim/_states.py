@@ -44,6 +44,14 @@ class Storage:
                 f"or 'int8'"
             )
 
+    def check_amsgrad(self, amsgrad: bool) -> None:
+        """Raise a ValueError if a running maximum is asked for that codes could not keep."""
+        if amsgrad and self._coded:
+            raise ValueError(
+                "amsgrad is set and state_dtype is 'int8', in which a maximum would not stay one; "
+                "use torch.bfloat16"
+            )
+
     def master_of(self, param: Tensor) -> Master:
         """What is kept beside this parameter."""
         if param.dtype == torch.float16 and self.master != "none":
