@@ -90,6 +90,21 @@ def test_a_layer_with_as_many_rows_as_words_is_a_matrix():
     assert kinds["2.weight"] == "adamw"
 
 
+def test_three_dimensions_that_are_no_experts():
+    class Speech(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, 3)
+            self.positions = nn.Parameter(torch.zeros(1, 5, 8))
+            self.experts = nn.Parameter(torch.zeros(2, 5, 8))
+
+    kinds = {
+        n: g["kind"] for g in MuonW.from_module(Speech()).param_groups for n in g["param_names"]
+    }
+    assert kinds["conv.weight"] == kinds["positions"] == "adamw"
+    assert kinds["experts"] == "muon"
+
+
 def test_parameters_that_adamw_shall_have(device):
     model = make(device)
     experts = [p for name, p in model.named_parameters() if name.endswith("experts")]
@@ -259,6 +274,13 @@ def test_kinds_are_asked_for():
         MuonW([nn.Parameter(torch.ones(3, 3))])
     with pytest.raises(ValueError, match="kind 'sgd'"):
         MuonW([{"params": [nn.Parameter(torch.ones(3, 3))], "kind": "sgd"}])
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="max_grad_norm is 0; it must be above 0, or None"):
+        MuonW.from_module(nn.Linear(3, 3), max_grad_norm=0)
+    with pytest.raises(ValueError, match="weight_decay is a tensor"):
+        MuonW.from_module(nn.Linear(3, 3), weight_decay=torch.tensor(0.1))
 
 
 def test_split_sizes_that_name_nothing():

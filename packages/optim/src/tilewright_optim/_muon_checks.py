@@ -18,6 +18,11 @@ def check_muon_options(options: Mapping[str, Any]) -> None:
     lr = options["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}; give one of one element")
+    if isinstance(options["weight_decay"], Tensor):
+        raise ValueError(
+            f"weight_decay is a tensor, {options['weight_decay']}; give Muon a float, such as "
+            f"weight_decay.item()"
+        )
     for name in ("lr", "weight_decay", "eps"):
         if not options[name] >= 0.0:
             raise ValueError(f"{name} is {options[name]}; it must be a number of at least 0")

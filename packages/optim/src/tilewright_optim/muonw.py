@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from tilewright_optim._checks import check_max_grad_norm
 from tilewright_optim._coefficients import QUINTIC, Coefficients
 from tilewright_optim._named_states import NamedStates
 from tilewright_optim._norm_kernel import NormTables
@@ -94,6 +95,7 @@ class MuonW(NamedStates, Optimizer):
                 capturable=capturable, master=master, state_dtype=state_dtype,
             ),
         }  # fmt: skip
+        check_max_grad_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
         self._norms: dict[torch.device, NormTables] = {}
