@@ -392,8 +392,32 @@ def test_sums_are_put_in_order(packed, device):
 
 
 @pytest.fixture(params=[True, False], ids=["deterministic", "faster"])
-def as_users_get_it(request):
+def as_users_get_it(request, monkeypatch):
+    # But for few keys too.
+    monkeypatch.setattr(backward, "HOPPER_KEYS", {64: 0, 128: 0})
     return request.param
+
+
+def test_hopper_kernel_only_where_that_pays(monkeypatch):
+    kernels: list[str] = []
+    monkeypatch.setattr(
+        OPERATOR, "launch", lambda kernel, *_, **__: kernels.append(kernel.__name__)
+    )
+    monkeypatch.setattr(backward, "is_hopper", lambda device: True)
+    many, few, window = Mask(), Mask(causal=True), Mask(causal=True, left=1024)
+    x, lse = torch.zeros(1, 2048, 1, 128, dtype=torch.bfloat16), torch.zeros(1, 1, 2048)
+    for mask, deterministic, expected in (
+        (many, False, ["rows", "hopper", "unpack"]),
+        (many, True, ["queries", "keys"]),
+        (few, False, ["queries", "keys"]),
+        (window, False, ["queries", "keys"]),
+    ):
+        backward.launch_backward(
+            OPERATOR, x, x, x, x, x, lse, x, x, x, mask=mask, scale=1.0, softcap=0.0,
+            dropout_p=0.0, seed=None, deterministic=deterministic,
+        )  # fmt: skip
+        assert kernels == [f"attention_backward_{name}_kernel" for name in expected]
+        kernels.clear()
 
 
 @pytest.mark.gpu

@@ -41,6 +41,7 @@ from tilewright_kernels.flash_attention.sequence_rows import sequence
 BLOCK_M, BLOCK_N, STAGES = 64, 128, 3
 
 EARLY = {64: True, 128: False}
+"""Width of the tiles -> whether dq, s and dp are started at once: they need 80 or 96 registers."""
 
 CACHED_QUERIES = 32 * 2**20
 """Bytes of q, dout and sums of dq that programs which run at one time may use and find in L2."""
@@ -312,7 +313,8 @@ def launch_backward_hopper(
         _describe(v, BLOCK_N, block_d), _describe(dout, BLOCK_M, block_d),
         _describe_vector(lse2), _describe_vector(minus_delta), sums, dk, dv,
         cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k, kv_heads, batch,
-        next_power_of_2(max(1, CACHED_QUERIES // bytes_per_head)), left, right, rows_per_head,
+        min(next_power_of_2(max(1, CACHED_QUERIES // bytes_per_head)), kv_heads * batch),
+        left, right, rows_per_head,
         *dk.stride()[:3], *dv.stride()[:3],
         GROUP=group, BOTTOM_RIGHT=bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
         PACKED=cu_seqlens_q is not None, D=width, D_V=v.shape[3], BLOCK_D=block_d,
