@@ -56,9 +56,15 @@ class Stack(nn.Module):
         return self.head(x)
 
 
+def device_of(rank):
+    """The GPU of this rank's number under NCCL."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+
+
 def rows_of(rank, step, width=WIDTH):
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randn(ROWS, width, generator=generator)
+    return torch.randn(ROWS, width, generator=generator).to(device_of(rank))
 
 
 def train(wrapper, rank, steps=3, lr=0.1):
@@ -68,7 +74,7 @@ def train(wrapper, rank, steps=3, lr=0.1):
         wrapper(rows_of(rank, step)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return torch.cat([p.detach().reshape(-1) for p in wrapper.module.parameters()])
+    return torch.cat([p.detach().reshape(-1).cpu() for p in wrapper.module.parameters()])
 
 
 # Every row has to give the bits of the first one.
@@ -96,9 +102,12 @@ REDUCE_DTYPES: dict[str, dict[str, Any]] = {
 def train_all_ways(rank):
     weights = {}
     for case, options in {**EQUAL, **REDUCE_DTYPES}.items():
-        weights[case] = train(DistributedDataParallel(Stack(rank), **options), rank)
+        model = Stack(rank).to(device_of(rank))
+        weights[case] = train(DistributedDataParallel(model, **options), rank)
     reentrant = DistributedDataParallel(
-        Stack(rank, reentrant=True), static_graph=True, bucket_cap_mb=SMALL_MB
+        Stack(rank, reentrant=True).to(device_of(rank)),
+        static_graph=True,
+        bucket_cap_mb=SMALL_MB,
     )
     weights["reentrant"] = train(reentrant, rank)
     hooks: dict[str, tuple[Any, Any]] = {
@@ -118,7 +127,8 @@ def train_all_ways(rank):
     for case, (state, hook) in hooks.items():
         # One bucket for PowerSGD, whose callbacks wait in gloo's two threads for one another.
         cap = 1.0 if state is not None else SMALL_MB
-        wrapper = DistributedDataParallel(Stack(rank), bucket_cap_mb=cap)
+        model = Stack(rank).to(device_of(rank))
+        wrapper = DistributedDataParallel(model, bucket_cap_mb=cap)
         wrapper.register_comm_hook(state, hook)
         weights[case] = train(wrapper, rank)
     return weights
@@ -136,11 +146,21 @@ def train_alone(world_size, dtype):
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
+GROUPS = [
+    ("gloo", 2),
+    ("gloo", 3),
+    ("gloo", 4),
+    pytest.param(("nccl", 2), marks=pytest.mark.multigpu(2)),
+    pytest.param(("nccl", 4), marks=pytest.mark.multigpu(4)),
+]
+
+
+@pytest.fixture(scope="module", params=GROUPS, ids=lambda group: f"{group[0]}-{group[1]}")
 def weights(request):
     """Weights by case, of each rank, and those of one process in float64."""
-    ranks = run_ranks(train_all_ways, world_size=request.param, timeout=90)
-    return ranks, train_alone(request.param, torch.float64)
+    backend, world_size = request.param
+    ranks = run_ranks(train_all_ways, world_size=world_size, backend=backend, timeout=90)
+    return ranks, train_alone(world_size, torch.float64)
 
 
 @pytest.mark.parametrize("case", [*EQUAL, *REDUCE_DTYPES, "reentrant"])
@@ -500,3 +520,22 @@ def test_hooks_need_buckets_and_are_registered_once(one_rank_group):
 def test_options_out_of_range(one_rank_group, options, message):
     with pytest.raises(ValueError, match=message):
         DistributedDataParallel(nn.Linear(2, 1), **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("strategy", ["per_parameter", "bucketed"])
+@pytest.mark.parametrize("reduce_dtype", [None, torch.bfloat16])
+def test_a_step_does_not_wait_for_the_device(strategy, reduce_dtype):
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = Stack().cuda()
+        wrapper = DistributedDataParallel(model, strategy=strategy, reduce_dtype=reduce_dtype)
+        rows = rows_of(0, 0)
+        for mode in ("default", "default", "error"):  # buckets are rebuilt after the first
+            torch.cuda.set_sync_debug_mode(mode)
+            wrapper(rows).square().mean().backward()
+            model.zero_grad()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()

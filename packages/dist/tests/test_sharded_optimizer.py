@@ -57,6 +57,12 @@ class Half(Stack):
         return super().forward(x.bfloat16()).float()
 
 
+def device_of(rank):
+    """The GPU of this rank's number under NCCL."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+
+
 def rows_of(rank, step):
     generator = torch.Generator().manual_seed(1000 * step + rank)
     return torch.randn(ROWS, WIDTH, generator=generator)
@@ -87,7 +93,8 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 def train(wrapper, optimizer, rank, first=0, steps=3):
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     for step in range(first, first + steps):
-        wrapper(rows_of(rank, step)).square().mean().backward()
+        rows = rows_of(rank, step).to(next(wrapper.parameters()).device)
+        wrapper(rows).square().mean().backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -97,7 +104,7 @@ def train(wrapper, optimizer, rank, first=0, steps=3):
 def weights_of(model, optimizer):
     if isinstance(optimizer, ShardedOptimizer):
         optimizer.wait_for_parameters()
-    return torch.cat([p.detach().float().reshape(-1) for p in model.parameters()])
+    return torch.cat([p.detach().float().reshape(-1).cpu() for p in model.parameters()])
 
 
 def compare_all(rank):
@@ -106,7 +113,7 @@ def compare_all(rank):
     for case, (optimizer_cls, parameters, options) in CASES.items():
         results = {}
         for form in ("whole", "with ddp", "at once", "alone"):
-            model = Stack()
+            model = Stack().to(device_of(rank))
             wrapper = DistributedDataParallel(model, bucket_cap_mb=0.01, first_bucket_mb=0.001)
             given = parameters(model)
             if form == "whole":
@@ -125,9 +132,18 @@ def compare_all(rank):
     return equal
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_equals_the_unsharded_optimizer(world_size):
-    for equal in run_ranks(compare_all, world_size=world_size, timeout=100):
+@pytest.mark.parametrize(
+    ("backend", "world_size"),
+    [
+        ("gloo", 2),
+        ("gloo", 3),
+        ("gloo", 4),
+        pytest.param("nccl", 2, marks=pytest.mark.multigpu(2)),
+        pytest.param("nccl", 4, marks=pytest.mark.multigpu(4)),
+    ],
+)
+def test_equals_the_unsharded_optimizer(backend, world_size):
+    for equal in run_ranks(compare_all, world_size=world_size, backend=backend, timeout=100):
         if world_size == 2:
             assert all(same for same, _ in equal.values()), equal
         else:
@@ -278,7 +294,7 @@ def test_added_group():
 def pieces_of(case):
     """A fresh model, its wrapper and its sharded optimizer."""
     optimizer_cls, parameters, options = CASES[case]
-    model = Stack()
+    model = Stack().to(device_of(dist.get_rank()))
     wrapper = DistributedDataParallel(model, bucket_cap_mb=0.01)
     optimizer = ShardedOptimizer(parameters(model), optimizer_cls, ddp=wrapper, **options)
     return model, wrapper, optimizer
@@ -456,3 +472,24 @@ def test_a_part_that_nobody_saved_is_named(one_rank_group):
     tensors |= {k: v[:-100] for k, v in tensors.items() if k.startswith("embed") and v.dim()}
     with pytest.raises(ValueError, match=f"{last - 100} of {last} elements of state 'exp_avg"):
         optimizer.load_state_tensors([(tensors, layout)])
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_a_step_does_not_wait_for_the_device():
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = Stack().cuda()
+        wrapper = DistributedDataParallel(model)
+        optimizer = ShardedOptimizer(
+            model.parameters(), torch.optim.AdamW, ddp=wrapper, max_grad_norm=1.0, fused=True
+        )
+        rows = rows_of(0, 0).cuda()
+        for mode in ("default", "default", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            wrapper(rows).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()

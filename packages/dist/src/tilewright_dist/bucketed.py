@@ -181,7 +181,8 @@ class BucketedReducer:
         self._is_final = True
         late = [name for name in self._views if name not in set(arrivals)]
         order = from_first(arrivals + late, process_group, self._device)
-        self._build(order, process_group, learns=self._learns)
+        if order != [name for bucket in self._buckets for name in bucket.views]:
+            self._build(order, process_group, learns=self._learns)
 
     def _put(self, name: str) -> None:
         """Make the bucket hold the parameter's gradient."""

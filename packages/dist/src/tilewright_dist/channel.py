@@ -11,13 +11,18 @@ device:
   waits for the exchange.
 """
 
-from collections.abc import Generator
+import contextlib
+from collections.abc import Generator, Iterator
 
 import torch
 import torch.distributed as dist
 
 Exchange = Generator[dist.Work | None, None, None]
 """Yields the collectives that it started, None where there was nothing to send."""
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed, whatever its backend's error was."""
 
 
 class Handle:
@@ -36,7 +41,8 @@ class Channel:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # High priority: a collective's few blocks are not queued behind a product's thousands.
+        # High priority: casts and sums between collectives are few blocks, and a collective waits
+        # for them, so they should not queue behind a product's thousands.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def start(self, exchange: Exchange) -> Handle:
@@ -64,12 +70,27 @@ class _StreamHandle(Handle):
 class _HostHandle(Handle):
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._work = next(exchange, None)
+        with collective_errors():
+            self._work = next(exchange, None)
 
     def wait(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        for work in self._exchange:
-            if work is not None:
-                work.wait()
+        with collective_errors():
+            if self._work is not None:
+                self._work.wait()
+                self._work = None
+            for work in self._exchange:
+                if work is not None:
+                    work.wait()
+
+
+@contextlib.contextmanager
+def collective_errors() -> Iterator[None]:
+    """Tell a backend's errors from all others: gloo's are plain RuntimeErrors.
+
+    Raises:
+        CollectiveError: From any RuntimeError inside.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise CollectiveError(str(error)) from error

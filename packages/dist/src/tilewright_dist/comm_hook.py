@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tilewright_dist.buckets import Bucket
-from tilewright_dist.channel import Handle
+from tilewright_dist.channel import Handle, collective_errors
 
 CommHook = Callable[[Any, Any], torch.futures.Future[torch.Tensor]]
 
@@ -63,6 +63,7 @@ class HookHandle(Handle):
 
     def wait(self) -> None:
         """Return when the averages are in the bucket."""
-        averages = self._future.wait()
+        with collective_errors():
+            averages = self._future.wait()
         if averages.data_ptr() != self._memory.data_ptr():
             self._memory.copy_(averages.view(-1))

@@ -275,7 +275,7 @@ class DistributedDataParallel(nn.Module):
         if not self._synchronize_after_backward:
             self._reducer.gradient_arrived(name, None)
             return
-        with naming_the_missing(self.process_group, self._steps):
+        with self._naming_the_missing():
             self._reducer.gradient_arrived(name, self.process_group)
         if not self._static_graph:
             # Queued for every gradient, and only the first call has anything to do. A flag «queued
@@ -299,11 +299,15 @@ class DistributedDataParallel(nn.Module):
 
     def _finish(self) -> None:
         self._has_arrived = self._has_run = False
-        with naming_the_missing(self.process_group, self._steps):
+        with self._naming_the_missing():
             self._reducer.finish(self.process_group)
             if self._inspected is not None:
                 self._inspected.report(self.process_group)
         self._steps += 1
+
+    def _naming_the_missing(self) -> contextlib.AbstractContextManager[None]:
+        what = f"gradient synchronization {self._steps}"
+        return naming_the_missing(self.process_group, what)
 
 
 def _inside_backward() -> bool:

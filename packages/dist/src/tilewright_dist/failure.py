@@ -18,10 +18,15 @@ import torch.distributed as dist
 from torch import nn
 
 from tilewright_dist.agreement import gather_objects
+from tilewright_dist.channel import CollectiveError
 
 ROLL_CALL_SECONDS = 5.0
 """How long ranks wait for each other's signatures. They fail at about the same time: a closed
 connection is seen at once, and timeouts began with the same collective."""
+
+
+_DIGEST_BYTES = 2**22
+"""Looked at together, as 8 bytes for each."""
 
 
 class RankFailure(RuntimeError):
@@ -37,40 +42,37 @@ class DivergenceError(RuntimeError):
 
 
 @contextlib.contextmanager
-def naming_the_missing(process_group: dist.ProcessGroup, step: int) -> Iterator[None]:
+def naming_the_missing(process_group: dist.ProcessGroup, what: str) -> Iterator[None]:
     """Turn an error of the backend into one that names the ranks that no longer answer.
 
     Args:
         process_group: The group whose collectives run inside.
-        step: Number of the synchronization, the same on all ranks.
+        what: What failed, for the message.
 
     Raises:
         RankFailure: From the backend's error.
     """
     try:
         yield
-    except RuntimeError as error:
-        # Of gloo's errors most are plain RuntimeErrors; ours begin otherwise.
-        if not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
-            raise
-        missing = absent_ranks(process_group, f"synchronization {step}")
+    except (CollectiveError, dist.DistError) as error:
+        missing = absent_ranks(process_group)
         who = (
             f"rank(s) {', '.join(map(str, missing))} died or hang" if missing else "all ranks live"
         )
         raise RankFailure(
-            f"rank {dist.get_rank()}: gradient synchronization {step} failed, {who}. Restart from "
-            "the last checkpoint (torchrun --max-restarts does)"
+            f"rank {dist.get_rank()}: {what} failed, {who}. Restart from the last checkpoint "
+            "(torchrun --max-restarts does)"
         ) from error
 
 
-def absent_ranks(
-    process_group: dist.ProcessGroup, occasion: str, seconds: float = ROLL_CALL_SECONDS
-) -> list[int]:
-    """The ranks that do not sign within some seconds; all others call this too.
+def absent_ranks(process_group: dist.ProcessGroup, seconds: float = ROLL_CALL_SECONDS) -> list[int]:
+    """The ranks that do not sign within some seconds; all others call this too, once.
+
+    Ranks may fail in different collectives, so there is one roll call for all. A group whose
+    collective failed is of no use afterwards, so there is no second one.
 
     Args:
         process_group: The ranks asked.
-        occasion: A text that all of them give, new for each roll call.
         seconds: How long to wait.
 
     Returns:
@@ -80,7 +82,7 @@ def absent_ranks(
     ranks = dist.get_process_group_ranks(process_group)
     try:
         store = process_group.get_group_store()
-        store.set(f"{occasion}: alive {dist.get_rank()}", "")
+        store.set(f"alive after a failure: {dist.get_rank()}", "")
     except RuntimeError:
         return [0]
     absent = set(ranks) - {dist.get_rank()}
@@ -88,7 +90,7 @@ def absent_ranks(
     while absent and time.monotonic() < deadline:
         for rank in sorted(absent):
             with contextlib.suppress(RuntimeError):
-                store.wait([f"{occasion}: alive {rank}"], timedelta(milliseconds=100))
+                store.wait([f"alive after a failure: {rank}"], timedelta(milliseconds=100))
                 absent.remove(rank)
     return sorted(absent)
 
@@ -124,9 +126,13 @@ def verify_replicas(module: nn.Module, process_group: dist.ProcessGroup) -> None
 
 def _digest(tensor: torch.Tensor) -> torch.Tensor:
     """[2] int64: the sum of a tensor's bytes as numbers, and the same weighted by their place."""
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
-    places = torch.arange(1, len(data) + 1, device=data.device) % 65521
-    return torch.stack([data.sum(), (data * places).sum()])
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    sums = torch.zeros(2, dtype=torch.int64, device=data.device)
+    for number, part in enumerate(data.split(_DIGEST_BYTES)):
+        values = part.to(torch.int64)
+        places = torch.arange(1, len(part) + 1, device=data.device)
+        sums += torch.stack([values.sum(), (values * (places + number)).sum()])
+    return sums
 
 
 class NonFiniteGradients:

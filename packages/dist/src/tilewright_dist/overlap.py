@@ -38,6 +38,11 @@ class LateGather:
             self._needs[block] = {bucket_of[name] for name in names if name in bucket_of}
             self._hooks[block] = block.register_forward_pre_hook(self._before_block)
         self._always = {bucket for name, bucket in bucket_of.items() if name not in inside}
+        for name, part in _outside_of(module, self._blocks).items():
+            # For who calls it by itself.
+            own = (f"{name}.{key}" for key, _ in part.named_parameters(recurse=False))
+            self._needs[part] = {bucket_of[full] for full in own if full in bucket_of}
+            part.register_forward_pre_hook(self._before_block)
         module.register_forward_pre_hook(self._before_module)
         module.register_state_dict_pre_hook(self._before_state_dict)
 
@@ -71,6 +76,17 @@ class LateGather:
 
     def _before_state_dict(self, *_: Any) -> None:
         self.wait_all()
+
+
+def _outside_of(module: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Parts that hold parameters and lie in no block, by their name."""
+    return {
+        name: part
+        for name, part in module.named_modules()
+        if part is not module
+        and any(True for _ in part.parameters(recurse=False))
+        and not any(name == block or name.startswith(f"{block}.") for block in blocks)
+    }
 
 
 def _blocks_of(module: nn.Module) -> dict[str, nn.Module]:

@@ -27,6 +27,7 @@ from tilewright_dist.bucketed import BucketedReducer
 from tilewright_dist.buckets import describe
 from tilewright_dist.channel import Channel
 from tilewright_dist.data_parallel import DistributedDataParallel, checked_process_group
+from tilewright_dist.failure import naming_the_missing
 from tilewright_dist.layout import Partition, Segment, plan_buckets
 from tilewright_dist.overlap import LateGather
 from tilewright_dist.shards import Shard
@@ -230,7 +231,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def wait_for_parameters(self) -> None:
         """Wait for what the last step gathers, before parameters are read outside of forward."""
         if self._late is not None:
-            self._late.wait_all()
+            with naming_the_missing(self._group, "gathering parameters"):
+                self._late.wait_all()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop or zero the gradients of all parameters."""
@@ -392,8 +394,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._late is not None:
             self._late.hold(handles)
             return
-        for handle in handles:
-            handle.wait()
+        with naming_the_missing(self._group, "gathering parameters"):
+            for handle in handles:
+                handle.wait()
 
     @contextlib.contextmanager
     def _scaled(self):
