@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tilewright_kernels._launch import cdiv, next_power_of_2
+from tilewright_kernels._launch import cdiv
 from tilewright_kernels._operator import Operator
 from tilewright_kernels.flash_attention.backward_tiles import scratch_row
 from tilewright_kernels.flash_attention.masks import query_blocks, shift_of, visible
@@ -307,19 +307,17 @@ def launch_backward_hopper(
     block_d = sums.shape[1]
     group = heads // kv_heads
     bytes_per_head = max(1, len_q * group * block_d * 8)
+    together = min(max(1, CACHED_QUERIES // bytes_per_head), kv_heads * batch)
     operator.launch(
         attention_backward_hopper_kernel, (cdiv(len_k, BLOCK_N) * kv_heads * batch,),
         _describe(q, BLOCK_M, block_d), _describe(k, BLOCK_N, block_d),
         _describe(v, BLOCK_N, block_d), _describe(dout, BLOCK_M, block_d),
         _describe_vector(lse2), _describe_vector(minus_delta), sums, dk, dv,
-        cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k, kv_heads, batch,
-        min(next_power_of_2(max(1, CACHED_QUERIES // bytes_per_head)), kv_heads * batch),
-        left, right, rows_per_head,
-        *dk.stride()[:3], *dv.stride()[:3],
+        cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k, kv_heads, batch, together, left, right,
+        rows_per_head, *dk.stride()[:3], *dv.stride()[:3],
         GROUP=group, BOTTOM_RIGHT=bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
         PACKED=cu_seqlens_q is not None, D=width, D_V=v.shape[3], BLOCK_D=block_d,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES,
-        EARLY=EARLY[block_d], num_warps=8,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, EARLY=EARLY[block_d], num_warps=8,
     )  # fmt: skip
 
 
