@@ -9,7 +9,7 @@ import torch
 
 from tilewright_kernels import use_backend
 from tilewright_kernels.testing import count_launches, no_synchronization
-from tilewright_optim import Adam, AdamW, _plan, adamw_reference
+from tilewright_optim import Adam, AdamW, Muon, _plan, adamw_reference
 from tilewright_optim._adam_kernel import CHUNK
 
 SHAPES = ((), (3, 5), (CHUNK + 6,), (0,))
@@ -325,3 +325,13 @@ def test_clipping_waits_for_nothing():
 def test_bad_options(kind, options, message):
     with pytest.raises(ValueError, match=message):
         kind([torch.nn.Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize("kind", [Adam, Muon])
+def test_autograd_sees_that_parameters_changed(kind, device):
+    param = torch.nn.Parameter(torch.ones(3, 4, device=device))
+    loss = param.square().sum()  # keeps the parameter for its backward
+    loss.backward(retain_graph=True)
+    kind([param]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -7,6 +7,7 @@ from tilewright_kernels import use_backend
 from tilewright_kernels.testing import check_deterministic, count_launches, no_synchronization
 from tilewright_optim import clip_grad_norm_
 from tilewright_optim._norm_kernel import CHUNK
+from tilewright_optim.clip_grad import total_norm
 
 SIZES = (1, 0, 15, CHUNK, 2 * CHUNK + 48, CHUNK + 1)
 
@@ -137,3 +138,11 @@ def test_waits_for_nothing():
         p.grad = torch.randn_like(p)
     with no_synchronization():
         clip_grad_norm_(params, 1.0)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_norm_of_low_precision_has_floats_precision(backend, device):
+    params = make(device, (torch.bfloat16, torch.float16))
+    with use_backend(backend):
+        norm = total_norm(grads_of(params))
+    torch.testing.assert_close(norm.double(), exact_norm(params), rtol=1e-6, atol=0)

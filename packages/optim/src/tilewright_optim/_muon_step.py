@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from tilewright_optim._coefficients import Coefficients, triples
 from tilewright_optim._muon_kernels import Tensors, momentum_and_normalize, update
@@ -82,6 +83,7 @@ def muon_triton(
     for i in (0, 2, 3):  # gradients are only read
         for original, copy in rows[i][1]:
             original.copy_(copy)
+    increment_version(params)
 
 
 def _in_rows(column: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:

@@ -59,6 +59,7 @@ def clip_grad_norm_(
     for grad, copy in zip(grads, dense, strict=True):
         if copy is not grad:
             grad.copy_(copy)
+    torch.autograd.graph.increment_version(grads)
     return norm
 
 
@@ -70,9 +71,17 @@ def total_norm(grads: Sequence[Tensor], tables: NormTables | None = None) -> Ten
         tables: kept from call to call; None takes those of `clip_grad_norm_`.
     """
     if not _uses_triton(grads):
-        return get_total_norm(grads)
+        return _total_norm_reference(grads)
     dense = [grad if lies_dense(grad) else grad.contiguous() for grad in grads]
     return (tables or _tables(grads[0].device)).norm(dense)
+
+
+def _total_norm_reference(grads: Sequence[Tensor]) -> Tensor:
+    """In plain torch, whose own rounds the norm of each gradient to its dtype."""
+    dtypes = {grad.dtype for grad in grads}
+    if len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}:
+        return get_total_norm(grads)
+    return get_total_norm([get_total_norm([grad.float()]) for grad in grads])
 
 
 @cache
