@@ -328,6 +328,7 @@ def adam_triton(
     )  # fmt: skip
     for original, copy in copies:
         original.copy_(copy)
+    torch.autograd.graph.increment_version(launch.columns.params)  # 0.04 µs each
     launch.count(found_inf)
 
 
