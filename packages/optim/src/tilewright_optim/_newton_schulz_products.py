@@ -10,8 +10,8 @@ matrices alone (Gram Newton–Schulz, Dao-AILab 2026). All of them are symmetric
 
 Rounding makes eigenvalues of R that should be tiny wrong by about 2⁻¹¹, of either sign, and each
 step multiplies them by a²; so after `SEGMENT` steps the form starts again from X = Q·X. In float16
-the error then is one to three times that of the standard form, for spectra from flat to
-exponential, and a fifth to a tenth of torch.optim.Muon's, which is bfloat16's.
+the error then is one to two times that of the standard form, for spectra from flat to exponential,
+and a quarter to a tenth of torch.optim.Muon's, which is bfloat16's.
 
 A, A², R², Q·W, P and R are symmetric: half the tiles (`symmetric_matmul`, `commuting_matmul`). With
 full products counted as n²m or n³, five steps take 5 (n²m / 2 + n³ / 2 + n²m), or in Gram form

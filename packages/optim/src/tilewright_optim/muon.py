@@ -58,7 +58,7 @@ class Muon(NamedStates, Optimizer):
         eps: least Frobenius norm that a matrix is divided by.
         ns_steps: steps of Newton–Schulz.
         adjust_lr_fn: factor of lr by shape: "original" (None too), √max(1, A / B); or
-            "match_rms_adamw", 0.2 √max(A, B), with which AdamW's lr and weight_decay serve.
+            "match_rms_adamw", 0.2 √max(A, B), with which updates are as large as AdamW's.
         split_sizes: rows of the matrices that a parameter stacks, such as q, k and v, each of which
             is orthogonalized on its own; they add up to A. None is one matrix.
         form: of the iteration on a CUDA device: "standard", "gram", or "auto" by shape.

@@ -2,8 +2,8 @@
 
 Muon's update of a matrix [A, B], orthogonal up to rounding, has a root mean square of about
 √(1 / max(A, B)); times 0.2 √max(A, B) it has AdamW's, 0.2, whatever the shape (Liu et al. 2025,
-arXiv:2502.16982). So one learning rate, one schedule and one decay serve both, and those that were
-found for AdamW are where to begin.
+arXiv:2502.16982). So one learning rate, one schedule and one decay serve both. Those found for
+AdamW alone are where to begin; Muon bears higher rates (docs/optimizers.md).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
