@@ -25,7 +25,7 @@ def names(buckets):
     return [[s.name for s in bucket] for bucket in buckets]
 
 
-def test_buckets_fill_up_to_the_cap_after_a_small_first_one():
+def test_buckets_fill_until_the_cap_after_a_small_first_one():
     specs = [spec(str(i), 256) for i in range(6)]  # 1 KiB each
     assert names(assign_buckets(specs, cap_bytes=2048, first_cap_bytes=1024)) == [
         ["0"],
@@ -35,11 +35,10 @@ def test_buckets_fill_up_to_the_cap_after_a_small_first_one():
     ]
 
 
-def test_tensor_above_the_cap_is_alone_and_keeps_its_place():
+def test_the_tensor_that_reaches_the_cap_closes_the_bucket():
     specs = [spec("a", 8), spec("large", 4096), spec("b", 8)]
     assert names(assign_buckets(specs, cap_bytes=64, first_cap_bytes=64)) == [
-        ["a"],
-        ["large"],
+        ["a", "large"],
         ["b"],
     ]
 

@@ -72,7 +72,7 @@ class DistributedDataParallel(nn.Module):
         process_group: Ranks to average over; None is the default group.
         strategy: "naive" averages gradient by gradient when backward is over, "per_parameter" each
             as it arrives, "bucketed" in buckets as they fill.
-        bucket_cap_mb: Mebibytes of a bucket.
+        bucket_cap_mb: Mebibytes at which a bucket is full.
         first_bucket_mb: Mebibytes of the bucket that starts first.
         reduce_dtype: What travels; None is the gradients' dtype. bfloat16 halves the bytes of
             float32 gradients; they are added in float32 all the same.

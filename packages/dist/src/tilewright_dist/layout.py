@@ -121,8 +121,8 @@ def plan_buckets(
     Args:
         specs: In the order in which gradients are expected.
         world_size: Number of ranks.
-        cap_bytes: Size that a bucket of several tensors does not exceed, padding apart. A larger
-            tensor has a bucket of its own.
+        cap_bytes: Size at which a bucket is full. It may be exceeded by the last tensor, since two
+            buckets of less would take two collectives.
         first_cap_bytes: The same for the first bucket, smaller so that something travels early.
 
     Returns:
@@ -152,11 +152,10 @@ def assign_buckets(
     for spec in specs:
         key = (spec.dtype, spec.partition)
         bucket = opened.setdefault(key, [])
-        cap = cap_bytes if closed else first_cap_bytes
-        if bucket and sum(s.num_bytes for s in bucket) + spec.num_bytes > cap:
-            closed.append(bucket)
-            bucket = opened[key] = []
         bucket.append(spec)
+        cap = cap_bytes if closed else first_cap_bytes
+        if sum(s.num_bytes for s in bucket) >= cap:
+            closed.append(opened.pop(key))
     closed += opened.values()
     return sorted(closed, key=lambda bucket: position[bucket[-1].name])
 

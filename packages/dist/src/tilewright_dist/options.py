@@ -10,7 +10,7 @@ class ReducerOptions:
     """How gradients travel."""
 
     bucket_cap_mb: float = 25.0
-    """Mebibytes that a bucket of several gradients does not exceed."""
+    """Mebibytes at which a bucket is full."""
     first_bucket_mb: float = 1.0
     """The same for the bucket that starts first."""
     reduce_dtype: torch.dtype | None = None
