@@ -8,11 +8,24 @@ each, and one warp more that does nothing but fetch keys and values (FlashAttent
 
     S(j) = Q · K(j)ᵀ          acc += P(j - 1) · V(j - 1)
 
-and while the second runs, exponentials are taken of what the first gave. Between the warpgroups
-nothing is agreed: whoever takes exponentials leaves the tensor cores to the other.
+and while the second runs, exponentials are taken of what the first gave. One
+warpgroup is at its exponentials while the other multiplies: by chance, or because they take turns
+in starting products (TURNS).
 
 A program stays on its multiprocessor and takes one tile of 128 queries after another, so that the
 keys of the next are fetched while the last is written.
+
+H200, bfloat16, causal, TFLOP/s; softcap is 20, window 1024 (of which only visible pairs count):
+
+    D, T, query and key heads             here   forward.py   cuDNN
+    128, 1024, 16 and 16                   418                  442
+    128, 4096, 16 and 16                   615          408     581
+    128, 4096, 32 and 8                    617          421     592
+    128, 4096, 16 and 16, softcap          555          366
+    128, 16384, 16 and 16                  694          444     630
+    128, 16384, 16 and 16, window          495          331
+    64, 4096, 32 and 32                    416          392     436
+    128, packed documents of 8192 … 128    615          398           (torch's varlen_attn 295)
 
 Left to `forward`: heads wider than 128, float32, dropout, and tensors that no descriptor fits.
 """
@@ -24,7 +37,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -32,95 +44,28 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewright_kernels._launch import cdiv, num_programs
 from tilewright_kernels._operator import Operator
-from tilewright_kernels.flash_attention.masks import Mask, key_blocks, shift_of, visible
+from tilewright_kernels.flash_attention.hopper_tasks import (
+    GROUPS,
+    ROWS,
+    barriers,
+    blocks_of,
+    load,
+    place_of,
+    tell,
+    told,
+)
+from tilewright_kernels.flash_attention.masks import Mask, visible
 from tilewright_kernels.flash_attention.online_softmax import finish_rows, scores
 from tilewright_kernels.flash_attention.operands import extents, strides
-from tilewright_kernels.flash_attention.sequence_rows import sequence
-
-ROWS, GROUPS = gl.constexpr(64), gl.constexpr(2)
-"""Queries of a warpgroup, and the warpgroups that multiply."""
 
 BLOCK_N, STAGES = 128, {64: 4, 128: 2}
 """Keys of a tile, and how many tiles of keys and of values there is room for, by head dimension."""
 
-PING_PONG = True
+TURNS = True
+"""Whether a warpgroup starts no products before the other has started its own."""
 
 HIGHEST = 80.0
 """Scores in base 2 that need no maximum: 2⁸⁰ for each of 2²⁰ keys, times values, is a float32."""
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
-
-
-@gluon.jit
-def _place(task, shape):
-    """(tile, sequence, head) as `forward` places them: groups of heads, the last tiles first."""
-    batches, heads, len_q, together = shape[0], shape[1], shape[2], shape[8]
-    tiles = gl.cdiv(len_q, GROUPS * ROWS)
-    first = task // (tiles * together) * together
-    group = gl.minimum(heads * batches - first, together)
-    within = task - first * tiles
-    batch_head = first + within % group
-    return tiles - 1 - within // group, batch_head // heads, batch_head % heads
-
-
-@gluon.jit
-def _blocks(
-    tile, batch, shape, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """Where its sequence lies, its first query, the sequence's shift, and the blocks of keys."""
-    _, _, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, _ = shape
-    place = sequence(batch, len_q, len_k, cu_q_ptr, cu_k_ptr)
-    _, _, len_q, _, len_k = place
-    first = tile * (GROUPS * ROWS)
-    shift = shift_of(len_q, len_k, BOTTOM_RIGHT)
-    last = gl.minimum(first + GROUPS * ROWS, len_q) - 1
-    begin, full_begin, full_end, end = key_blocks(
-        first, last, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
-    )
-    # One block at least, be it all hidden.
-    return place, first, shift, (begin, full_begin, full_end, gl.maximum(end, begin + BLOCK_N))
-
-
-@gluon.jit
-def _load(desc, bufs, full, empty, step, index, head, row):
-    """Start the copy of a tile's rows of one head into its buffer, as soon as that is empty."""
-    SLOTS: gl.constexpr = bufs.shape[0]
-    slot, bar = step % SLOTS, full.index(step % SLOTS)
-    shape: gl.constexpr = [1, 1, bufs.shape[1], bufs.shape[2]]
-    mbarrier.wait(empty.index(slot), step // SLOTS & 1 ^ 1)
-    mbarrier.expect(bar, 2 * bufs.shape[1] * bufs.shape[2])
-    buffer = bufs.index(slot)._reinterpret(desc.dtype, shape, desc.layout)
-    tma.async_copy_global_to_shared(desc, [index, head, row, 0], bar, buffer)
-
-
-@gluon.jit
-def _tell(tile, batch, head, message, bars, turn):
-    """Give the warpgroups a tile; one of -1 ends them."""
-    zero = gl.full((1,), 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    mbarrier.wait(bars.index(1), turn & 1 ^ 1)
-    message.index(0).store(zero + tile)
-    message.index(1).store(zero + batch)
-    message.index(2).store(zero + head)
-    mbarrier.arrive(bars.index(0))
-
-
-@gluon.jit
-def _told(message, bars, turn):
-    """What `_tell` said."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(bars.index(0), turn & 1)
-    tile = gl.sum(message.index(0).load(layout), 0)
-    batch = gl.sum(message.index(1).load(layout), 0)
-    head = gl.sum(message.index(2).load(layout), 0)
-    mbarrier.arrive(bars.index(1))
-    return tile, batch, head
 
 
 @gluon.jit
@@ -135,31 +80,31 @@ def _fetch(
     BLOCK_N: gl.constexpr = k_bufs.shape[1]
     turn, step, task = 0, 0, gl.program_id(0)
     while task < tasks:
-        tile, batch, head = _place(task, shape)
-        place, first, _, blocks = _blocks(
+        tile, batch, head = place_of(task, shape)
+        place, first, _, blocks = blocks_of(
             tile, batch, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, BLOCK_N
         )
         index, first_q, len_q, first_k, _ = place
         begin, _, _, end = blocks
         if first < len_q:
-            _tell(tile, batch, head, message, message_bars, turn)
+            tell(tile, batch, head, message, message_bars, turn)
             kv_head = head // GROUP
             for i in gl.static_range(GROUPS):
                 row = first_q + first + i * ROWS
-                _load(q_desc, q_bufs, q_full, q_empty, turn * GROUPS + i, index, head, row)
+                load(q_desc, q_bufs, q_full, q_empty, turn * GROUPS + i, index, head, row)
             # Keys before the values of the block before: that is the order they are wanted in.
-            _load(k_desc, k_bufs, k_full, k_empty, step, index, kv_head, first_k + begin)
+            load(k_desc, k_bufs, k_full, k_empty, step, index, kv_head, first_k + begin)
             for j in range(begin, end, BLOCK_N):
                 if j + BLOCK_N < end:
                     row = first_k + j + BLOCK_N
-                    _load(k_desc, k_bufs, k_full, k_empty, step + 1, index, kv_head, row)
-                _load(v_desc, v_bufs, v_full, v_empty, step, index, kv_head, first_k + j)
+                    load(k_desc, k_bufs, k_full, k_empty, step + 1, index, kv_head, row)
+                load(v_desc, v_bufs, v_full, v_empty, step, index, kv_head, first_k + j)
                 step += 1
             turn += 1
         task = tasks
         if counter_ptr is not None:
             task = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
-    _tell(-1, 0, 0, message, message_bars, turn)
+    tell(-1, 0, 0, message, message_bars, turn)
 
 
 @gluon.jit
@@ -250,7 +195,7 @@ def _attend(
     WHICH: gl.constexpr, out_ptr, lse_ptr, bufs, bars, message, shape, out_strides, lse_strides,
     BEFORE: gl.constexpr, FACTOR: gl.constexpr, CAP: gl.constexpr, BOUNDED: gl.constexpr,
     BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    D_V: gl.constexpr, PING_PONG: gl.constexpr,
+    D_V: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: rows WHICH · 64 … of each tile."""
     q_bufs, k_bufs, v_bufs = bufs
@@ -267,10 +212,10 @@ def _attend(
     rows_of: gl.constexpr = gl.SliceLayout(1, s_layout)
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, s_layout)
     q = q_bufs.index(WHICH)
-    turn, step, products = 0, 0, 0
-    tile, batch, head = _told(message, message_bars, turn)
+    turn, step, rounds = 0, 0, 0
+    tile, batch, head = told(message, message_bars, turn)
     while tile >= 0:
-        place, first, shift, blocks = _blocks(
+        place, first, shift, blocks = blocks_of(
             tile, batch, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, BLOCK_N
         )
         len_k = place[4]
@@ -307,14 +252,14 @@ def _attend(
                     before, now = step % STAGES, (step + 1) % STAGES
                     v_phase = step // STAGES & 1
                     step += 1
-                    if PING_PONG:
-                        mbarrier.wait(turn_bars.index(WHICH), (products & 1) ^ (WHICH == 0))
-                        products += 1
+                    if TURNS:
+                        mbarrier.wait(turn_bars.index(WHICH), (rounds & 1) ^ (WHICH == 0))
+                        rounds += 1
                     k = k_bufs.index(now).permute((1, 0))
                     s = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
                     mbarrier.wait(v_full.index(before), v_phase)
                     acc = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
-                    if PING_PONG:
+                    if TURNS:
                         mbarrier.arrive(turn_bars.index((WHICH + 1) % GROUPS))
                     s = warpgroup_mma_wait(1, deps=(s,))
                     mbarrier.arrive(k_empty.index(now))
@@ -343,7 +288,7 @@ def _attend(
         acc = warpgroup_mma(p, v_bufs.index(slot), acc, is_async=True)
         step += 1
         turn += 1
-        tile, batch, next_head = _told(message, message_bars, turn)
+        tile, batch, next_head = told(message, message_bars, turn)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(slot))
         _write(
@@ -365,7 +310,7 @@ def attention_forward_hopper_kernel(
     out_batch_stride, out_row_stride, out_head_stride, lse_batch_stride, lse_head_stride,
     BEFORE: gl.constexpr, FACTOR: gl.constexpr, CAP: gl.constexpr, BOUNDED: gl.constexpr,
     GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """`attention_forward_kernel` with a division of labour; lengths are those of `forward`.
@@ -386,9 +331,9 @@ def attention_forward_hopper_kernel(
     mbarrier.init(message_bars.index(0), count=1)
     mbarrier.init(message_bars.index(1), count=GROUPS)
     bars = (
-        _barriers(GROUPS, 1), _barriers(GROUPS, 1), _barriers(STAGES, 1),
-        _barriers(STAGES, GROUPS), _barriers(STAGES, 1), _barriers(STAGES, GROUPS),
-        message_bars, _barriers(GROUPS, 1),
+        barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(STAGES, 1),
+        barriers(STAGES, GROUPS), barriers(STAGES, 1), barriers(STAGES, GROUPS),
+        message_bars, barriers(GROUPS, 1),
     )  # fmt: skip
     shape = batches, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, together
     out_strides = out_batch_stride, out_row_stride, out_head_stride
@@ -403,7 +348,7 @@ def attention_forward_hopper_kernel(
                 (
                     0, out_ptr, lse_ptr, bufs, bars, message, shape, out_strides, lse_strides,
                     BEFORE, FACTOR, CAP, BOUNDED, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
-                    PING_PONG,
+                    TURNS,
                 ),
             ),
             (
@@ -411,7 +356,7 @@ def attention_forward_hopper_kernel(
                 (
                     1, out_ptr, lse_ptr, bufs, bars, message, shape, out_strides, lse_strides,
                     BEFORE, FACTOR, CAP, BOUNDED, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D_V,
-                    PING_PONG,
+                    TURNS,
                 ),
             ),
             (
@@ -469,8 +414,17 @@ def launch_forward_hopper(
         BOUNDED=cap != "" and factor <= HIGHEST and q.dtype == torch.bfloat16,
         GROUP=heads // k.shape[2], BOTTOM_RIGHT=mask.bottom_right,
         HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, D_V=width_v, STAGES=STAGES[width],
-        PING_PONG=PING_PONG, num_warps=4, maxnreg=168,
+        TURNS=_takes_turns(width, cap), num_warps=4, maxnreg=168,
     )  # fmt: skip
+
+
+def _takes_turns(width: int, cap: str) -> bool:
+    """Whether a warpgroup starts its products when the other has started its own, not before.
+
+    TFLOP/s on an H200 at T = 4096, with and without: D = 128, softcap 20: 555, 522; D = 128:
+    606, 615. D = 64 was measured with turns alone.
+    """
+    return cap != "" or width == 64
 
 
 def _describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:

@@ -1,0 +1,96 @@
+# What Gluon's decorators and annotations say of themselves is not what they do.
+# pyrefly: ignore-errors
+"""What the warps of `forward_hopper` agree on: which tile is next, and what lies in which buffer.
+
+A task is a tile of queries of one head of one sequence. The warp that fetches finds out which is
+next and tells the others. Buffers are rings: step n uses slot n % SLOTS for the n // SLOTS-th time,
+and the parity of that is the phase that a barrier is waited for.
+
+`shape` everywhere is (sequences, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, together):
+lengths as `forward` takes them, the window, and how many heads are worked on at one time.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from tilewright_kernels.flash_attention.masks import key_blocks, shift_of
+from tilewright_kernels.flash_attention.sequence_rows import sequence
+
+ROWS, GROUPS = gl.constexpr(64), gl.constexpr(2)
+"""Queries of a warpgroup, and the warpgroups that multiply."""
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers, each of which waits for so many arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def place_of(task, shape):
+    """(tile, sequence, head) as `forward` places them: groups of heads, the last tiles first."""
+    batches, heads, len_q, together = shape[0], shape[1], shape[2], shape[8]
+    tiles = gl.cdiv(len_q, GROUPS * ROWS)
+    first = task // (tiles * together) * together
+    group = gl.minimum(heads * batches - first, together)
+    within = task - first * tiles
+    batch_head = first + within % group
+    return tiles - 1 - within // group, batch_head // heads, batch_head % heads
+
+
+@gluon.jit
+def blocks_of(
+    tile, batch, shape, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Where its sequence lies, its first query, the sequence's shift, and the blocks of keys."""
+    _, _, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, _ = shape
+    place = sequence(batch, len_q, len_k, cu_q_ptr, cu_k_ptr)
+    _, _, len_q, _, len_k = place
+    first = tile * (GROUPS * ROWS)
+    shift = shift_of(len_q, len_k, BOTTOM_RIGHT)
+    last = gl.minimum(first + GROUPS * ROWS, len_q) - 1
+    begin, full_begin, full_end, end = key_blocks(
+        first, last, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+    # One block at least, be it all hidden.
+    return place, first, shift, (begin, full_begin, full_end, gl.maximum(end, begin + BLOCK_N))
+
+
+@gluon.jit
+def load(desc, bufs, full, empty, step, index, head, row):
+    """Start the copy of a tile's rows of one head into its buffer, as soon as that is empty."""
+    SLOTS: gl.constexpr = bufs.shape[0]
+    slot, bar = step % SLOTS, full.index(step % SLOTS)
+    shape: gl.constexpr = [1, 1, bufs.shape[1], bufs.shape[2]]
+    mbarrier.wait(empty.index(slot), step // SLOTS & 1 ^ 1)
+    mbarrier.expect(bar, 2 * bufs.shape[1] * bufs.shape[2])
+    buffer = bufs.index(slot)._reinterpret(desc.dtype, shape, desc.layout)
+    tma.async_copy_global_to_shared(desc, [index, head, row, 0], bar, buffer)
+
+
+@gluon.jit
+def tell(tile, batch, head, message, bars, turn):
+    """Give the warpgroups a tile; one of -1 ends them."""
+    zero = gl.full((1,), 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    mbarrier.wait(bars.index(1), turn & 1 ^ 1)
+    message.index(0).store(zero + tile)
+    message.index(1).store(zero + batch)
+    message.index(2).store(zero + head)
+    mbarrier.arrive(bars.index(0))
+
+
+@gluon.jit
+def told(message, bars, turn):
+    """What `tell` said."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(bars.index(0), turn & 1)
+    tile = gl.sum(message.index(0).load(layout), 0)
+    batch = gl.sum(message.index(1).load(layout), 0)
+    head = gl.sum(message.index(2).load(layout), 0)
+    mbarrier.arrive(bars.index(1))
+    return tile, batch, head
