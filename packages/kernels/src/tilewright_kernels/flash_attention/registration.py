@@ -4,8 +4,8 @@ What is kept between forward and backward is q, k, v, out and lse, one number a 
 [B, T, H, D] (packed: [N, H, D]) of any strides, so that both torch's order and that of a
 projection's output are views.
 
-This is the place where kernels for one architecture join: `launch_forward` and `launch_backward`
-have the arguments that any other implementation would have.
+Which kernels run is decided below, in `launch_forward` and `launch_backward`: the portable ones, or
+those for one architecture that take what is given.
 """
 
 from collections.abc import Callable, Sequence
@@ -100,8 +100,9 @@ def register(operator: Operator, name: str) -> Callable[..., tuple[Tensor, Tenso
     def grads(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return (None,) * 13
-        dout = torch.zeros_like(ctx.saved_tensors[3]) if dout is None else dout
-        return *registered_backward(dout, dlse, *ctx.saved_tensors, *ctx.options), *[None] * 10
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+        dout = torch.zeros_like(saved[3]) if dout is None else dout
+        return *registered_backward(dout, dlse, *saved, *ctx.options), *[None] * 10
 
     forward.__name__, backward.__name__ = f"{name}_forward", f"{name}_backward"
     registered_backward = operator.function(fake=backward_fake)(backward)
