@@ -40,6 +40,8 @@ def test_bad_input(device):
         attention(q, q, q, dropout_p=1.5)
     with pytest.raises(ValueError, match=r"softcap is -1.0"):
         attention(q, q, q, softcap=-1.0)
+    with pytest.raises(ValueError, match=r"softcap is inf.*None for no softcap"):
+        attention(q, q, q, softcap=float("inf"))
     with pytest.raises(ValueError, match=r"window_size is \(3, -2\)"):
         attention(q, q, q, window_size=(3, -2))
     with pytest.raises(ValueError, match=r"window_size is 3;"):

@@ -103,6 +103,39 @@ def test_attn_mask_together_with_a_window(device):
         torch.testing.assert_close(out, attention_reference(q, k, v, **options))
 
 
+def test_attn_mask_of_float32(device):
+    # As torch takes it: beside 16 bits, given so or by autocast.
+    q, k, v = make(20, 24, torch.float32, device=device)
+    bias = torch.randn(20, 24, generator=torch.Generator().manual_seed(0)).to(device)
+    with use_backend("torch"):
+        half = q.half(), k.half(), v.half()
+        out = scaled_dot_product_attention(*half, attn_mask=bias)
+        expected = F.scaled_dot_product_attention(*half, attn_mask=bias)
+        torch.testing.assert_close(out, expected)
+        with torch.autocast(device.type, torch.float16):
+            out = scaled_dot_product_attention(q, k, v, bias)
+            torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_queries_that_neither_attn_mask_nor_window_lets_see_anything(dtype, device):
+    # The last three lie past all keys by more than the window.
+    inputs = make(13, 6, torch.float32, device=device)
+    attn_mask = torch.zeros(13, 6, device=device, dtype=dtype)
+    with use_backend("torch"):
+        options = {
+            "window_size": (4, 0),
+            "attn_mask": ~attn_mask if dtype == torch.bool else attn_mask,
+        }
+        out = scaled_dot_product_attention(*inputs, **options)
+    expected = attention_reference(*inputs, **options)
+    assert (out[:, :, 10:] == 0).all()
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs)
+    )
+
+
 def test_wide_heads_fall_to_torch(device):
     q, k, v = make(5, 6, torch.float32, device=device, dim=257)
     with use_backend("torch"):

@@ -1,5 +1,7 @@
 """What a caller of attention can get wrong, checked before anything runs."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from tilewright_kernels.dropout import check_probability
 def check_options(dropout_p: float, softcap: float | None) -> None:
     """Raise on a probability or a softcap outside of its range."""
     check_probability(dropout_p)
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is {softcap}; give a positive number, or None for no softcap")
 
 
@@ -56,8 +58,10 @@ def check_attention(
         return
     if is_causal:
         raise ValueError("is_causal and attn_mask are both given; put causality into attn_mask")
-    if attn_mask.dtype not in (torch.bool, query.dtype):
-        raise TypeError(f"attn_mask is {attn_mask.dtype}; give bool or query's {query.dtype}")
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise TypeError(
+            f"attn_mask is {attn_mask.dtype}; give bool, float32 or query's {query.dtype}"
+        )
     check_same_device(query=query, attn_mask=attn_mask)
 
 

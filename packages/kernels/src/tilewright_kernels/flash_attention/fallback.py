@@ -61,20 +61,22 @@ def torch_attention(
     if attn_mask is None:
         return masked_attention(query, key, value, visible, **options)
     if attn_mask.dtype == torch.bool:
-        visible = attn_mask & visible
-    else:
-        visible = attn_mask.masked_fill(~visible, -torch.inf)
-    return F.scaled_dot_product_attention(query, key, value, visible, **options)
+        return masked_attention(query, key, value, attn_mask & visible, **options)
+    return masked_attention(query, key, value, visible, attn_mask, **options)
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, **options: Any
-) -> Tensor:
-    """torch's attention under a bool mask, 0 where a query sees nothing.
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    """torch's attention under a bool mask, 0 where a query sees nothing; bias is added to scores.
 
     torch's implementations differ in what they make of such a query, so here it sees everything and
     its result, and with it its gradient, is replaced.
     """
     blind = ~visible.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(query, key, value, visible | blind, **options)
+    attn_mask = visible | blind
+    if bias is not None:
+        attn_mask = bias.masked_fill(~attn_mask, -torch.inf)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
     return out.masked_fill(blind, 0.0)
