@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tilewright_kernels._operator import Operator
+from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.flash_attention import forward
 from tilewright_kernels.flash_attention.forward import Tile, launch_forward
 from tilewright_kernels.flash_attention.masks import Mask, keep_reference
+from tilewright_kernels.flash_attention.online_softmax import as_operand
 from tilewright_kernels.testing import assert_as_accurate, check_deterministic, poisoned_memory
 
 OPERATOR = Operator("scaled_dot_product_attention")
@@ -243,6 +245,23 @@ def test_order_of_programs(together, monkeypatch, device):
     check(*make((40, 33), (3, 3, 3), 16, torch.float32, device), mask=CAUSAL)
 
 
+@triton.jit
+def operand_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(y_ptr + at, as_operand(tl.load(x_ptr + at), tl.float32, "tf32"))
+
+
+def test_tf32_operands(device):
+    # Rounded to nearest; the last is the NaN that GPUs make, all ones but for the sign.
+    bits = [0x3F800000, 0x3F800FFF, 0x3F801000, 0x7F7FEFFF, 0x7F800000, 0x7FC00000, 0x7FFFFFFF, -1]
+    x = torch.tensor(bits, dtype=torch.int32, device=device).view(torch.float32)
+    y = torch.empty_like(x)
+    OPERATOR.launch(operand_kernel, (1,), x, y, N=8)
+    expected = [0x3F800000, 0x3F800000, 0x3F802000, 0x7F7FE000, 0x7F800000]
+    assert y[:5].view(torch.int32).tolist() == expected
+    assert y[5:].isnan().all()
+
+
 def test_bits_repeat(device):
     inputs = make((20, 33), (1, 4, 2), 16, torch.float16, device)
     with poisoned_memory():
@@ -279,6 +298,14 @@ def test_head_dimensions_at_real_sizes(mask, kernel):
         inputs = make((700, 500), (4, 12, 4), width, torch.bfloat16, torch.device("cuda"),
                       width_v=width_v)  # fmt: skip
         check(*inputs, mask=mask)
+
+
+@pytest.mark.gpu
+def test_more_heads_fit_in_the_cache_than_int32_counts(kernel, monkeypatch):
+    # 2³⁰ of them, times 4 tiles.
+    monkeypatch.setattr(forward, "CACHED_KEYS", 2**30 * 500 * 2 * 64 * 2)
+    inputs = make((512, 500), (2, 4, 4), 64, torch.bfloat16, torch.device("cuda"))
+    check(*inputs, mask=CAUSAL)
 
 
 @pytest.mark.gpu

@@ -119,8 +119,9 @@ def _place(program, tiles, heads, TOGETHER: tl.constexpr):
     Heads come in groups of TOGETHER, whose keys and values stay in the second-level cache while
     all tiles of the group are worked on.
     """
-    first = program // (tiles * TOGETHER) * TOGETHER
-    group = tl.minimum(heads - first, TOGETHER)
+    together = tl.minimum(heads, TOGETHER)  # times tiles it stays within int32, as the grid does
+    first = program // (tiles * together) * together
+    group = tl.minimum(heads - first, together)
     within = program - first * tiles
     return tiles - 1 - within // group, first + within % group
 
@@ -268,8 +269,9 @@ def launch_forward(
 
         launch_forward_hopper(
             operator, q, k, v, out, lse, mask=mask, before=before, factor=factor,
-            cap=cap_of(softcap, q), together=together, cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k, batches=batches, len_q=len_q, len_k=len_k,
+            cap=cap_of(softcap, q), together=min(together, heads * batches),
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, batches=batches, len_q=len_q,
+            len_k=len_k,
         )  # fmt: skip
         return
     tile = tile_for(max(blocks), q.element_size(), len_q, len_k, dropout)

@@ -101,14 +101,16 @@ def take_piece(s, m, l, FACTOR: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def as_operand(p, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """Probabilities as the product with v takes them.
+    """Probabilities, or their gradients, as the next product takes them.
 
     Tensor cores drop the 13 bits that tf32 lacks. p is never negative, so all of them would shrink,
-    and out with them: half of the last bit that stays is added before.
+    and out with them: half of the last bit that stays is added before. Not to infinity and NaN,
+    whose bits it would carry over into those of zero.
     """
     if PRECISION == "tf32":
-        bits = (p.to(tl.int32, bitcast=True) + 0x1000) & ~0x1FFF
-        p = bits.to(tl.float32, bitcast=True)
+        bits = p.to(tl.int32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        p = tl.where(finite, (bits + 0x1000) & ~0x1FFF, bits).to(tl.float32, bitcast=True)
     return p.to(dtype)
 
 
