@@ -209,6 +209,17 @@ def test_decode_ignores_what_lies_beyond_the_lengths(device):
         assert torch.equal(flash_attn_decode(q, k, v, lengths), out)
 
 
+def test_decode_with_a_window_past_int32(device):
+    # Fewer keys than new tokens: length - tokens - window would not be an int32.
+    q, k, v, _ = make_cache(device, queries=3)
+    lengths = torch.tensor((1, 33, 70), dtype=torch.int32, device=device)
+    with use_backend("triton"):
+        expected = flash_attn_decode(q, k, v, lengths)
+        for window in (2**31 - 1, 2**40):
+            out = flash_attn_decode(q, k, v, lengths, window_size=(window, 0))
+            assert torch.equal(out, expected)
+
+
 def test_decode_has_no_gradient(device):
     q, k, v, lengths = make_cache(device)
     with use_backend("triton"):

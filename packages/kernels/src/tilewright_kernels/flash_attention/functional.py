@@ -65,8 +65,9 @@ def scaled_dot_product_attention(
             [B, T, H, D] is read as it lies, and the result and the gradients lie likewise.
         key: [*, K, T_k, D] of query's dtype.
         value: [*, K, T_k, D_v] of query's dtype.
-        attn_mask: bool, true where a query sees a key, or numbers added to the scores; broadcasts
-            to [*, H, T_q, T_k]. Not in the kernels: torch computes it, and a warning says so.
+        attn_mask: bool, true where a query sees a key, or numbers added to the scores, in float32
+            or query's dtype; broadcasts to [*, H, T_q, T_k]. Not in the kernels: torch computes it,
+            and a warning says so.
         dropout_p: probability with which a weight of the sum becomes 0, the others growing by
             1 / (1 - p). Set it to 0 outside of training. Its seed is drawn from the generator of
             query's device.
@@ -120,6 +121,8 @@ def _as_batches(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     heads = tensors[0].shape[-3], tensors[1].shape[-3]
     tensors = [
         t.expand(*batch, kept, *t.shape[-2:])
-        for t, kept in zip(tensors, (max(heads), heads[1], heads[1]), strict=True)
+        for t, kept in zip(
+            tensors, (heads[1] if heads[0] == 1 else heads[0], heads[1], heads[1]), strict=True
+        )
     ]
     return [t.reshape(math.prod(batch), *t.shape[-3:]).transpose(1, 2) for t in tensors]

@@ -216,7 +216,7 @@ def flash_attn_decode(
     if _DECODE.uses_triton(q, unsupported):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return decode_attention_forward(
-            q, k_cache, v_cache, lengths, float(scale), float(softcap or 0.0), mask.left
+            q, k_cache, v_cache, lengths, float(scale), float(softcap or 0.0), mask.window[0]
         )
     if softcap is not None:
         return decode_attention_reference(
