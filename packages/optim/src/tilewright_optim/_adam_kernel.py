@@ -61,12 +61,14 @@ def _one_minus_power(exponent, ACC: tl.constexpr):
     In float64 throughout, it would take a fifth of the instructions of a chunk of 8-bit averages.
     """
     if tl.float64 == ACC:
-        return 1 - tl.exp(exponent)
-    x = tl.maximum(exponent, -100.0).to(tl.float32)
-    series = 1 + x * (1.0 / 8) * (1 + x * (1.0 / 9) * (1 + x * (1.0 / 10)))
-    series = 1 + x * (1.0 / 5) * (1 + x * (1.0 / 6) * (1 + x * (1.0 / 7) * series))
-    series = 1 + x * (1.0 / 2) * (1 + x * (1.0 / 3) * (1 + x * (1.0 / 4) * series))
-    return tl.where(x > -1, -x * series, 1 - tl.exp(x))
+        result = 1 - tl.exp(exponent)
+    else:
+        x = tl.maximum(exponent, -100.0).to(tl.float32)
+        series = 1 + x * (1.0 / 8) * (1 + x * (1.0 / 9) * (1 + x * (1.0 / 10)))
+        series = 1 + x * (1.0 / 5) * (1 + x * (1.0 / 6) * (1 + x * (1.0 / 7) * series))
+        series = 1 + x * (1.0 / 2) * (1 + x * (1.0 / 3) * (1 + x * (1.0 / 4) * series))
+        result = tl.where(x > -1, -x * series, 1 - tl.exp(x))
+    return result
 
 
 @triton.jit
@@ -123,8 +125,10 @@ def _adam_chunk(
         g = -g
     if not DECOUPLED:
         g += decay * p
-    m += weight1 * (g - m)
-    v = beta2 * v + weight2 * g * g
+    # Which of two products is rounded must not depend on what else is compiled, or masters would
+    # differ from float32 parameters in the last bit.
+    m = tl.fma(weight1, g - m, m)
+    v = tl.fma(weight2 * g, g, beta2 * v)
     random = at
     if QUANTIZED or MASTER == "stochastic":
         random = random_words(first.to(tl.uint32) + at.to(tl.uint32), random1, random2)
@@ -146,7 +150,7 @@ def _adam_chunk(
     update = m * tl.rsqrt(root * root) if QUANTIZED else m / root
     if DECOUPLED:
         p = tl.where(update * p >= 0, decay * p, p) if CAUTIOUS else decay * p
-    p = p - step_size * update
+    p = tl.fma(-step_size, update, p)
     if MASTER == "exact":
         high, low = split_halves(p)
         tl.store(p_ptr + at, high, mask=mask)
