@@ -7,6 +7,7 @@ import torch
 
 from tilewright_kernels import use_backend
 from tilewright_optim import Adam, AdamW, Muon
+from tilewright_optim._states import as_one
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +125,35 @@ def test_options_that_torch_lacks_stay_as_they_are(device):
     decayed = AdamW([{"params": [p], "cautious": True}])
     decayed.load_state_dict(torch.optim.AdamW([q]).state_dict())
     assert decayed.param_groups[0]["cautious"]
+
+
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_hooks_may_change_what_is_loaded(kind, device):
+    p, q = (torch.nn.Parameter(torch.ones(4, 3, device=device).bfloat16()) for _ in range(2))
+    p.grad = torch.ones_like(p)
+    optimizer, other = kind([p], master="exact"), kind([q], master="exact")
+    optimizer.step()
+    saved = optimizer.state_dict()
+    renamed = {"state": {7: saved["state"][0]}, "param_groups": saved["param_groups"]}
+
+    def by_the_old_number(_, loading):
+        return {**loading, "state": {0: loading["state"][7]}}
+
+    other.register_load_state_dict_pre_hook(by_the_old_number)
+    other.load_state_dict(renamed)
+    assert other.state[q].keys() == optimizer.state[p].keys()
+    for key, value in optimizer.state[p].items():
+        assert torch.equal(other.state[q][key], value)
+        assert other.state[q][key].dtype == value.dtype
+    assert len(other._optimizer_load_state_dict_pre_hooks) == 1
+
+
+def test_steps_of_one_launch_lie_together(device):
+    dtypes = (torch.bfloat16, torch.float32) * 3
+    params = [torch.nn.Parameter(torch.ones(3, device=device, dtype=d)) for d in dtypes]
+    optimizer = AdamW(params, master="exact")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for start in (0, 1):
+        assert as_one([optimizer.state[p]["step"] for p in params[start::2]]) is not None

@@ -19,6 +19,8 @@ Named = Iterable[tuple[str, Tensor]]
 class NamedStates(Optimizer):
     """An optimizer whose state is tensors alone, one or more a parameter."""
 
+    _loading: dict[str, Any] | None = None
+
     def state_tensors(self, named_parameters: Named | None = None) -> dict[str, Tensor]:
         """The state by «parameter name.state», such as «layers.0.weight.exp_avg».
 
@@ -68,8 +70,30 @@ class NamedStates(Optimizer):
         groups = self.state_dict()["param_groups"]
         self.load_state_dict({"state": states, "param_groups": groups})
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class or of torch.optim's; dtypes of states stay as saved.
+
+        States that are stored otherwise than the optimizer is set to are converted. Options of
+        groups that state_dict lacks stay as they are.
+
+        Raises:
+            ValueError: other groups, or states of other shapes; nothing has changed then.
+        """
+
+        def remember(_: Optimizer, saved: dict[str, Any]) -> None:
+            self._loading = saved
+
+        handle = self.register_load_state_dict_pre_hook(remember)  # after those that change it
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict ends here, and nothing is replaced yet; copy and pickle begin here.
+        if self._loading is not None:
+            _keep_dtypes(state, self._loading)
         check_states(state["state"], _SHAPED)
         for group, before in zip(
             state["param_groups"], self.__dict__.get("param_groups", ()), strict=False
@@ -92,3 +116,14 @@ class NamedStates(Optimizer):
 
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
+
+
+def _keep_dtypes(state: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Undo torch's casts of states to the parameter's dtype, which lose what float32 holds."""
+    indices = (index for group in saved["param_groups"] for index in group["params"])
+    params = (param for group in state["param_groups"] for param in group["params"])
+    for index, param in zip(indices, params, strict=True):
+        loaded = state["state"].get(param, {})
+        for key, value in saved["state"].get(index, {}).items():
+            if isinstance(value, Tensor) and value.dtype != loaded[key].dtype and key != "step":
+                loaded[key] = value.to(param.device, copy=True)

@@ -111,11 +111,14 @@ def _encode(state: State) -> None:
 
 def pack_steps(states: Iterable[State]) -> None:
     """Make the step counts of one device views of one tensor, which one addition advances."""
-    by_place: dict[tuple[torch.device, torch.dtype], list[State]] = {}
+    by_kind: dict[Any, list[State]] = {}
     for state in states:
         if "step" in state:
-            by_place.setdefault((state["step"].device, state["step"].dtype), []).append(state)
-    for alike in by_place.values():
+            # Those of one launch lie together, although a model mixes dtypes.
+            step, average = state["step"], state["exp_avg"]
+            kind = step.device, step.dtype, average.dtype, "master_low" in state
+            by_kind.setdefault(kind, []).append(state)
+    for alike in by_kind.values():
         together = torch.stack([state["step"] for state in alike])
         for state, step in zip(alike, together.unbind(), strict=True):
             state["step"] = step

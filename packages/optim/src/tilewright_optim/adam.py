@@ -6,7 +6,7 @@ that checkpoints go both ways. `AdamW` is the same class with decoupled decay.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import chain, repeat
+from itertools import repeat
 from operator import is_, ne
 from typing import Any
 
@@ -132,18 +132,6 @@ class Adam(NamedStates, Optimizer):
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of ours or of torch.optim's; dtypes of states are kept as saved.
-
-        States that are stored otherwise than this optimizer is set to (`state_dtype`, `master`) are
-        converted.
-        """
-        self._loading = state_dict
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            self._loading = None
-
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
@@ -163,9 +151,6 @@ class Adam(NamedStates, Optimizer):
             for option, default in self.defaults.items():
                 group.setdefault(option, default)
             group["decoupled_weight_decay"] = decoupled
-        self.__dict__.setdefault("_loading", None)
-        if self._loading is not None:
-            self._keep_dtypes(self._loading)
         for param in self._all_params():
             if self.state.get(param):
                 self._storage.convert(param, self.state[param])
@@ -180,16 +165,6 @@ class Adam(NamedStates, Optimizer):
         self._numbers: dict[int, int] = {}
         self._norms: dict[torch.device, NormTables] = {}
         self.grad_norm = None
-        self._loading: dict[str, Any] | None = None
-
-    def _keep_dtypes(self, saved: dict[str, Any]) -> None:
-        """Undo torch's casts of states to the parameter's dtype, which lose what float32 holds."""
-        indices = chain.from_iterable(group["params"] for group in saved["param_groups"])
-        for index, param in zip(indices, self._all_params(), strict=True):
-            for key, value in saved["state"].get(index, {}).items():
-                loaded = self.state[param].get(key)
-                if isinstance(loaded, Tensor) and loaded.dtype != value.dtype and key != "step":
-                    self.state[param][key] = value.to(param.device)
 
     def _check(self, options: dict[str, Any]) -> None:
         check_options(options)

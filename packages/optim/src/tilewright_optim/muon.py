@@ -133,15 +133,6 @@ class Muon(NamedStates, Optimizer):
             for option, default in self.defaults.items():
                 group.setdefault(option, default)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of torch.optim.Muon; dtypes of states stay as they are."""
-        super().load_state_dict(state_dict)
-        saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        for index, param in zip(saved, self._all_params(), strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and value.dtype != self.state[param][name].dtype:
-                    self.state[param][name] = value.to(param.device, copy=True)
-
     @torch.compiler.disable  # it works with addresses on the host, each a graph break
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -7,7 +7,6 @@ AdamW alone are where to begin; Muon bears higher rates (docs/optimizers.md).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any, Literal, Self
 
 import torch
@@ -208,12 +207,6 @@ class MuonW(NamedStates, Optimizer):
                 f"{[group['kind'] for group in self.param_groups]}; make it of the same groups"
             )
         super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for index, param in zip(saved, self._all_params(), strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                kept = self.state[param].get(name)
-                if isinstance(kept, Tensor) and kept.dtype != value.dtype and name != "step":
-                    self.state[param][name] = value.to(param.device)
         adamw = self._parts["adamw"]
         states = [
             (param, self.state[param])
