@@ -1,11 +1,11 @@
-"""Attention without the matrix of scores, as a ladder of three rungs.
+"""Attention without the matrix of scores, as a ladder of four rungs.
 
     softmax(scale · q·kᵀ) · v
 
 Read in this order: `reference` (scores written out: what every option means), `tiled_reference`
 (FlashAttention-2 in plain torch), `masks` (who sees whom), `forward`, `backward` and `decode` (the
-kernels), `registration` (the gradient, and where a kernel for one architecture joins),
-`functional` and `varlen` (the public functions).
+portable kernels), `forward_hopper` and `backward_hopper` (what takes their place on one
+architecture), `registration` (the gradient), `functional` and `varlen` (the public functions).
 """
 
 from tilewright_kernels.flash_attention.functional import scaled_dot_product_attention

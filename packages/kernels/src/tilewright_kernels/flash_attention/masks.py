@@ -86,14 +86,6 @@ class Mask:
         query, key = torch.arange(len_q, device=device), torch.arange(len_k, device=device)
         return self.sees(query[:, None] + self.shift(len_q, len_k), key[None, :])
 
-    def hides_all(self, len_q: int, len_k: int) -> bool:
-        """Whether some query may see no key: the first looks too far back, or the last too far."""
-        left, right = self.window
-        first = self.shift(len_q, len_k)
-        early = right != UNLIMITED and first + right < 0
-        late = left != UNLIMITED and first + len_q - 1 - left > len_k - 1
-        return len_k == 0 or early or late
-
 
 def as_mask(
     is_causal: bool, causal_alignment: Alignment, window_size: tuple[int, int] | None
