@@ -30,6 +30,7 @@ from tilewright_dist.data_parallel import DistributedDataParallel, checked_proce
 from tilewright_dist.failure import naming_the_missing
 from tilewright_dist.layout import Partition, Segment, plan_buckets
 from tilewright_dist.overlap import LateGather
+from tilewright_dist.param_groups import named_groups, unnamed
 from tilewright_dist.shards import Shard
 
 Tensors = Mapping[str, torch.Tensor]
@@ -169,7 +170,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.grad_norm: torch.Tensor | None = None
         """Norm of the last step's gradients before clipping, on the device; with max_grad_norm."""
 
-        groups = _named_groups(params, ddp, first=0)
+        groups = named_groups(params, ddp, first=0)
         self._parameters = {n: p for group in groups for n, p in group["params"]}
         device = next(iter(self._parameters.values())).device
         self._device = device
@@ -178,7 +179,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._inner = make_inner([self._inner_group(group) for group in groups])
         self._refuse_inner_clipping()
         self._is_set_up = False
-        super().__init__([_unnamed(group) for group in groups], self._inner.defaults)
+        super().__init__([unnamed(group) for group in groups], self._inner.defaults)
         self._is_set_up = True
         self._pull_options()
         self._late = self._make_late_gather() if overlap_gather and ddp is not None else None
@@ -248,8 +249,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if not self._is_set_up:
             super().add_param_group(param_group)
             return
-        (group,) = _named_groups([param_group], self._ddp, first=len(self._parameters))
-        super().add_param_group(_unnamed(group))
+        (group,) = named_groups([param_group], self._ddp, first=len(self._parameters))
+        super().add_param_group(unnamed(group))
         self._parameters |= dict(group["params"])
         self._shards += self._shards_alone(group["params"], self._partition_of(group))
         self._push_options()
@@ -491,40 +492,3 @@ def _reducer_of(ddp: DistributedDataParallel | None) -> BucketedReducer | None:
     if not isinstance(ddp.reducer, BucketedReducer):
         raise ValueError(f"strategy {ddp.strategy!r} has no buckets to scatter: use 'bucketed'")
     return ddp.reducer
-
-
-def _unnamed(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {**group, "params": [parameter for _, parameter in group["params"]]}
-
-
-def _named_groups(
-    params: Iterable[Any], ddp: DistributedDataParallel | None, *, first: int
-) -> list[dict[str, Any]]:
-    """Groups of (name, parameter); names are the wrapped module's, the given ones, or numbers.
-
-    Raises:
-        ValueError: No parameters, or some that the wrapper does not have.
-    """
-    known = {id(p): name for name, p in ddp.module.named_parameters()} if ddp is not None else {}
-    listed = list(params)
-    groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
-    number, named_groups = first, []
-    for group in groups:
-        given = group["params"]
-        entries = [given] if isinstance(given, torch.Tensor) else list(given)
-        labels = group.get("param_names") or [None] * len(entries)
-        named = []
-        for label, entry in zip(labels, entries, strict=True):
-            name, parameter = entry if isinstance(entry, tuple) else (label, entry)
-            if ddp is not None and id(parameter) not in known:
-                raise ValueError(
-                    f"a parameter of shape {tuple(parameter.shape)} is not of the wrapped module: "
-                    "build the optimizer of its parameters"
-                )
-            named.append((known.get(id(parameter)) or name or str(number), parameter))
-            number += 1
-        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        named_groups.append(options | {"params": named})
-    if not any(group["params"] for group in named_groups):
-        raise ValueError("there are no parameters to optimize")
-    return named_groups
