@@ -143,3 +143,5 @@ def test_wide_heads_fall_to_torch(device):
     torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v))
     with use_backend("triton"), pytest.raises(ValueError, match="1 to 256 and this is 257"):
         scaled_dot_product_attention(q, k, v)
+    with use_backend("triton"), pytest.raises(ValueError, match="1 to 256 and this is 0"):
+        scaled_dot_product_attention(q[..., :8], k[..., :8], v[..., :0])

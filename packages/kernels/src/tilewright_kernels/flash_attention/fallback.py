@@ -17,9 +17,9 @@ MAX_HEAD_DIM = 256
 
 def unsupported_heads(q: Tensor, v: Tensor) -> str | None:
     """Why the kernels cannot take heads like these, or None."""
-    widest = max(q.shape[-1], v.shape[-1])
-    if widest > MAX_HEAD_DIM or min(q.shape[-1], v.shape[-1]) == 0:
-        return f"head dimensions are 1 to {MAX_HEAD_DIM} and this is {widest}"
+    narrowest, widest = sorted((q.shape[-1], v.shape[-1]))
+    if widest > MAX_HEAD_DIM or narrowest == 0:
+        return f"head dimensions are 1 to {MAX_HEAD_DIM} and this is {widest if narrowest else 0}"
     if q.dtype == torch.float64 and q.is_cuda:
         return "float64 is for the interpreter"
     return None

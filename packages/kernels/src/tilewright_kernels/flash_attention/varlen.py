@@ -195,8 +195,9 @@ def flash_attn_decode(
         k_cache: [B, S, K, D] of q's dtype; H is a multiple of K. The new keys are in it. What lies
             beyond the lengths is not read (backend torch reads it, and needs finite numbers there).
         v_cache: [B, S, K, D_v] of q's dtype.
-        lengths: [B] int32 on q's device: keys of each sequence, the new ones included. Its last
-            query sees all of them, the one before it one less.
+        lengths: [B] int32 on q's device: keys of each sequence, the new ones included, at most S,
+            which is not checked: the host does not read them. Its last query sees all of them, the
+            one before it one less.
         scale: as for `scaled_dot_product_attention`.
         softcap: likewise.
         window_size: likewise. Nothing comes after the newest token's place, whatever the right is.
