@@ -275,9 +275,7 @@ def grown(rank):
         wrapper = DistributedDataParallel(model)
         kind: Any = torch.optim.Adam
         if sharded:
-            optimizer: Any = ShardedOptimizer(
-                model.blocks.parameters(), kind, ddp=wrapper, lr=0.01, overlap_gather=False
-            )
+            optimizer: Any = ShardedOptimizer(model.blocks.parameters(), kind, ddp=wrapper, lr=0.01)
         else:
             optimizer = kind(model.blocks.parameters(), lr=0.01)
         train(wrapper, optimizer, rank, steps=1)

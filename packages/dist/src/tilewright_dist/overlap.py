@@ -27,7 +27,8 @@ class LateGather:
 
     def __init__(self, module: nn.Module, bucket_of: Mapping[str, int]) -> None:
         self._handles: dict[int, Handle] = {}
-        self._bucket_of = bucket_of
+        self.count = 1 + max(bucket_of.values(), default=-1)
+        """Buckets that are waited for."""
         self._blocks = _blocks_of(module)
         self._needs: dict[nn.Module, set[int]] = {}
         self._hooks: dict[nn.Module, RemovableHandle] = {}
@@ -45,6 +46,7 @@ class LateGather:
             part.register_forward_pre_hook(self._before_block)
         module.register_forward_pre_hook(self._before_module)
         module.register_state_dict_pre_hook(self._before_state_dict)
+        module.register_load_state_dict_pre_hook(self._before_state_dict)
 
     def hold(self, handles: Sequence[Handle]) -> None:
         """Take the gathers that a step has started, by bucket."""

@@ -392,11 +392,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _gather(self) -> None:
         handles = [self._channel.start(shard.gather(self._group)) for shard in self._shards]
+        late = 0
         if self._late is not None:
-            self._late.hold(handles)
-            return
+            # Shards of groups added later are not among those that forward waits for.
+            late = self._late.count
+            self._late.hold(handles[:late])
         with naming_the_missing(self._group, "gathering parameters"):
-            for handle in handles:
+            for handle in handles[late:]:
                 handle.wait()
 
     @contextlib.contextmanager
