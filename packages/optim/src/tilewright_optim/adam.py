@@ -202,7 +202,9 @@ class Adam(NamedStates, Optimizer):
         self._numbers = {}
         for index, group in enumerate(self.param_groups):
             self._step_group(index, group, found_inf, norm)
-        self._planned = list(self.state.values()) if self._plans else []
+        if len(states) != len(self.state):  # a first step made some
+            states = list(self.state.values())
+        self._planned = states if self._plans else []
 
     def _total_norm(self) -> Tensor | None:
         grads = [param.grad for param in self._all_params() if param.grad is not None]
