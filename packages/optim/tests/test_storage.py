@@ -280,6 +280,18 @@ def test_scales_of_an_odd_size():
     assert [num_blocks(n) for n in (0, 1, BLOCK, BLOCK + 1)] == [0, 1, 1, 2]
 
 
+def test_steps_that_are_numbers(device):
+    params = make(device, torch.float32)
+    optimizer = AdamW(params)
+    run(optimizer, params, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = int(state["step"])
+    optimizer.load_state_dict(saved)
+    run(optimizer, params, 1)
+    assert all(state["step"] == 3 for state in optimizer.state.values())
+
+
 def test_amsgrad_set_after_some_steps_begins_a_maximum(device):
     def after(backend):
         params = make(device, torch.float32)

@@ -79,6 +79,8 @@ class Storage:
 
     def convert(self, param: Tensor, state: State) -> None:
         """Bring a state from anywhere, such as torch's, into this storage; exact if it is there."""
+        if "step" in state and not isinstance(state["step"], Tensor):
+            state["step"] = torch.tensor(float(state["step"]))  # as torch before 1.12 had it
         coded = state["exp_avg"].dtype == torch.int8
         if coded and not self._coded:
             state["exp_avg"] = dequantize_signed(state["exp_avg"], state.pop("exp_avg_scale"))
