@@ -104,6 +104,15 @@ def assert_equal_states(found, expected):
             assert torch.equal(found["state"][number][key], value), (number, key)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As many as a rank has: sums added up in another order would differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def trained():
     """What two ranks saved after three steps, and the weights of one rank that went on."""
