@@ -245,6 +245,14 @@ def test_order_of_programs(together, monkeypatch, device):
     check(*make((40, 33), (3, 3, 3), 16, torch.float32, device), mask=CAUSAL)
 
 
+def test_other_lengths_compile_nothing(monkeypatch, device):
+    constants = []
+    monkeypatch.setattr(OPERATOR, "launch", lambda *args, **meta: constants.append(meta))
+    for length in (200, 500, 1000):
+        attend(*make((200, length), (1, 1, 1), 16, torch.float32, device), mask=CAUSAL, scale=1.0)
+    assert constants[0] == constants[1] == constants[2]
+
+
 @triton.jit
 def operand_kernel(x_ptr, y_ptr, N: tl.constexpr):
     at = tl.arange(0, N)

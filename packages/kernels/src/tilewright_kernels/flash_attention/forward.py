@@ -113,13 +113,12 @@ def _walk(
 
 
 @triton.jit
-def _place(program, tiles, heads, TOGETHER: tl.constexpr):
+def _place(program, tiles, heads, together):
     """(tile, head) of a program, the last tiles first: under a causal mask they are the longest.
 
-    Heads come in groups of TOGETHER, whose keys and values stay in the second-level cache while
+    Heads come in groups of `together`, whose keys and values stay in the second-level cache while
     all tiles of the group are worked on.
     """
-    together = tl.minimum(heads, TOGETHER)  # times tiles it stays within int32, as the grid does
     first = program // (tiles * together) * together
     group = tl.minimum(heads - first, together)
     within = program - first * tiles
@@ -129,12 +128,12 @@ def _place(program, tiles, heads, TOGETHER: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         *("batches", "heads", "len_q_max", "len_k_max", "left", "right", "kept"),
-        *("lse_batch_stride", "lse_head_stride"),
+        *("together", "lse_batch_stride", "lse_head_stride"),
     ]
 )
 def attention_forward_kernel(
     q, k, v, out_ptr, lse_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
-    batches, heads, len_q_max, len_k_max, left, right, kept,
+    batches, heads, len_q_max, len_k_max, left, right, kept, together,
     q_batch_stride, q_row_stride, q_head_stride, k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride, out_batch_stride, out_row_stride, out_head_stride,
     lse_batch_stride, lse_head_stride,
@@ -142,12 +141,12 @@ def attention_forward_kernel(
     BOTTOM_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     DROPOUT: tl.constexpr, TMA: tl.constexpr,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, TOGETHER: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out and lse of BLOCK_M queries of a head; grid (tiles · heads · batches)."""
     tiles = tl.cdiv(len_q_max, BLOCK_M)
-    tile, batch_head = _place(tl.program_id(0), tiles, heads * batches, TOGETHER)
+    tile, batch_head = _place(tl.program_id(0), tiles, heads * batches, together)
     batch, head = batch_head // heads, batch_head % heads
     index, first_q, len_q, first_k, len_k = sequence(
         batch, len_q_max, len_k_max, cu_q_ptr, cu_k_ptr
@@ -262,14 +261,17 @@ def launch_forward(
     dropout = kept < 2**32
     before, factor = score_factors(scale, softcap)
     group = heads // max(1, kv_heads)
-    together = _heads_together(len_k, (width + width_v) * q.element_size(), group)
+    # Times tiles it stays within int32, as the grid does.
+    together = min(
+        _heads_together(len_k, (width + width_v) * q.element_size(), group), heads * batches
+    )
     if not dropout and len_q > HOPPER_QUERIES and _hopper_takes(q, k, v):
         # Imported here: Gluon is there where Triton is, and this file must not need it.
         from tilewright_kernels.flash_attention.forward_hopper import launch_forward_hopper
 
         launch_forward_hopper(
             operator, q, k, v, out, lse, mask=mask, before=before, factor=factor,
-            cap=cap_of(softcap, q), together=min(together, heads * batches),
+            cap=cap_of(softcap, q), together=together,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, batches=batches, len_q=len_q,
             len_k=len_k,
         )  # fmt: skip
@@ -283,12 +285,12 @@ def launch_forward(
     operator.launch(
         attention_forward_kernel, (cdiv(len_q, tile.BLOCK_M) * heads * batches,),
         q_source, k_source, v_source, out, lse, seed, cu_seqlens_q, cu_seqlens_k,
-        batches, heads, len_q, len_k, left, right, kept if dropout else 0,
+        batches, heads, len_q, len_k, left, right, kept if dropout else 0, together,
         *strides(q, k, v, out), *lse.stride()[:2],
         BEFORE=before, FACTOR=factor, CAP=cap_of(softcap, q), GROUP=group,
         BOTTOM_RIGHT=mask.bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
         DROPOUT=dropout, TMA=tma, D=width, D_V=width_v, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
-        ACC=accumulator(q.dtype), PRECISION=precision, TOGETHER=together, **tile._asdict(),
+        ACC=accumulator(q.dtype), PRECISION=precision, **tile._asdict(),
     )  # fmt: skip
 
 
