@@ -80,6 +80,7 @@ def case(shapes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> C
         reference=reference,
         forward=work,
         backward=work,  # there is none, and it is never timed
+        products=torch.bfloat16,
     )
 
 

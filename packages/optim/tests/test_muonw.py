@@ -280,7 +280,7 @@ def test_bad_options():
     with pytest.raises(ValueError, match="max_grad_norm is 0; it must be above 0, or None"):
         MuonW.from_module(nn.Linear(3, 3), max_grad_norm=0)
     with pytest.raises(ValueError, match="weight_decay is a tensor"):
-        MuonW.from_module(nn.Linear(3, 3), weight_decay=torch.tensor(0.1))
+        MuonW.from_module(nn.Linear(3, 3), weight_decay=torch.tensor(0.1))  # pyrefly: ignore
 
 
 def test_split_sizes_that_name_nothing():

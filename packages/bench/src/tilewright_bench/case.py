@@ -64,6 +64,7 @@ class Case:
             that both come; None takes the sum.
         check_inputs: inputs for the comparison with float64 alone, as make_inputs but smaller, for
             cases whose reference would take minutes or more memory than there is.
+        products: dtype of the matrix products, where it is not that of the large tensors.
     """
 
     operator: str
@@ -75,6 +76,7 @@ class Case:
     backward: Work
     forward_backward: Work | None = None
     check_inputs: Callable[[torch.device, torch.Generator], tuple[Any, ...]] | None = None
+    products: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1:

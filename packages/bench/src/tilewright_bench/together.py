@@ -262,7 +262,8 @@ class _Group:
         tflop_per_s = work.flops / samples.median / 1e12
         matmul = None
         if work.flops >= MATMUL_INTENSITY * work.bytes:
-            matmul = matmul_tflop_per_s(self._case.dtype, self._device)
+            dtype = self._case.products or self._case.dtype
+            matmul = matmul_tflop_per_s(dtype, self._device)
         of_copy = copy_s / samples.median
         of_matmul = tflop_per_s / matmul if matmul else 0.0
         measurement = Measurement(

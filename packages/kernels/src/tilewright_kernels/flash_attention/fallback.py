@@ -50,6 +50,9 @@ def torch_attention(
         return attend(
             query, key, value, mask, attn_mask, dropout_p, scale, softcap, return_lse=return_lse
         )
+    if attn_mask is not None and attn_mask.is_floating_point():
+        # torch takes float32 beside 16 bits, but one of its CUDA kernels reads it as if it were 16.
+        attn_mask = attn_mask.to(query.dtype)
     gqa = query.dim() > 2 and query.shape[-3] > key.shape[-3] > 1
     options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": gqa}
     len_q, len_k = query.shape[-2], key.shape[-2]

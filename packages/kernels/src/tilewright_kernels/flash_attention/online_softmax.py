@@ -11,6 +11,7 @@ with it the scale of q·k, is multiplied in where the maximum is subtracted, in 
 import torch
 from torch import Tensor
 
+from tilewright_kernels._math import tanh as exact_tanh
 from tilewright_kernels._triton import tl, triton
 
 _LOG2_E = 1.4426950408889634
@@ -49,19 +50,14 @@ def cap_of(softcap: float, x: Tensor) -> str:
 def tanh(x, CAP: tl.constexpr):
     """Hyperbolic tangent of what a softcap caps; CAP is "exact" or "approximate".
 
-    Exact: 1 - 2 / (1 + e²ˣ). It cancels near zero, where its relative error grows; what an
-    exponential wants of it is a small absolute one. 1 / d is the reciprocal root of d², two
-    instructions instead of eight; e²ˣ ends at 2⁶⁰ so that d² is finite.
-
-    Approximate: the one instruction that the hardware has, with a relative error of 2⁻¹¹.
+    Approximate is the one instruction that the hardware has, with a relative error of 2⁻¹¹.
     """
     if CAP == "approximate":
         t = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        d = 1.0 + tl.exp2(tl.minimum(x * 2.8853900817779268, 60.0))
-        t = 1.0 - 2.0 * (1.0 / d if d.dtype == tl.float64 else tl.rsqrt(d * d))
+        t = exact_tanh(x)
     return t
 
 
