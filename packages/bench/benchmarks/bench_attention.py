@@ -8,7 +8,7 @@ deterministic backward's two more products, or masked parts of tiles.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 import torch
@@ -95,12 +95,19 @@ def flex(window: int | None = None, score_mod: Callable[..., Tensor] | None = No
     return build
 
 
-def work(pairs: int, dim: int, inputs: int, out: int) -> dict[str, Work]:
+class LeastWork(TypedDict):
+    """What a `Case` is told of both directions."""
+
+    forward: Work
+    backward: Work
+
+
+def work(pairs: int, dim: int, inputs: int, out: int) -> LeastWork:
     """Least work: bytes of q, k and v, of the output, and their gradients in the backward."""
-    return {
-        "forward": Work(bytes=inputs + out, flops=4 * pairs * dim),
-        "backward": Work(bytes=2 * inputs + out, flops=10 * pairs * dim),
-    }
+    return LeastWork(
+        forward=Work(bytes=inputs + out, flops=4 * pairs * dim),
+        backward=Work(bytes=2 * inputs + out, flops=10 * pairs * dim),
+    )
 
 
 def case(

@@ -12,12 +12,12 @@ from tilewright_bench.evaluate import directed
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 
-# States of the optimizer.
-_ADAMW = {"adamw", "adamw_captured", "adamw_clipped", "adamw_exact", "adamw_int8"}
+# An optimizer's own tensors: states, and masters.
+_OPTIMIZERS = {"adamw", "adamw_captured", "adamw_clipped", "adamw_exact", "adamw_int8", "muon"}
 NOT_CHECKED = {
-    "fwd": {*_ADAMW, "apply_rotary_emb"},  # tables that only peers read
+    "fwd": {*_OPTIMIZERS, "apply_rotary_emb"},  # tables that only peers read
     # No backward, two gradients that are one tensor, or inputs that a backward does not read.
-    "bwd": {*_ADAMW, "apply_rotary_emb", "add_rms_norm", "dropout", "dropout_add"},
+    "bwd": {*_OPTIMIZERS, "apply_rotary_emb", "add_rms_norm", "dropout", "dropout_add"},
 }
 
 

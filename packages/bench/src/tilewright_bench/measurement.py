@@ -27,8 +27,9 @@ class Measurement:
         tflop_per_s: flops / median time, in 10¹² a second.
         copy_gb_per_s: of a copy that moves as many bytes, by the same clock in the same seconds.
         share_of_copy: gb_per_s / copy_gb_per_s.
-        matmul_tflop_per_s: of a large matrix product in the dtype of the case's, in the same session; None
-            where the case has less than `together.MATMUL_INTENSITY` operations a byte.
+        matmul_tflop_per_s: of a large matrix product in the dtype of the case's, in the same
+            session; None where the case has less than `together.MATMUL_INTENSITY` operations a
+            byte.
         ceiling: which of the two bounds the case.
         share: of that ceiling's speed.
         host_us: microseconds until an eager call returns on the host (median); on a GPU the device
