@@ -56,15 +56,17 @@ class Channel:
                     work.wait()
             event = torch.cuda.Event()
             event.record(self._stream)
-            return _StreamHandle(event)
+            return _StreamHandle(event, self._stream.device)
 
 
 class _StreamHandle(Handle):
-    def __init__(self, event: torch.cuda.Event) -> None:
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
         self._event = event
+        self._device = device
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._event)
+        # Of this device: the current one may be another.
+        torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class _HostHandle(Handle):
