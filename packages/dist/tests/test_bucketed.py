@@ -3,6 +3,7 @@
 One group of processes runs all cases of a world size, since starting one costs more than they do.
 """
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -293,6 +294,33 @@ def test_unused_parameters_and_options_that_differ_are_named():
             )
         assert "bucket_cap_mb=2.0" in differs
         assert differs.endswith("on ranks 1. Pass the same on every rank")
+
+
+def lack_at_first(rank):
+    """Backward passes in which rank 0 lacks a gradient, then one in which nobody does."""
+    model: Any = nn.ModuleDict({"used": nn.Linear(2, 2), "late": nn.Linear(2, 2)})
+    wrapper = DistributedDataParallel(model)
+
+    def backward(names):
+        model.zero_grad()
+        rows = torch.full((1, 2), rank + 1.0)
+        torch.stack([model[name](rows).sum() for name in names]).sum().backward()
+
+    for inspected in (False, True):
+        context = wrapper.detect_nonfinite_gradients() if inspected else contextlib.nullcontext()
+        with context:
+            if rank == 0:
+                with pytest.raises(RuntimeError, match=r"no gradient arrived for 'late\.weight'"):
+                    backward(["used"])
+            else:
+                backward(["late", "used"])
+    backward(["used", "late"])
+    return [p.grad for p in model.parameters()]
+
+
+def test_a_rank_that_lacks_gradients_at_first_leaves_nobody_waiting():
+    for gradients in run_ranks(lack_at_first, timeout=60):
+        assert [g.unique().tolist() for g in gradients] == [[1.5], [1.0]] * 2
 
 
 class _Branches(nn.Module):

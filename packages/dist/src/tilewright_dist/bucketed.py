@@ -110,12 +110,15 @@ class BucketedReducer:
         self._copy_back()
         if not self._options.gradient_as_bucket_view:
             missing = {name: view.clone() for name, view in missing.items()}
-        give_missing(self._parameters, missing, anywhere)
         self._is_scattered = any(p != "replicated" for p in self._partitions.values())
-        if not self._is_final:
-            self._rebuild([*counts], process_group)
-        if self._options.static_graph and self._learns:
-            self._set_queue(counts)
+        try:
+            give_missing(self._parameters, missing, anywhere)
+        finally:
+            # Collective: the ranks that lack nothing are in it.
+            if not self._is_final:
+                self._rebuild([*counts], process_group)
+            if self._options.static_graph and self._learns:
+                self._set_queue(counts)
 
     def attach(self, partitions: Mapping[str, Partition], process_group: dist.ProcessGroup) -> None:
         """Divide the buckets among the ranks, for good. Gradients that are there are kept.

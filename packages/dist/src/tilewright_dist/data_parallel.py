@@ -24,6 +24,7 @@ from torch.autograd import Variable
 from tilewright_dist.bucketed import BucketedReducer
 from tilewright_dist.comm_hook import CommHook
 from tilewright_dist.failure import NonFiniteGradients, naming_the_missing
+from tilewright_dist.missing import MissingGradientError
 from tilewright_dist.module_state import (
     broadcast_buffers,
     broadcast_module_state,
@@ -300,10 +301,18 @@ class DistributedDataParallel(nn.Module):
     def _finish(self) -> None:
         self._has_arrived = self._has_run = False
         with self._naming_the_missing():
-            self._reducer.finish(self.process_group)
-            if self._inspected is not None:
-                self._inspected.report(self.process_group)
+            try:
+                self._reducer.finish(self.process_group)
+            except MissingGradientError:
+                # The other ranks compare notes: so does this one, before it says what it lacks.
+                self._report_nonfinite()
+                raise
+            self._report_nonfinite()
         self._steps += 1
+
+    def _report_nonfinite(self) -> None:
+        if self._inspected is not None:
+            self._inspected.report(self.process_group)
 
     def _naming_the_missing(self) -> contextlib.AbstractContextManager[None]:
         what = f"gradient synchronization {self._steps}"

@@ -16,6 +16,10 @@ from torch import nn
 from tilewright_dist.channel import Exchange
 
 
+class MissingGradientError(RuntimeError):
+    """A gradient is missing on this rank; the averages of all others are in place."""
+
+
 def refuse_sparse(name: str, gradient: torch.Tensor) -> None:
     """Raise a TypeError for a gradient that is not strided."""
     if gradient.layout != torch.strided:
@@ -53,12 +57,12 @@ def give_missing(
         anywhere: What `presence_anywhere` made; None without find_unused_parameters.
 
     Raises:
-        RuntimeError: A gradient is missing and `anywhere` is None.
+        MissingGradientError: A gradient is missing and `anywhere` is None.
     """
     if not averages:
         return
     if anywhere is None:
-        raise RuntimeError(unused_message(n for n in parameters if n in averages))
+        raise MissingGradientError(unused_message(n for n in parameters if n in averages))
     # Reading the answer waits for the device, so only a rank that lacks a gradient reads it.
     for name, found in zip(parameters, anywhere.tolist(), strict=True):
         if found and name in averages:
