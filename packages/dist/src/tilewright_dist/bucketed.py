@@ -55,7 +55,7 @@ class BucketedReducer:
         self._hook: tuple[Any, CommHook] | None = None
         self._partitions: dict[str, Partition] = {}
         self._is_final = False
-        self._is_scattered = False
+        self._scattered: set[str] = set()
         self._task = -1
         self._build(list(reversed(list(parameters))), process_group, learns=options.static_graph)
 
@@ -76,8 +76,7 @@ class BucketedReducer:
         if task != self._task and not self._options.static_graph:
             self._abandon()
         self._task = task
-        if self._is_scattered:
-            self._begin_after_scatter(name)
+        self._refuse_scattered(name)
         self._put(name)
         if process_group is not None:
             for unit in self._queue.arrived(name):
@@ -91,7 +90,7 @@ class BucketedReducer:
             RuntimeError: A gradient is missing, without find_unused_parameters; or all of this
                 window are averaged and scattered already.
         """
-        if self._is_scattered:
+        if any(self._is_in_bucket(name) for name in self._scattered):
             raise RuntimeError("gradients have been scattered already: call zero_grad() first")
         missing = {n: self._views[n] for n, p in self._parameters.items() if p.grad is None}
         for unit in self._queue.rest():
@@ -110,7 +109,7 @@ class BucketedReducer:
         self._copy_back()
         if not self._options.gradient_as_bucket_view:
             missing = {name: view.clone() for name, view in missing.items()}
-        self._is_scattered = any(p != "replicated" for p in self._partitions.values())
+        self._scattered = {n for n, p in self._partitions.items() if p != "replicated"}
         try:
             give_missing(self._parameters, missing, anywhere)
         finally:
@@ -124,8 +123,15 @@ class BucketedReducer:
         """Divide the buckets among the ranks, for good. Gradients that are there are kept.
 
         Raises:
+            ValueError: Gradients are copies: of a second backward it could not be told whether it
+                adds to what was scattered.
             RuntimeError: A communication hook is registered; or an optimizer is attached already.
         """
+        if not self._options.gradient_as_bucket_view:
+            raise ValueError(
+                "gradient_as_bucket_view=False keeps whole gradients, sharding divides them: wrap "
+                "the module with gradient_as_bucket_view=True"
+            )
         if self._hook is not None:
             raise RuntimeError("a communication hook averages on every rank: it excludes sharding")
         if self._partitions:
@@ -137,7 +143,7 @@ class BucketedReducer:
 
     def gradients_are_gone(self) -> None:
         """Let the next backward begin: the scattered gradients have been used or zeroed."""
-        self._is_scattered = False
+        self._scattered.clear()
 
     def register_comm_hook(self, state: Any, hook: CommHook) -> None:
         """Have a hook average the buckets.
@@ -222,15 +228,20 @@ class BucketedReducer:
             exchange = reduce_scatter(bucket.memory, bucket.layout.bounds, process_group, dtype)
         self._handles.append(self._channel.start(exchange))
 
-    def _begin_after_scatter(self, name: str) -> None:
-        """Accept a backward after scattering only if it did not add to what was scattered."""
+    def _is_in_bucket(self, name: str) -> bool:
         gradient = self._parameters[name].grad
-        if gradient is not None and gradient.data_ptr() == self._views[name].data_ptr():
+        return gradient is not None and gradient.data_ptr() == self._views[name].data_ptr()
+
+    def _refuse_scattered(self, name: str) -> None:
+        """Accept a gradient after scattering only if it was not added to what was scattered."""
+        if name not in self._scattered:
+            return
+        if self._is_in_bucket(name):
             raise RuntimeError(
                 f"the gradient of {name!r} was added to one that is averaged and scattered: run "
                 "all but the last backward of a step under no_sync(), zero_grad() after the step"
             )
-        self._is_scattered = False
+        self._scattered.remove(name)
 
     def _abandon(self) -> None:
         """Wait for what is under way and forget all arrivals, also of a backward that raised."""
