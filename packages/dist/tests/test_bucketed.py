@@ -494,16 +494,26 @@ def test_reentrant_checkpoints_without_static_graph_are_refused(one_rank_group):
         wrapper(rows_of(0, 0)).sum().backward()
 
 
-def test_backward_that_raised_leaves_the_buckets_usable(one_rank_group):
+@pytest.mark.parametrize("passes_before", [0, 1])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"static_graph": True}, {"static_graph": True, "strategy": "per_parameter"}],
+    ids=["bucketed", "static bucketed", "static per_parameter"],
+)
+def test_backward_that_raised_leaves_the_reducer_usable(one_rank_group, options, passes_before):
     model = Stack()
-    wrapper = DistributedDataParallel(model, bucket_cap_mb=SMALL_MB)
+    wrapper = DistributedDataParallel(model, bucket_cap_mb=SMALL_MB, **options)
+    for _ in range(passes_before):
+        wrapper(rows_of(0, 0)).sum().backward()
     first: Any = model.blocks[0]
     handle = first.norm.weight.register_hook(lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         wrapper(rows_of(0, 0)).sum().backward()
     handle.remove()
     wrapper.zero_grad()
-    wrapper(rows_of(0, 0)).sum().backward()
+    for _ in range(2):
+        wrapper.zero_grad()
+        wrapper(rows_of(0, 0)).sum().backward()
     found = [gradient_of(p).clone() for p in model.parameters()]
     plain = Stack()
     plain(rows_of(0, 0)).sum().backward()

@@ -243,6 +243,11 @@ class BucketedReducer:
             )
         self._scattered.remove(name)
 
+    def begin(self) -> None:
+        """Forget what a backward that raised has left behind."""
+        if self._queue.counts:
+            self._abandon()
+
     def _abandon(self) -> None:
         """Wait for what is under way and forget all arrivals, also of a backward that raised."""
         for handle in self._handles:

@@ -40,6 +40,9 @@ Strategy = Literal["naive", "per_parameter", "bucketed"]
 class Reducer(Protocol):
     """What a strategy does."""
 
+    def begin(self) -> None:
+        """Called before a forward pass outside of backward: no backward is under way."""
+
     def gradient_arrived(self, name: str, process_group: dist.ProcessGroup | None) -> None:
         """Called by every gradient's hook; under no_sync without a group."""
 
@@ -177,6 +180,7 @@ class DistributedDataParallel(nn.Module):
             # A rank whose loss reaches no parameter gets no hook call; through this mark
             # finish_gradient_synchronization() still makes it take part.
             self._has_run = True
+            self._reducer.begin()
             if self._broadcasts_buffers and self.training and self._synchronize_after_backward:
                 broadcast_buffers(self.module, self.process_group, self._device)
         outputs = self.module(*args, **kwargs)

@@ -43,6 +43,9 @@ class NaiveReducer:
     def gradient_arrived(self, name: str, process_group: dist.ProcessGroup | None) -> None:
         """Nothing: all is done at the end."""
 
+    def begin(self) -> None:
+        """Nothing: nothing is under way between two passes."""
+
     @torch.no_grad()
     def finish(self, process_group: dist.ProcessGroup) -> None:
         """Replace every gradient by its average over the ranks.

@@ -93,6 +93,11 @@ class PerParameterReducer:
         average = all_reduce_any_layout(gradient, process_group, self._options.reduce_dtype)
         self._handles.append(self._channel.start(average))
 
+    def begin(self) -> None:
+        """Forget what a backward that raised has left behind."""
+        if self._queue.counts:
+            self._abandon()
+
     def _abandon(self) -> None:
         """Wait for what is under way and forget all arrivals, also of a backward that raised."""
         for handle in self._handles:
