@@ -336,20 +336,24 @@ class _Branches(nn.Module):
 
 
 def test_branch_that_some_or_no_rank_takes():
-    for found, static in run_ranks(take_branches):
+    for found, static, never in run_ranks(take_branches):
         assert found[0].tolist() == [[1.5] * 2]
         assert found[1].tolist() == [[1.0] * 2]
         assert found[2] is None
         assert static[0].tolist() == static[1].tolist() == [[1.5] * 2]
+        assert never[0].tolist() == never[1].tolist() == [[1.5] * 2]
+        assert never[2] is None
 
 
 def take_branches(rank):
     found = []
     searching = _Branches(nn.ModuleList(nn.Linear(2, 1, bias=False) for _ in range(3)), own=rank)
     static = _Branches(nn.ModuleList(nn.Linear(2, 1, bias=False) for _ in range(2)), own=None)
+    never = _Branches(nn.ModuleList(nn.Linear(2, 1, bias=False) for _ in range(3)), own=None)
     cases: Any = (
         (searching, {"find_unused_parameters": True}),
         (static, {"static_graph": True}),
+        (never, {"static_graph": True, "find_unused_parameters": True}),
     )
     for model, options in cases:
         wrapper = DistributedDataParallel(model, **options, bucket_cap_mb=TINY_MB)

@@ -82,7 +82,8 @@ class DistributedDataParallel(nn.Module):
             float32 gradients; they are added in float32 all the same.
         gradient_as_bucket_view: Let `.grad` be the bucket's memory instead of a second copy.
         static_graph: Promise that every backward uses the same parameters, equally often: allows
-            reentrant checkpointing and parameters that never have a gradient.
+            reentrant checkpointing. Parameters that never have a gradient are frozen before wrapping
+            or need find_unused_parameters as well.
         find_unused_parameters: Let parameters lack gradients, at the cost of a small collective.
         broadcast_buffers: Send rank 0's buffers to all at every forward in training mode with
             gradients enabled, outside `no_sync`.
