@@ -42,3 +42,4 @@ def test_groups_keep_their_order_and_name_the_lead(info):
     assert lead(forward) == 1.5, "beside the best peer, not the first"
     assert lead(backward) is None
     assert lead(forward[:1]) is None
+    assert lead([*forward, row(1.0, "deterministic")]) == 1.5, "ours in another mode is no peer"

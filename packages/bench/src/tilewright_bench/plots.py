@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STYLE = Path(__file__).with_name("tilewright.mplstyle")
 
-DRAWING = 3
+DRAWING = 4
 """The version of the code that draws: one more with each change of what it draws."""
 
 FILLS: dict[str, Literal["full", "none", "left"]] = {
@@ -157,7 +157,8 @@ def _draw_bars(plot: Bars, figure: "Figure") -> None:
     panels = figure.subplots(len(directions), sharex=True, sharey=True, squeeze=False)[:, 0]
     for direction, axes in zip(directions, panels, strict=True):
         _draw_panel(plot, direction, axes)
-    labels = [_wrapped(case_text(case)) for case in plot.cases]
+    width = 14 if len(plot.cases) < 6 else 10
+    labels = [_wrapped(case_text(case), width) for case in plot.cases]
     panels[-1].set_xticks(range(len(labels)), labels)
     panels[-1].set_xlim(-0.6, len(labels) - 0.4)
     handles = [
@@ -277,7 +278,7 @@ def _near_one_another(
     ]
 
 
-def _wrapped(text: str, width: int = 14) -> str:
+def _wrapped(text: str, width: int) -> str:
     """Broken before a × or the dtype where lines grow longer than width."""
     lines = [""]
     for part in re.split(r"(?=[× ])", text):

@@ -7,6 +7,11 @@ from typing import Any
 OURS = "tilewright"
 """The provider that the others are compared with."""
 
+OUR_OTHERS = frozenset(
+    "triton deterministic recompute bf16_states naive grouped pipelined persistent stream_k".split()
+)
+"""Providers that are ours in another mode, and no peers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -104,5 +109,5 @@ def lead(group: Iterable[Row]) -> float | None:
     """How many times faster ours is than the best peer; None where one of them is missing."""
     rows = list(group)
     ours = [row.median for row in rows if row.provider == OURS]
-    peers = [row.median for row in rows if row.provider != OURS]
+    peers = [row.median for row in rows if row.provider not in {OURS, *OUR_OTHERS}]
     return min(peers) / ours[0] if ours and peers else None
