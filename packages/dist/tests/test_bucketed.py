@@ -498,6 +498,19 @@ def test_reentrant_checkpoints_without_static_graph_are_refused(one_rank_group):
         wrapper(rows_of(0, 0)).sum().backward()
 
 
+def test_static_graph_needs_tensors_in_the_output(one_rank_group):
+    class Hiding(nn.Linear):
+        def forward(self, x):
+            return iter([super().forward(x)])
+
+    hiding: Any = Hiding(2, 2)
+    wrapper = DistributedDataParallel(hiding, static_graph=True)
+    with pytest.raises(TypeError, match="no tensor found in the list_iterator that the module"):
+        wrapper(torch.ones(1, 2))
+    with torch.no_grad():
+        assert next(wrapper(torch.ones(1, 2))).shape == (1, 2)
+
+
 @pytest.mark.parametrize("passes_before", [0, 1])
 @pytest.mark.parametrize(
     "options",

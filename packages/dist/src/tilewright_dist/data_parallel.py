@@ -170,6 +170,7 @@ class DistributedDataParallel(nn.Module):
 
         Raises:
             RuntimeError: A parameter that was frozen at construction requires gradients now.
+            TypeError: With static_graph, no tensor is found in what the module returns.
         """
         for name, parameter in self._frozen.items():
             if parameter.requires_grad:
@@ -293,13 +294,23 @@ class DistributedDataParallel(nn.Module):
 
         Inner backward passes of reentrant checkpoints end earlier: a callback that one of their
         gradients queued would come too soon.
+
+        Raises:
+            TypeError: No tensor is found in the outputs, so the end would go unnoticed.
         """
 
         def began(_: torch.Tensor) -> None:
             if self._synchronize_after_backward:
                 Variable._execution_engine.queue_callback(self.finish_if_arrived)
 
-        for tensor in _tensors_in(outputs):
+        tensors = list(_tensors_in(outputs))
+        if not tensors:
+            raise TypeError(
+                f"no tensor found in the {type(outputs).__name__} that the module returns, where a "
+                "static_graph module's backward begins: return tensors, or mappings, sequences or "
+                "dataclasses of them"
+            )
+        for tensor in tensors:
             if tensor.requires_grad:
                 tensor.register_hook(began)
 
