@@ -8,7 +8,10 @@ OURS = "tilewright"
 """The provider that the others are compared with."""
 
 OUR_OTHERS = frozenset(
-    "triton deterministic recompute bf16_states naive grouped pipelined persistent stream_k".split()
+    {
+        *("triton", "deterministic", "recompute", "bf16_states"),
+        *("naive", "grouped", "pipelined", "persistent", "stream_k"),
+    }
 )
 """Providers that are ours in another mode, and no peers."""
 
