@@ -297,6 +297,28 @@ def test_added_group():
         assert torch.equal(whole, sharded)
 
 
+def scale_losses(rank):
+    """Messages of a GradScaler's step, by whether the inner optimizer divides."""
+    messages = []
+    for fused in (False, True):
+        model = nn.Linear(4, 4)
+        wrapper = DistributedDataParallel(model)
+        kind: Any = torch.optim.AdamW
+        optimizer = ShardedOptimizer(model.parameters(), kind, ddp=wrapper, fused=fused)
+        scaler = torch.amp.GradScaler("cpu")
+        # Only rank 1 sees the infinity.
+        scaler.scale(wrapper(torch.full((1, 4), torch.inf if rank else 1.0)).sum()).backward()
+        with pytest.raises(RuntimeError, match="a GradScaler decides by") as refused:
+            scaler.step(optimizer)
+        messages.append(str(refused.value))
+    return messages
+
+
+def test_gradient_scalers_are_refused_on_several_ranks():
+    for messages in run_ranks(scale_losses, timeout=60):
+        assert all("train in bfloat16 without loss scaling" in m for m in messages)
+
+
 def pieces_of(case):
     """A fresh model, its wrapper and its sharded optimizer."""
     optimizer_cls, parameters, options = CASES[case]

@@ -51,6 +51,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     Its results are those of `optimizer_cls` on one process, bit for bit, since a part is updated as
     it would be in the whole. Only `max_grad_norm` adds in another order.
 
+    On several ranks no GradScaler can step it: bfloat16 needs none.
+
     Construction, `step`, `full_state_dict` and `add_param_group` are collective. Parameters become
     views of flat buckets; build the optimizer before anything keeps their storage.
 
@@ -198,7 +200,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # What torch.amp.GradScaler asks.
+        # What torch.amp.GradScaler asks, the only sign of it where the answer is no. It looks for
+        # infinities in this rank's gradients: some ranks would step, and others not, and scales
+        # would drift apart.
+        if self._group.size() > 1:
+            raise RuntimeError(
+                "a GradScaler decides by the gradients of one rank, which are a part here: train in "
+                "bfloat16 without loss scaling, or leave the optimizer unsharded"
+            )
         return getattr(self._inner, "_step_supports_amp_scaling", False)
 
     @torch.no_grad()
@@ -405,15 +414,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _scaled(self):
         """Clip, and pass on what GradScaler set, where the inner optimizer's step divides."""
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None:
-            dist.all_reduce(found_inf, op=dist.ReduceOp.MAX, group=self._group)
         divisor = getattr(self, "grad_scale", None)
         if self._max_grad_norm is not None:
             norm = self._total_norm()
             self.grad_norm = norm if divisor is None else norm / divisor
             clip = (self.grad_norm / self._max_grad_norm).clamp(min=1.0)
             divisor = clip if divisor is None else divisor * clip
-        if not self._step_supports_amp_scaling:
+        if not getattr(self._inner, "_step_supports_amp_scaling", False):
             gradients = self._piece_gradients()
             if divisor is not None and gradients:
                 torch._foreach_div_(gradients, divisor)
