@@ -498,6 +498,13 @@ def test_reentrant_checkpoints_without_static_graph_are_refused(one_rank_group):
         wrapper(rows_of(0, 0)).sum().backward()
 
 
+def test_complex_gradients_travel_whole_or_are_refused(one_rank_group):
+    model = nn.Linear(2, 1, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="'weight' is torch.complex64, whose imaginary part"):
+        DistributedDataParallel(model, reduce_dtype=torch.bfloat16)
+    DistributedDataParallel(model)
+
+
 def test_static_graph_needs_tensors_in_the_output(one_rank_group):
     class Hiding(nn.Linear):
         def forward(self, x):

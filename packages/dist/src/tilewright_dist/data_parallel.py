@@ -93,7 +93,8 @@ class DistributedDataParallel(nn.Module):
         ValueError: An unknown strategy or an option out of range; no process group, or one that
             this rank is not part of or that cannot move tensors of the module's device; a module
             without trainable parameters, with parameters on several devices or on the meta device;
-            modules or options that differ between ranks (raised on every rank, with the ranks).
+            modules or options that differ between ranks (raised on every rank, with the ranks);
+            reduce_dtype for a module with complex parameters.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class DistributedDataParallel(nn.Module):
         # Compared first: from here on all ranks pass or fail the same checks, none is left waiting.
         verify_module_state(module, process_group)
         trainable = _trainable_parameters(module)
+        _refuse_complex(trainable, reduce_dtype)
         device = _common_device(trainable, process_group)
         broadcast_module_state(module, process_group, device)
 
@@ -380,6 +382,18 @@ def _trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
             "average; use the module unwrapped"
         )
     return trainable
+
+
+def _refuse_complex(
+    parameters: Mapping[str, nn.Parameter], reduce_dtype: torch.dtype | None
+) -> None:
+    """A real dtype on the wire would drop the imaginary parts."""
+    for name, parameter in parameters.items():
+        if reduce_dtype is not None and parameter.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype}, whose imaginary part {reduce_dtype} "
+                "cannot carry: leave reduce_dtype None"
+            )
 
 
 def _common_device(
