@@ -1,5 +1,6 @@
 """ZeRO-1 against the unsharded optimizer, bit for bit; states on disk at other numbers of ranks."""
 
+import copy
 import json
 from typing import Any
 
@@ -450,6 +451,45 @@ def test_partition_is_chosen_group_by_group(one_rank_group):
     assert flat.inner.param_groups[0]["params"][0].shape == (16,)
     whole = ShardedOptimizer([model.weight], torch.optim.Adafactor)
     assert whole.inner.param_groups[0]["params"][0].shape == (4, 4)
+
+
+@pytest.mark.parametrize("with_wrapper", [True, False])
+def test_scalars_stay_scalars(one_rank_group, with_wrapper):
+    class Scaled(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 1)
+            torch.manual_seed(0)
+            self.scale = nn.Parameter(torch.tensor(2.0))
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+        def forward(self, x):
+            return self.scale * super().forward(x)
+
+    def step(module, optimizer):
+        module(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    kind: Any = torch.optim.AdamW
+    plain = Scaled()
+    expected = kind(plain.parameters(), lr=0.1)
+    step(plain, expected)
+    state = copy.deepcopy(expected.state_dict())
+    step(plain, expected)
+
+    model = Scaled()
+    wrapper = DistributedDataParallel(model)
+    ddp = wrapper if with_wrapper else None
+    step(wrapper, ShardedOptimizer(model.parameters(), kind, ddp=ddp, lr=0.1))
+    resumed = ShardedOptimizer(model.parameters(), kind, lr=0.1)
+    resumed.load_state_dict(state)
+    assert_equal_states(resumed.full_state_dict(), state)
+    assert resumed.state_tensors()["2.exp_avg"].shape == ()
+    step(model, resumed)
+    assert_equal_states(resumed.full_state_dict(), expected.state_dict())
+    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter, other)
 
 
 def test_an_optimizer_is_taken_over(one_rank_group):

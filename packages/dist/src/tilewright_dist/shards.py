@@ -51,7 +51,7 @@ class Shard:
             name: nn.Parameter(self._cut(self._bucket.memory, segment))
             for name, segment in self.segments.items()
         }
-        """What the optimizer updates, by parameter: flat pieces, or whole matrices."""
+        """What the optimizer updates, by parameter: flat pieces, or whole matrices and scalars."""
 
     def take_gradients(self) -> None:
         """Give each piece its part of the averaged gradient, None where there is none."""
@@ -80,11 +80,15 @@ class Shard:
         if self.layout.partition == "matrix":
             shape = self._parameters[segment.name].shape
             return memory.as_strided(shape, self._strides[segment.name], segment.offset)
+        if self._parameters[segment.name].dim() == 0:
+            # Of one element it would be a vector, whose moments nothing tells from step counts once
+            # they are whole.
+            return memory[segment.offset]
         return memory[segment.offset : segment.offset + segment.stop - segment.start]
 
     def _cut_tensor(self, tensor: torch.Tensor, segment: Segment) -> torch.Tensor:
         """The same of a tensor that has its own memory."""
-        if self.layout.partition == "matrix":
+        if self.layout.partition == "matrix" or tensor.dim() == 0:
             return tensor
         strides = self._strides[segment.name]
         if tensor.stride() != strides:
