@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tilewright_dist import bucketed
 from tilewright_dist import DistributedDataParallel, ShardedOptimizer
 from tilewright_dist.testing import run_ranks
 
@@ -490,6 +492,24 @@ def test_scalars_stay_scalars(one_rank_group, with_wrapper):
     assert_equal_states(resumed.full_state_dict(), expected.state_dict())
     for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(parameter, other)
+
+
+def test_buckets_without_gradients_are_freed_before_they_are_divided(one_rank_group, monkeypatch):
+    model = Stack()
+    wrapper = DistributedDataParallel(model)
+    reducer: Any = wrapper.reducer
+    former = [weakref.ref(bucket.memory) for bucket in reducer.buckets]
+    allocate = bucketed.allocate
+    alive = []
+
+    def recording(*args):
+        alive.extend(reference() is not None for reference in former)
+        return allocate(*args)
+
+    monkeypatch.setattr(bucketed, "allocate", recording)
+    kind: Any = torch.optim.AdamW
+    ShardedOptimizer(model.parameters(), kind, ddp=wrapper)
+    assert alive and not any(alive)
 
 
 def test_an_optimizer_is_taken_over(one_rank_group):

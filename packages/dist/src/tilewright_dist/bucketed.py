@@ -57,6 +57,8 @@ class BucketedReducer:
         self._is_final = False
         self._scattered: set[str] = set()
         self._task = -1
+        self._buckets: list[Bucket] = []
+        self._views: dict[str, torch.Tensor] = {}
         self._build(list(reversed(list(parameters))), process_group, learns=options.static_graph)
 
     @property
@@ -170,13 +172,13 @@ class BucketedReducer:
         settings = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(self._options).items())
         what = "how gradients are laid out in buckets"
         verify_agreement(what, f"{digest} ({settings})", process_group, self._device)
+        kept = [name for name in self._views if self._is_in_bucket(name)]
+        # Of the former buckets only those stay, until they are copied, that hold gradients.
+        self._buckets, self._views = [], {}
         self._buckets = allocate(layouts, specs, self._device)
-        former = getattr(self, "_views", {})
         self._views = {n: view for bucket in self._buckets for n, view in bucket.views.items()}
-        for name, view in former.items():
-            gradient = self._parameters[name].grad
-            if gradient is not None and gradient.data_ptr() == view.data_ptr():
-                self._put(name)
+        for name in kept:
+            self._put(name)
         self._learns = learns
         self._set_queue(None)
 
