@@ -441,7 +441,10 @@ def buffers_follow_rank_0(rank):
         wrapper(rows_of(rank, 0, 4))
         means[case] = mean.tolist()
 
+    table = torch.full((1,), rank + 5.0)
+    model.register_buffer("table", table, persistent=False)
     forward("training", wrapper)
+    means["not persistent"] = table.tolist() * 4
     forward("switched off", kept)
     with wrapper.no_sync():
         forward("no_sync", wrapper)

@@ -28,6 +28,7 @@ from tilewright_dist.missing import MissingGradientError
 from tilewright_dist.module_state import (
     broadcast_buffers,
     broadcast_module_state,
+    persistent_buffers,
     verify_module_state,
 )
 from tilewright_dist.naive import NaiveReducer
@@ -85,8 +86,8 @@ class DistributedDataParallel(nn.Module):
             reentrant checkpointing. Parameters that never have a gradient are frozen before wrapping
             or need find_unused_parameters as well.
         find_unused_parameters: Let parameters lack gradients, at the cost of a small collective.
-        broadcast_buffers: Send rank 0's buffers to all at every forward in training mode with
-            gradients enabled, outside `no_sync`.
+        broadcast_buffers: Send rank 0's persistent buffers to all at every forward in training mode
+            with gradients enabled, outside `no_sync`.
 
     Raises:
         TypeError: module is not an nn.Module.
@@ -142,7 +143,7 @@ class DistributedDataParallel(nn.Module):
         self._process_group = weakref.ref(process_group)
         self._device = device
         self._static_graph = static_graph
-        self._broadcasts_buffers = broadcast_buffers and any(True for _ in module.buffers())
+        self._broadcasts_buffers = broadcast_buffers and bool(persistent_buffers(module))
         self._frozen = {n: p for n, p in module.named_parameters() if not p.requires_grad}
         self._trainable = trainable
         self._reducer = _REDUCERS[strategy](trainable, process_group, options)

@@ -80,10 +80,22 @@ def broadcast_module_state(
 def broadcast_buffers(
     module: nn.Module, process_group: dist.ProcessGroup, device: torch.device
 ) -> None:
-    """Overwrite buffers with those of rank 0 of the group, bit for bit."""
+    """Overwrite persistent buffers with those of rank 0 of the group, bit for bit."""
     # .data: a forward that runs before another one's backward (several passes, one loss) must not
     # count as a change of what that one saved; where buffers are constant it is none.
-    _broadcast([buffer.data for buffer in module.buffers()], process_group, device)
+    _broadcast([buffer.data for buffer in persistent_buffers(module)], process_group, device)
+
+
+def persistent_buffers(module: nn.Module) -> list[torch.Tensor]:
+    """Buffers that a state dict holds, once each: others are computed (tables of angles)."""
+    return list(
+        {
+            id(buffer): buffer
+            for part in module.modules()
+            for name, buffer in part.named_buffers(recurse=False)
+            if name not in part._non_persistent_buffers_set
+        }.values()
+    )
 
 
 def _broadcast(
