@@ -1,14 +1,14 @@
 """Waiting for gathered parameters as late as possible: when a forward pass reads them.
 
-A step starts to gather all buckets in the order of the forward pass and returns. A block (an
-element of a ModuleList or Sequential) waits for its own parameters when it is called, so the first
-layers compute while the later ones' parameters are on their way. What lies outside of blocks may be
-read by anything (a head that is the embedding's weight, a loss that takes the head's), so the whole
-module waits for it before it begins; likewise for blocks that are compiled, as a hook would be part
-of the compiled code.
+A step starts to gather all buckets and returns. A block (an element of a ModuleList or Sequential)
+waits for its own parameters when it is called, so the first layers compute while the later ones'
+parameters are on their way. What lies outside of blocks may be read by anything (a head that is the
+embedding's weight, a loss that takes the head's), so the whole module waits for it before it
+begins, and it is gathered first; the blocks follow in the order of the forward pass. The module
+also waits for blocks that are compiled, as a hook would be part of the compiled code.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -39,6 +39,10 @@ class LateGather:
             self._needs[block] = {bucket_of[name] for name in names if name in bucket_of}
             self._hooks[block] = block.register_forward_pre_hook(self._before_block)
         self._always = {bucket for name, bucket in bucket_of.items() if name not in inside}
+        # Fixed here: blocks that are compiled later, perhaps not yet on every rank, must not change
+        # the order of collectives.
+        self.order = sorted(range(self.count), key=lambda bucket: bucket not in self._always)
+        """Buckets in the order to gather them: first what the whole module waits for."""
         for name, part in _outside_of(module, self._blocks).items():
             # For who calls it by itself.
             own = (f"{name}.{key}" for key, _ in part.named_parameters(recurse=False))
@@ -48,9 +52,9 @@ class LateGather:
         module.register_state_dict_pre_hook(self._before_state_dict)
         module.register_load_state_dict_pre_hook(self._before_state_dict)
 
-    def hold(self, handles: Sequence[Handle]) -> None:
+    def hold(self, handles: Mapping[int, Handle]) -> None:
         """Take the gathers that a step has started, by bucket."""
-        self._handles = dict(enumerate(handles))
+        self._handles = dict(handles)
 
     def wait_all(self) -> None:
         """Wait for all gathers."""

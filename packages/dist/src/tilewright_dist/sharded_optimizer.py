@@ -205,8 +205,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         # would drift apart.
         if self._group.size() > 1:
             raise RuntimeError(
-                "a GradScaler decides by the gradients of one rank, which are a part here: train in "
-                "bfloat16 without loss scaling, or leave the optimizer unsharded"
+                "a GradScaler decides by the gradients of one rank, which are a part here: train "
+                "in bfloat16 without loss scaling, or leave the optimizer unsharded"
             )
         return getattr(self._inner, "_step_supports_amp_scaling", False)
 
@@ -400,15 +400,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
 
     def _gather(self) -> None:
-        handles = [self._channel.start(shard.gather(self._group)) for shard in self._shards]
-        late = 0
+        late = self._late.order if self._late is not None else []
+        # Shards of groups added later are not among those that forward waits for.
+        now = range(len(late), len(self._shards))
+        handles = {
+            number: self._channel.start(self._shards[number].gather(self._group))
+            for number in (*late, *now)
+        }
         if self._late is not None:
-            # Shards of groups added later are not among those that forward waits for.
-            late = self._late.count
-            self._late.hold(handles[:late])
+            self._late.hold({number: handles[number] for number in late})
         with naming_the_missing(self._group, "gathering parameters"):
-            for handle in handles[late:]:
-                handle.wait()
+            for number in now:
+                handles[number].wait()
 
     @contextlib.contextmanager
     def _scaled(self):
