@@ -128,7 +128,11 @@ def test_sharded_equals_whole(trained, case):
     optimizer = make_optimizer(model)
     train(model, optimizer, 3)
     if case in ROUNDED:
-        torch.testing.assert_close(resumed[case], weights_of(model), rtol=0, atol=0.05)
+        # Against the movement of four steps, 0.023 on average: rounding makes 3 % of it, states
+        # that were lost or in the wrong place a multiple.
+        train(model, optimizer, 1, first=3)
+        movement = weights_of(model) - weights_of(Model(dtype))
+        assert (resumed[case] - weights_of(model)).norm() < 0.1 * movement.norm()
         return
     for saved in files:
         for name, tensor in model.state_dict().items():

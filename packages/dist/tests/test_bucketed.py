@@ -503,7 +503,7 @@ def test_reentrant_checkpoints_without_static_graph_are_refused(one_rank_group):
 
 def test_complex_gradients_travel_whole_or_are_refused(one_rank_group):
     model = nn.Linear(2, 1, dtype=torch.complex64)
-    with pytest.raises(ValueError, match="'weight' is torch.complex64, whose imaginary part"):
+    with pytest.raises(ValueError, match=r"'weight' is torch\.complex64, whose imaginary part"):
         DistributedDataParallel(model, reduce_dtype=torch.bfloat16)
     DistributedDataParallel(model)
 
