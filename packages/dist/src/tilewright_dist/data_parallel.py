@@ -83,8 +83,8 @@ class DistributedDataParallel(nn.Module):
             float32 gradients; they are added in float32 all the same.
         gradient_as_bucket_view: Let `.grad` be the bucket's memory instead of a second copy.
         static_graph: Promise that every backward uses the same parameters, equally often: allows
-            reentrant checkpointing. Parameters that never have a gradient are frozen before wrapping
-            or need find_unused_parameters as well.
+            reentrant checkpointing. Parameters that never have a gradient are frozen before
+            wrapping or need find_unused_parameters as well.
         find_unused_parameters: Let parameters lack gradients, at the cost of a small collective.
         broadcast_buffers: Send rank 0's persistent buffers to all at every forward in training mode
             with gradients enabled, outside `no_sync`.
@@ -94,7 +94,8 @@ class DistributedDataParallel(nn.Module):
         ValueError: An unknown strategy or an option out of range; no process group, or one that
             this rank is not part of or that cannot move tensors of the module's device; a module
             without trainable parameters, with parameters on several devices or on the meta device;
-            modules or options that differ between ranks (raised on every rank, with the ranks);
+            modules, or options of the bucketed strategy, that differ between ranks (raised on
+            every rank, with the ranks);
             reduce_dtype for a module with complex parameters.
     """
 

@@ -3,7 +3,8 @@
 From what one GPU takes for a step, and from latency and bandwidth of the links, `plan` follows the
 buckets of a step through time: gradients arrive along backward, a bucket's collective starts when
 the bucket is full and the one before has ended, parameters arrive before the layers that read them.
-Sizes of buckets are those that training uses (`layout.py`).
+Buckets fill by the rule that training uses (`layout.py`), but layer by layer: training may close one
+between two tensors of a layer.
 
 Two things make communication cost time. What lies under no computation is exposed outright. What
 does takes multiprocessors and memory bandwidth from the kernels it runs beside: `interference`
@@ -88,7 +89,7 @@ class Workload:
     gather_bytes: float = 4
     """A parameter's on the wire: 2 where fully_shard gathers in bfloat16."""
     bucket_bytes: int = 25 * 2**20
-    """Of gradients in a bucket."""
+    """Of gradients at which a bucket is full, counted in float32."""
 
     @property
     def parameters(self) -> int:
@@ -234,7 +235,10 @@ def _shares(layers: Sequence[Layer]) -> list[float]:
 
 
 def _buckets(workload: Workload) -> tuple[BucketLayout, ...]:
-    """Buckets of gradients in starting order, each layer one tensor or several of bucket size."""
+    """Buckets of gradients in starting order, of whole layers: each is one tensor in float32.
+
+    A layer beyond the cap is one bucket, so what it sends starts when all of it is there.
+    """
     specs = []
     for index, layer in reversed(list(enumerate(workload.layers))):
         specs.append(TensorSpec(name=str(index), shape=(layer.parameters,), dtype=torch.float32))
