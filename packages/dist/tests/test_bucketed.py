@@ -57,6 +57,15 @@ class Stack(nn.Module):
         return self.head(x)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As many as a rank has: sums added up in another order would differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def device_of(rank):
     """The GPU of this rank's number under NCCL."""
     on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
@@ -510,8 +519,8 @@ def test_complex_gradients_travel_whole_or_are_refused(one_rank_group):
 
 def test_static_graph_needs_tensors_in_the_output(one_rank_group):
     class Hiding(nn.Linear):
-        def forward(self, x):
-            return iter([super().forward(x)])
+        def forward(self, input):
+            return iter([super().forward(input)])
 
     hiding: Any = Hiding(2, 2)
     wrapper = DistributedDataParallel(hiding, static_graph=True)

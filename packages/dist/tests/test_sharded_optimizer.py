@@ -469,8 +469,8 @@ def test_scalars_stay_scalars(one_rank_group, with_wrapper):
             nn.init.ones_(self.weight)
             nn.init.zeros_(self.bias)
 
-        def forward(self, x):
-            return self.scale * super().forward(x)
+        def forward(self, input):
+            return self.scale * super().forward(input)
 
     def step(module, optimizer):
         module(torch.ones(1, 2)).sum().backward()

@@ -3,8 +3,8 @@
 From what one GPU takes for a step, and from latency and bandwidth of the links, `plan` follows the
 buckets of a step through time: gradients arrive along backward, a bucket's collective starts when
 the bucket is full and the one before has ended, parameters arrive before the layers that read them.
-Buckets fill by the rule that training uses (`layout.py`), but layer by layer: training may close one
-between two tensors of a layer.
+Buckets fill by the rule that training uses (`layout.py`), but layer by layer: training may close
+one between two tensors of a layer.
 
 Two things make communication cost time. What lies under no computation is exposed outright. What
 does takes multiprocessors and memory bandwidth from the kernels it runs beside: `interference`
