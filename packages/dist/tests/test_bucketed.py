@@ -518,12 +518,11 @@ def test_complex_gradients_travel_whole_or_are_refused(one_rank_group):
 
 
 def test_static_graph_needs_tensors_in_the_output(one_rank_group):
-    class Hiding(nn.Linear):
-        def forward(self, input):
+    class Hiding(nn.Sequential):
+        def forward(self, input) -> Any:
             return iter([super().forward(input)])
 
-    hiding: Any = Hiding(2, 2)
-    wrapper = DistributedDataParallel(hiding, static_graph=True)
+    wrapper = DistributedDataParallel(Hiding(nn.Linear(2, 2)), static_graph=True)
     with pytest.raises(TypeError, match="no tensor found in the list_iterator that the module"):
         wrapper(torch.ones(1, 2))
     with torch.no_grad():
