@@ -21,6 +21,12 @@ class NamedStates(Optimizer):
 
     _loading: dict[str, Any] | None = None
 
+    def _complete_groups(self) -> None:
+        """Give groups the options that they lack: those of an older state, or of torch's."""
+        for group in self.param_groups:
+            for option, default in self.defaults.items():
+                group.setdefault(option, default)
+
     def state_tensors(self, named_parameters: Named | None = None) -> dict[str, Tensor]:
         """The state by «parameter name.state», such as «layers.0.weight.exp_avg».
 

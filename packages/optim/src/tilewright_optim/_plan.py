@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tilewright_optim._arguments import obstacle
 from tilewright_optim._kinds import Kind
 from tilewright_optim._states import State, as_one
 from tilewright_optim._tables import addresses
@@ -79,7 +80,7 @@ class Launch:
     def __init__(self, columns: Columns, states: list[State], capturable: bool, kind: Kind) -> None:
         self.columns = columns
         self.kind = kind
-        self.obstacle = _obstacle(columns.params)
+        self.obstacle = obstacle(columns.params)
         self._states = states
         self.capturable = capturable
         self._watched = [
@@ -188,11 +189,3 @@ class Plan:
 
 def _options(group: dict[str, Any]) -> tuple[bool, bool]:
     return group["amsgrad"], group["capturable"]
-
-
-def _obstacle(params: list[Tensor]) -> str | None:
-    """Why the kernel cannot take these parameters, or None if it can."""
-    subclasses = set(map(type, params)) - {Tensor, torch.nn.Parameter}
-    if not subclasses:
-        return None
-    return f"a parameter is a {subclasses.pop().__name__}, which may not lie at one address"

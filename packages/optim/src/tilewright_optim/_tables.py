@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tilewright_kernels.authoring import tl, triton
+from tilewright_optim._arguments import is_capturing
 
 
 @triton.jit
@@ -93,7 +94,7 @@ class PointerTables:
             sizes: elements of each tensor.
             grads: addresses of the gradients.
         """
-        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = is_capturing(self._device)
         if self._device.type == "cuda" and not capturing:
             self._follow_stream()
         tables, work_key = self._tables, [*columns, sizes]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from tilewright_optim._adam_kernel import OPERATORS, adam_triton, chunk_size
+from tilewright_optim._arguments import evaluate, is_capturing, number, on, without_overflow
 from tilewright_optim._checks import check_max_grad_norm, check_options, check_tensors
 from tilewright_optim._kinds import Kind, by_kind
 from tilewright_optim._named_states import NamedStates
@@ -147,9 +148,8 @@ class Adam(NamedStates, Optimizer):
             storage.check_amsgrad(group.get("amsgrad", False))
         super().__setstate__(state)
         decoupled = self.defaults["decoupled_weight_decay"]
+        self._complete_groups()
         for group in self.param_groups:
-            for option, default in self.defaults.items():
-                group.setdefault(option, default)
             group["decoupled_weight_decay"] = decoupled
         for param in self._all_params():
             if self.state.get(param):
@@ -181,16 +181,11 @@ class Adam(NamedStates, Optimizer):
         Returns:
             What closure returned, else None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and not all(group["capturable"] for group in self.param_groups):
-            # Step counts on the host cannot follow the device without asking it.
-            if found_inf.item():
-                return loss
-            found_inf = None
+        sound, found_inf = without_overflow(found_inf, self.param_groups)
+        if not sound:
+            return loss
         norm = None if self.max_grad_norm is None else self._total_norm()
         self._step_groups(found_inf, norm)
         return loss
@@ -240,27 +235,26 @@ class Adam(NamedStates, Optimizer):
     ) -> None:
         params = launch.columns.params
         device = params[0].device
-        capturing = _is_capturing(device)
-        if capturing and not group["capturable"]:
+        if is_capturing(device) and not group["capturable"]:
             raise RuntimeError(
                 "a CUDA graph is being captured and capturable is False; create the optimizer "
                 "with capturable=True, so that step counts live on the device"
             )
         decoupled = group["decoupled_weight_decay"]
         options = {
-            "lr": _number("lr", group["lr"], device, capturing),
+            "lr": number("lr", group["lr"], device),
             "beta1": float(group["betas"][0]),
             "beta2": float(group["betas"][1]),
             "eps": float(group["eps"]),
-            "weight_decay": _number("weight_decay", group["weight_decay"], device, capturing),
+            "weight_decay": number("weight_decay", group["weight_decay"], device),
             "amsgrad": group["amsgrad"],
             "maximize": group["maximize"],
             "decoupled": decoupled,
             "cautious": group["cautious"],
             "stochastic": self._storage.master_of(params[0]) == "stochastic",
-            "grad_scale": _on(device, getattr(self, "grad_scale", None)),
-            "found_inf": _on(device, found_inf),
-            "total_norm": _on(device, norm),
+            "grad_scale": on(device, getattr(self, "grad_scale", None)),
+            "found_inf": on(device, found_inf),
+            "total_norm": on(device, norm),
             "max_norm": self.max_grad_norm,
         }
         if any(launch.sizes) and OPERATORS[decoupled].uses_triton(params[0], launch.obstacle):
@@ -317,7 +311,7 @@ class Adam(NamedStates, Optimizer):
         new = [param for param in params if not self.state[param]]
         if not new:
             return
-        if _is_capturing(new[0].device):
+        if is_capturing(new[0].device):
             raise RuntimeError(
                 "a CUDA graph is being captured before the optimizer's first step; make one step "
                 "before the capture, which creates the states and compiles the kernel"
@@ -330,27 +324,3 @@ class Adam(NamedStates, Optimizer):
             step = torch.zeros((), dtype=dtype, device=place)
             self.state[param] = {"step": step, **state}
         pack_steps(self.state[param] for param in new)
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _number(
-    name: str, number: float | Tensor, device: torch.device, capturing: bool
-) -> float | Tensor:
-    """A float, or a tensor on the device that a kernel reads."""
-    if not isinstance(number, Tensor):
-        return float(number)
-    if number.device == device or not number.is_cpu:
-        return number.to(device)
-    if capturing:
-        raise RuntimeError(
-            f"{name} is a tensor on cpu, whose value a captured CUDA graph would keep for ever; "
-            f"give one on {device}, or a float if that is meant"
-        )
-    return number.item()
-
-
-def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
-    return scalar if scalar is None else scalar.to(device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from tilewright_optim._arguments import evaluate, is_capturing, number, obstacle, on
 from tilewright_optim._checks import check_tensors
 from tilewright_optim._coefficients import QUINTIC, Coefficients
 from tilewright_optim._kinds import Kind, by_kind
@@ -129,9 +130,7 @@ class Muon(NamedStates, Optimizer):
         # load_state_dict comes through here, and so do copy and pickle, on an empty object.
         self.__dict__.setdefault("_plans", {})
         super().__setstate__(state)
-        for group in self.param_groups:
-            for option, default in self.defaults.items():
-                group.setdefault(option, default)
+        self._complete_groups()
 
     @torch.compiler.disable  # it works with addresses on the host, each a graph break
     @torch.no_grad()
@@ -144,10 +143,7 @@ class Muon(NamedStates, Optimizer):
         Returns:
             What closure returned, else None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         for index, group in enumerate(self.param_groups):
             self._step_group(index, group)
         return loss
@@ -160,9 +156,7 @@ class Muon(NamedStates, Optimizer):
             )
             device = params[0].device
             update: Callable[..., None] = muon_reference
-            if any(map(Tensor.numel, params)) and OPERATOR.uses_triton(
-                params[0], _obstacle(params)
-            ):
+            if any(map(Tensor.numel, params)) and OPERATOR.uses_triton(params[0], obstacle(params)):
                 plan = self._plans.setdefault((index, kind), Plan())
                 update = partial(muon_triton, plan=plan, form=group["form"])
             update(
@@ -170,9 +164,9 @@ class Muon(NamedStates, Optimizer):
                 grads,
                 buffers,
                 *lows,
-                lr=_learning_rate(group["lr"], device),
-                grad_scale=_on(device, getattr(self, "grad_scale", None)),
-                found_inf=_on(device, getattr(self, "found_inf", None)),
+                lr=number("lr", group["lr"], device),
+                grad_scale=on(device, getattr(self, "grad_scale", None)),
+                found_inf=on(device, getattr(self, "found_inf", None)),
                 **{option: group[option] for option in _OPTIONS},
             )
 
@@ -200,7 +194,7 @@ class Muon(NamedStates, Optimizer):
         exact = group["master"] == "exact" and param.dtype == torch.bfloat16
         if state and (not exact or "master_low" in state):
             return state
-        if param.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(param.device):
             raise RuntimeError(
                 "a CUDA graph is being captured before the optimizer's first step; make one step "
                 "before the capture, which creates the states and compiles the kernels"
@@ -211,29 +205,3 @@ class Muon(NamedStates, Optimizer):
         if exact:
             state["master_low"] = split_master(param.float())[1]
         return state
-
-
-def _obstacle(params: list[Tensor]) -> str | None:
-    """Why the kernels cannot take these parameters, or None if they can."""
-    subclasses = set(map(type, params)) - {Tensor, torch.nn.Parameter}
-    if not subclasses:
-        return None
-    return f"a parameter is a {subclasses.pop().__name__}, which may not lie at one address"
-
-
-def _learning_rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
-    """A float, or a tensor on the device that a kernel reads."""
-    if not isinstance(lr, Tensor):
-        return float(lr)
-    if lr.device == device or not lr.is_cpu:
-        return lr.to(device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"lr is a tensor on cpu, whose value a captured CUDA graph would keep for ever; give "
-            f"one on {device}, or a float if that is meant"
-        )
-    return lr.item()
-
-
-def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
-    return scalar if scalar is None else scalar.to(device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from tilewright_optim._arguments import evaluate, without_overflow
 from tilewright_optim._checks import check_max_grad_norm
 from tilewright_optim._coefficients import QUINTIC, Coefficients
 from tilewright_optim._named_states import NamedStates
@@ -194,9 +195,7 @@ class MuonW(NamedStates, Optimizer):
         self._share()
         self._parts["adamw"]._reset()
         for part in self._parts.values():
-            for group in part.param_groups:
-                for option, default in part.defaults.items():
-                    group.setdefault(option, default)
+            part._complete_groups()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class; dtypes of states stay as they were saved."""
@@ -231,17 +230,12 @@ class MuonW(NamedStates, Optimizer):
         Returns:
             What closure returned, else None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         found_inf = getattr(self, "found_inf", None)
         adamw, muon = self._parts["adamw"], self._parts["muon"]
-        if found_inf is not None and not all(g["capturable"] for g in adamw.param_groups):
-            # Step counts on the host cannot follow the device without asking it.
-            if found_inf.item():
-                return loss
-            found_inf = None
+        sound, found_inf = without_overflow(found_inf, adamw.param_groups)
+        if not sound:
+            return loss
         scale = getattr(self, "grad_scale", None)
         if self.max_grad_norm is not None:
             scale = self._clipping_scale(scale, self.max_grad_norm)
