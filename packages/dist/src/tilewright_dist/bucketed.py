@@ -23,16 +23,16 @@ from torch import nn
 
 from tilewright_dist.agreement import from_first, verify_agreement
 from tilewright_dist.buckets import Bucket, allocate, describe
-from tilewright_dist.channel import Channel, Handle
 from tilewright_dist.comm_hook import CommHook, GradBucket, HookHandle
 from tilewright_dist.layout import Partition, fingerprint, plan_buckets
-from tilewright_dist.missing import give_missing, presence, presence_anywhere, refuse_sparse
+from tilewright_dist.missing import give_missing, refuse_sparse
 from tilewright_dist.options import ReducerOptions
+from tilewright_dist.overlapped_reducer import OverlappedReducer
 from tilewright_dist.readiness import ReadyQueue
 from tilewright_dist.wire import all_reduce, reduce_scatter
 
 
-class BucketedReducer:
+class BucketedReducer(OverlappedReducer):
     """Averages gradients bucket by bucket, beside backward.
 
     Args:
@@ -47,16 +47,11 @@ class BucketedReducer:
         process_group: dist.ProcessGroup,
         options: ReducerOptions,
     ) -> None:
-        self._parameters = parameters
-        self._options = options
-        self._device = next(iter(parameters.values())).device
-        self._channel = Channel(self._device)
-        self._handles: list[Handle] = []
+        super().__init__(parameters, options)
         self._hook: tuple[Any, CommHook] | None = None
         self._partitions: dict[str, Partition] = {}
         self._is_final = False
         self._scattered: set[str] = set()
-        self._task = -1
         self._buckets: list[Bucket] = []
         self._views: dict[str, torch.Tensor] = {}
         self._build(list(reversed(list(parameters))), process_group, learns=options.static_graph)
@@ -74,10 +69,7 @@ class BucketedReducer:
             TypeError: The gradient is sparse.
             RuntimeError: It arrived too often, or on top of one that was scattered.
         """
-        task = torch._C._current_graph_task_id()
-        if task != self._task and not self._options.static_graph:
-            self._abandon()
-        self._task = task
+        self._enter_backward()
         self._refuse_scattered(name)
         self._put(name)
         if process_group is not None:
@@ -102,10 +94,7 @@ class BucketedReducer:
                 else:
                     self._put(name)
             self._start(unit, process_group)
-        anywhere = None
-        if self._options.find_unused_parameters:
-            anywhere = presence(self._parameters)
-            self._handles.append(self._channel.start(presence_anywhere(anywhere, process_group)))
+        anywhere = self._ask_for_missing(process_group)
         counts = self._queue.counts
         self._abandon()
         self._copy_back()
@@ -228,7 +217,7 @@ class BucketedReducer:
             exchange = all_reduce(bucket.memory, process_group, dtype)
         else:
             exchange = reduce_scatter(bucket.memory, bucket.layout.bounds, process_group, dtype)
-        self._handles.append(self._channel.start(exchange))
+        self._send(exchange)
 
     def _is_in_bucket(self, name: str) -> bool:
         gradient = self._parameters[name].grad
@@ -244,15 +233,3 @@ class BucketedReducer:
                 "all but the last backward of a step under no_sync(), zero_grad() after the step"
             )
         self._scattered.remove(name)
-
-    def begin(self) -> None:
-        """Forget what a backward that raised has left behind."""
-        if self._queue.counts:
-            self._abandon()
-
-    def _abandon(self) -> None:
-        """Wait for what is under way and forget all arrivals, also of a backward that raised."""
-        for handle in self._handles:
-            handle.wait()
-        self._handles.clear()
-        self._queue.reset()

@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tilewright_dist.channel import Channel, Handle
-from tilewright_dist.missing import give_missing, presence, presence_anywhere, refuse_sparse
+from tilewright_dist.missing import give_missing, refuse_sparse
 from tilewright_dist.options import ReducerOptions
+from tilewright_dist.overlapped_reducer import OverlappedReducer
 from tilewright_dist.readiness import ReadyQueue
 from tilewright_dist.wire import all_reduce_any_layout
 
 
-class PerParameterReducer:
+class PerParameterReducer(OverlappedReducer):
     """Averages gradients one by one, beside backward.
 
     Args:
@@ -37,14 +37,10 @@ class PerParameterReducer:
         process_group: dist.ProcessGroup,
         options: ReducerOptions,
     ) -> None:
-        self._parameters = parameters
-        self._options = options
-        self._channel = Channel(next(iter(parameters.values())).device)
-        self._handles: list[Handle] = []
+        super().__init__(parameters, options)
         self._filled: dict[str, torch.Tensor] = {}
         self._names = list(reversed(list(parameters)))
         self._queue = ReadyQueue([[n] for n in self._names], learns=options.static_graph)
-        self._task = -1
 
     @torch.no_grad()
     def gradient_arrived(self, name: str, process_group: dist.ProcessGroup | None) -> None:
@@ -59,10 +55,7 @@ class PerParameterReducer:
         refuse_sparse(name, gradient)
         if process_group is None:
             return
-        task = torch._C._current_graph_task_id()
-        if task != self._task and not self._options.static_graph:
-            self._abandon()
-        self._task = task
+        self._enter_backward()
         for unit in self._queue.arrived(name):
             self._start(self._names[unit], process_group)
 
@@ -75,10 +68,7 @@ class PerParameterReducer:
         """
         for unit in self._queue.rest():
             self._start(self._names[unit], process_group)
-        anywhere = None
-        if self._options.find_unused_parameters:
-            anywhere = presence(self._parameters)
-            self._handles.append(self._channel.start(presence_anywhere(anywhere, process_group)))
+        anywhere = self._ask_for_missing(process_group)
         if self._options.static_graph:
             self._queue = ReadyQueue([[n] for n in self._names], self._queue.counts)
         filled, self._filled = self._filled, {}
@@ -90,17 +80,4 @@ class PerParameterReducer:
         gradient = parameter.grad
         if gradient is None:
             gradient = self._filled[name] = torch.zeros_like(parameter)
-        average = all_reduce_any_layout(gradient, process_group, self._options.reduce_dtype)
-        self._handles.append(self._channel.start(average))
-
-    def begin(self) -> None:
-        """Forget what a backward that raised has left behind."""
-        if self._queue.counts:
-            self._abandon()
-
-    def _abandon(self) -> None:
-        """Wait for what is under way and forget all arrivals, also of a backward that raised."""
-        for handle in self._handles:
-            handle.wait()
-        self._handles.clear()
-        self._queue.reset()
+        self._send(all_reduce_any_layout(gradient, process_group, self._options.reduce_dtype))
