@@ -13,6 +13,7 @@ device:
 
 import contextlib
 from collections.abc import Generator, Iterator
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,12 +26,11 @@ class CollectiveError(RuntimeError):
     """A collective failed, whatever its backend's error was."""
 
 
-class Handle:
+class Handle(Protocol):
     """An exchange that has been started."""
 
     def wait(self) -> None:
         """Return when the result may be used: by the host, or by what is launched from now on."""
-        raise NotImplementedError
 
 
 class Channel:
