@@ -93,11 +93,6 @@ class BucketLayout:
         """Elements, padding included."""
         return self.bounds[-1]
 
-    @property
-    def is_even(self) -> bool:
-        """Whether all ranks' pieces are equally long."""
-        return len({b - a for a, b in itertools.pairwise(self.bounds)}) == 1
-
     def piece(self, rank: int) -> slice:
         """What a rank owns."""
         return slice(self.bounds[rank], self.bounds[rank + 1])
@@ -210,6 +205,11 @@ def fingerprint(specs: Iterable[TensorSpec], layouts: Iterable[BucketLayout]) ->
     """A digest of everything that has to agree between ranks before they exchange memory."""
     text = "\n".join(map(repr, [*specs, *layouts]))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_even(bounds: Sequence[int]) -> bool:
+    """Whether all ranks' pieces are equally long."""
+    return len({b - a for a, b in itertools.pairwise(bounds)}) == 1
 
 
 def round_up(value: int, multiple: int) -> int:

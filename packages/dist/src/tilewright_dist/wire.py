@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tilewright_dist.channel import Exchange
+from tilewright_dist.layout import is_even
 
 
 def all_reduce(
@@ -67,7 +68,7 @@ def reduce_scatter(
     wire = values if reduce_dtype is None else values.to(reduce_dtype)
     mine = slice(bounds[group.rank()], bounds[group.rank() + 1])
     average = dist.ReduceOp.AVG
-    if _is_even(bounds):
+    if is_even(bounds):
         yield dist.reduce_scatter_tensor(wire[mine], wire, op=average, group=group, async_op=True)
     else:
         works = [
@@ -85,7 +86,7 @@ def all_gather(values: torch.Tensor, bounds: Sequence[int], group: dist.ProcessG
     if values.numel() == 0:
         return
     pieces = _pieces(values, bounds)
-    if _is_even(bounds):
+    if is_even(bounds):
         mine = pieces[group.rank()]
         yield dist.all_gather_into_tensor(values, mine, group=group, async_op=True)
         return
@@ -132,7 +133,3 @@ def _average(received: torch.Tensor, world_size: int, dtype: torch.dtype) -> tor
 
 def _pieces(values: torch.Tensor, bounds: Sequence[int]) -> list[torch.Tensor]:
     return [values[a:b] for a, b in itertools.pairwise(bounds)]
-
-
-def _is_even(bounds: Sequence[int]) -> bool:
-    return len({b - a for a, b in itertools.pairwise(bounds)}) == 1
