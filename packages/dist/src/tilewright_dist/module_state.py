@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tilewright_dist.agreement import gather_objects
+
 _BROADCAST_BYTES = 25 * 2**20
 """From here on, joining tensors costs more memory than the latency that it saves."""
 
@@ -44,11 +46,7 @@ def verify_module_state(module: nn.Module, process_group: dist.ProcessGroup) -> 
         ValueError: On every rank alike: the first tensor that differs, with what each rank holds
             in its place; or a tensor on the meta device, which has no values to send.
     """
-    descriptions: list[list[_TensorDescription]] = [[] for _ in range(process_group.size())]
-    # NCCL moves objects through the current device, which a caller may have left at 0 on all ranks.
-    with torch.cuda.device(_cuda_index(module)):
-        dist.all_gather_object(descriptions, _describe(module), group=process_group)
-
+    descriptions = gather_objects(_describe(module), process_group, _device_of(module))
     ranks = dist.get_process_group_ranks(process_group)
     for position in range(max(len(held) for held in descriptions)):
         holders: dict[_TensorDescription | None, list[int]] = {}
@@ -127,10 +125,10 @@ def _broadcast_together(
             tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
 
-def _cuda_index(module: nn.Module) -> int:
-    """The first CUDA device in use, -1 without one."""
+def _device_of(module: nn.Module) -> torch.device:
+    """The first CUDA device in use, the CPU without one."""
     devices = (tensor.device for tensor in [*module.parameters(), *module.buffers()])
-    return next((device.index for device in devices if device.type == "cuda"), -1)
+    return next((device for device in devices if device.type == "cuda"), torch.device("cpu"))
 
 
 def _describe(module: nn.Module) -> list[_TensorDescription]:
