@@ -13,6 +13,11 @@ def unnamed(group: Mapping[str, Any]) -> dict[str, Any]:
     return {**group, "params": [parameter for _, parameter in group["params"]]}
 
 
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group without its parameters."""
+    return {k: v for k, v in group.items() if k not in ("params", "param_names")}
+
+
 def named_groups(
     params: Iterable[Any], ddp: DistributedDataParallel | None, *, first: int
 ) -> list[dict[str, Any]]:
@@ -39,8 +44,7 @@ def named_groups(
                 )
             named.append((known.get(id(parameter)) or name or str(number), parameter))
             number += 1
-        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        found.append(options | {"params": named})
+        found.append(options_of(group) | {"params": named})
     if not any(group["params"] for group in found):
         raise ValueError("there are no parameters to optimize")
     return found

@@ -30,7 +30,7 @@ from tilewright_dist.data_parallel import DistributedDataParallel, checked_proce
 from tilewright_dist.failure import naming_the_missing
 from tilewright_dist.layout import Partition, Segment, plan_buckets
 from tilewright_dist.overlap import LateGather
-from tilewright_dist.param_groups import named_groups, unnamed
+from tilewright_dist.param_groups import named_groups, options_of, unnamed
 from tilewright_dist.shards import Shard
 
 Tensors = Mapping[str, torch.Tensor]
@@ -319,7 +319,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             "world_size": self._group.size(),
             "pieces": {n: [s.start, s.stop] for n, (_, s) in self._owned().items()},
             "numbers": sharded_state.to_numbers(self._states()),
-            "param_groups": [sharded_state.options_of(group) for group in self.param_groups],
+            "param_groups": [
+                sharded_state.to_json(options_of(group)) for group in self.param_groups
+            ],
         }
 
     def load_state_tensors(self, saved: Sequence[tuple[Tensors, Mapping[str, Any]]]) -> None:
@@ -376,9 +378,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _inner_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The same group with this rank's pieces for parameters, also if it has none."""
         pieces = {name: piece for name, (piece, _) in self._owned().items()}
-        named = [(name, pieces[name]) for name, _ in group["params"] if name in pieces]
-        inner = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        return inner | {"params": [piece for _, piece in named]}
+        mine = [pieces[name] for name, _ in group["params"] if name in pieces]
+        return options_of(group) | {"params": mine}
 
     def _refuse_inner_clipping(self) -> None:
         own = {"max_grad_norm": getattr(self._inner, "max_grad_norm", None)}
@@ -437,7 +438,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             inner.grad_scale = inner.found_inf = None
 
     def _piece_gradients(self) -> list[torch.Tensor]:
-        pieces = (piece for piece, _ in self._owned().values())
+        pieces = (piece for shard in self._shards for piece in shard.pieces.values())
         return [piece.grad for piece in pieces if piece.grad is not None]
 
     def _total_norm(self) -> torch.Tensor:
@@ -454,11 +455,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Learning rates and the like, which schedules change here, to the inner optimizer."""
         # While a group is being added, the inner optimizer has one less.
         for mine, inner in zip(self.param_groups, self._inner.param_groups, strict=False):
-            inner |= sharded_state.options_of(mine, as_json=False)
+            inner |= options_of(mine)
 
     def _pull_options(self) -> None:
         for mine, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            mine |= sharded_state.options_of(inner, as_json=False)
+            mine |= options_of(inner)
 
     def _owned(self) -> dict[str, tuple[nn.Parameter, Segment]]:
         """Piece and segment of this rank by parameter."""

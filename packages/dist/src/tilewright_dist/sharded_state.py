@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from tilewright_dist.agreement import gather_objects
 from tilewright_dist.layout import ALIGNMENT, Segment, TensorSpec
+from tilewright_dist.param_groups import options_of
 
 States = Mapping[str, tuple[Segment, Mapping[str, Any]]]
 """Segment and states by parameter name."""
@@ -42,18 +43,15 @@ def to_numbers(states: States) -> dict[str, dict[str, Any]]:
     return numbers
 
 
-def options_of(group: Mapping[str, Any], *, as_json: bool = True) -> dict[str, Any]:
-    """A group's options without its parameters."""
-    options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
-    if not as_json:
-        return options
+def to_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options as numbers."""
     return {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
 def restored(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
     """Saved options in the types that the group has: JSON knows neither tuples nor tensors."""
     options = {}
-    for key, value in options_of(saved, as_json=False).items():
+    for key, value in options_of(saved).items():
         now = current.get(key)
         if isinstance(now, tuple) and isinstance(value, list):
             value = tuple(value)
