@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from tilewright_bench.curves import Curves, Line, Panel
 
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = tuple(2**power for power in range(10, 31, 2))
 """Bytes: 1 KiB to 1 GiB."""
@@ -60,7 +61,7 @@ def measure(
     group: dist.ProcessGroup,
     device: torch.device,
     *,
-    names: Iterable[str] = ("all_reduce", "reduce_scatter", "all_gather", "broadcast"),
+    names: Iterable[str] = COLLECTIVES,
     sizes: Iterable[int] = SIZES,
     dtypes: Iterable[str] = tuple(DTYPES),
     batch_seconds: float = BATCH_SECONDS,

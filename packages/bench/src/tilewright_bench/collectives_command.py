@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="[cuda where there is one]")
     parser.add_argument("--min-mb", type=float, default=2**-10, help="smallest [1 KiB]")
     parser.add_argument("--max-mb", type=float, help=f"largest [1024, on CPUs {CPU_MEGABYTES:.0f}]")
-    names = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
+    names = collectives.COLLECTIVES
     parser.add_argument("--collectives", nargs="+", choices=names, default=names)
     dtypes = tuple(collectives.DTYPES)
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
