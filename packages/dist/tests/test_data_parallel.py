@@ -234,13 +234,6 @@ def test_only_the_given_group_is_averaged():
 
 
 @pytest.fixture
-def one_rank_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-@pytest.fixture
 def reductions(one_rank_group, monkeypatch):
     """Shapes of the all-reduces that have run."""
     shapes = []

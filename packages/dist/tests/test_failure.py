@@ -1,4 +1,4 @@
-"""What the other ranks say when one dies, hangs or drifts."""
+"""What the other ranks say when one dies, hangs, drifts or makes a NaN."""
 
 import os
 import time
@@ -13,6 +13,7 @@ from torch import nn
 from tilewright_dist import (
     DistributedDataParallel,
     DivergenceError,
+    NonFiniteGradientError,
     RankFailure,
     ShardedOptimizer,
     verify_replicas,
@@ -81,3 +82,26 @@ def drift(rank):
 def test_a_replica_that_differs_is_named():
     for message in run_ranks(drift, world_size=3):
         assert message.startswith("replicas differ from the usual value: '0.weight' on rank 2.")
+
+
+def nonfinite(rank):
+    model = nn.ModuleDict({"good": nn.Linear(2, 2), "bad": nn.Linear(2, 2)})
+    wrapper = DistributedDataParallel(model)
+    values = torch.full((1, 2), float("nan") if rank == 1 else 1.0)
+
+    def backward():
+        (model["good"](torch.ones(1, 2)).sum() + model["bad"](values).sum()).backward()
+        model.zero_grad()
+
+    backward()  # unobserved: nothing is said
+    with (
+        pytest.raises(NonFiniteGradientError, match="before averaging") as caught,
+        wrapper.detect_nonfinite_gradients(),
+    ):
+        backward()
+    return str(caught.value)
+
+
+def test_nonfinite_gradient_is_traced_to_its_rank():
+    for message in run_ranks(nonfinite):
+        assert message.endswith("before averaging: 'bad.weight' on rank 1")

@@ -1,5 +1,7 @@
 """Modules that differ are refused on every rank; what agrees is filled with rank 0's values."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -143,3 +145,44 @@ def test_meta_tensors_on_all_ranks_are_refused():
             DistributedDataParallel(module)
     finally:
         dist.destroy_process_group()
+
+
+def rows_of(rank, step):
+    return torch.randn(4, 4, generator=torch.Generator().manual_seed(1000 * step + rank))
+
+
+def buffers_follow_rank_0(rank):
+    """The running mean at forward, which momentum 0 leaves as it is."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=0.0))
+    wrapper = DistributedDataParallel(model)
+    kept = DistributedDataParallel(model, broadcast_buffers=False)
+    mean: Any = model[1].running_mean
+    means = {}
+
+    def forward(case, wrapper):
+        mean.fill_(rank + 5.0)
+        wrapper(rows_of(rank, 0))
+        means[case] = mean.tolist()
+
+    table = torch.full((1,), rank + 5.0)
+    model.register_buffer("table", table, persistent=False)
+    forward("training", wrapper)
+    means["not persistent"] = table.tolist() * 4
+    forward("switched off", kept)
+    with wrapper.no_sync():
+        forward("no_sync", wrapper)
+    with torch.no_grad():
+        forward("no_grad", wrapper)
+    wrapper.eval()
+    forward("evaluation", wrapper)
+    wrapper.train()
+    # Two passes before one backward: a broadcast is no change of what the first one saved.
+    (wrapper(rows_of(rank, 2)) + wrapper(rows_of(rank, 3))).sum().backward()
+    return means
+
+
+def test_buffers_are_rank_0s_at_every_forward_in_training():
+    for rank, means in enumerate(run_ranks(buffers_follow_rank_0)):
+        assert means.pop("training") == [5.0] * 4
+        for case, mean in means.items():
+            assert mean == [5.0 + rank] * 4, case

@@ -75,14 +75,6 @@ def test_average_in_every_dtype(world_size):
             assert gradient.tolist() == [world_size, world_size]
 
 
-@pytest.fixture
-def one_rank_group(request):
-    backend = getattr(request, "param", "gloo")
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
 def test_gradient_that_is_part_of_a_graph(one_rank_group):
     # As after backward(create_graph=True), which warns.
     gradient = torch.ones(2, requires_grad=True) * 3

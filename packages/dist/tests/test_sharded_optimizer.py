@@ -1,7 +1,5 @@
-"""ZeRO-1 against the unsharded optimizer, bit for bit; states on disk at other numbers of ranks."""
+"""ZeRO-1 against the unsharded optimizer, bit for bit; states on disk are in test_sharded_state."""
 
-import copy
-import json
 import weakref
 from typing import Any
 
@@ -13,40 +11,18 @@ from torch import nn
 from tilewright_dist import DistributedDataParallel, ShardedOptimizer, bucketed
 from tilewright_dist.shards import Shard
 from tilewright_dist.testing import run_ranks
+from tilewright_dist.testing_models import (
+    Stack,
+    Wrapped,
+    adamw_groups,
+    device_of,
+    matrices,
+    rows_of,
+    train,
+    weights_of,
+)
 
-WIDTH, ROWS = 24, 4  # 24·24 elements: no multiple of the 256 at which pieces are cut
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(self.norm(x))))
-
-
-class Stack(nn.Module):
-    """A tied head, a frozen layer, an image kernel in channels_last, blocks."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
-        self.image = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)  # pyrefly: ignore
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.head = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, x):
-        x = self.frozen(self.embed(x))
-        x = x + self.image(x.view(ROWS, 2, 3, 4)).mean()
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Half(Stack):
@@ -60,37 +36,6 @@ class Half(Stack):
         return super().forward(x.bfloat16()).float()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As many as a rank has: sums added up in another order would differ in their last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def device_of(rank):
-    """The GPU of this rank's number under NCCL."""
-    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
-    return torch.device("cuda", rank) if on_gpu else torch.device("cpu")
-
-
-def rows_of(rank, step):
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randn(ROWS, WIDTH, generator=generator)
-
-
-def adamw_groups(model):
-    """Decay for matrices only, so that a bucket holds parameters of both groups."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def matrices(model):
-    return [p for p in model.parameters() if p.ndim == 2 and p.requires_grad]
-
-
 # Optimizer, its parameters, its options.
 CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, adamw_groups, {"lr": 0.01, "weight_decay": 0.1}),
@@ -100,23 +45,6 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "muon": (torch.optim.Muon, matrices, {"lr": 0.02}),
     "factored": (torch.optim.Adafactor, lambda m: m.parameters(), {"lr": 0.01}),
 }
-
-
-def train(wrapper, optimizer, rank, first=0, steps=3):
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    for step in range(first, first + steps):
-        rows = rows_of(rank, step).to(next(wrapper.parameters()).device)
-        wrapper(rows).square().mean().backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return weights_of(wrapper.module, optimizer)
-
-
-def weights_of(model, optimizer):
-    if isinstance(optimizer, ShardedOptimizer):
-        optimizer.wait_for_parameters()
-    return torch.cat([p.detach().float().reshape(-1).cpu() for p in model.parameters()])
 
 
 def compare_all(rank):
@@ -326,122 +254,16 @@ def test_gradient_scalers_are_refused_on_several_ranks():
         assert all("train in bfloat16 without loss scaling" in m for m in messages)
 
 
-def pieces_of(case):
+def sharded_adamw():
     """A fresh model, its wrapper and its sharded optimizer."""
-    optimizer_cls, parameters, options = CASES[case]
-    model = Stack().to(device_of(dist.get_rank()))
+    model = Stack()
     wrapper = DistributedDataParallel(model, bucket_cap_mb=0.01)
-    optimizer = ShardedOptimizer(parameters(model), optimizer_cls, ddp=wrapper, **options)
-    return model, wrapper, optimizer
-
-
-SAVED = ("adamw", "muon", "factored")
-
-
-def save(rank):
-    """Files of this rank and the weights, by case; on rank 0 also whole states."""
-    saved = {}
-    for case in SAVED:
-        model, wrapper, optimizer = pieces_of(case)
-        train(wrapper, optimizer, rank=0)  # the same rows on every rank and at every world size
-        full = optimizer.full_state_dict()
-        assert bool(full) == (rank == 0)
-        tensors = {k: v.clone() for k, v in optimizer.state_tensors().items()}
-        saved[case] = (
-            tensors,
-            json.dumps(optimizer.layout()),
-            {n: t.clone() for n, t in model.state_dict().items()},
-            full,
-            optimizer.state_dict(),
-        )
-    return saved
-
-
-def resume(rank, files):
-    """Whether states are those saved, and weights after another step; by case."""
-    results = {}
-    for case in SAVED:
-        model, wrapper, optimizer = pieces_of(case)
-        model.load_state_dict(files[0][case][2])
-        optimizer.load_state_tensors([(f[case][0], json.loads(f[case][1])) for f in files])
-        again = optimizer.full_state_dict()
-        if rank == 0:
-            assert_equal_states(again, files[0][case][3])
-        weights = train(wrapper, optimizer, rank=0, first=3, steps=1)
-
-        model, wrapper, optimizer = pieces_of(case)
-        model.load_state_dict(files[0][case][2])
-        optimizer.load_state_dict(files[0][case][3])
-        from_whole = train(wrapper, optimizer, rank=0, first=3, steps=1)
-        assert torch.equal(from_whole, weights), case
-        results[case] = weights
-    return results
-
-
-def assert_equal_states(one, other):
-    assert one["param_groups"] == other["param_groups"]
-    assert one["state"].keys() == other["state"].keys()
-    for number, state in one["state"].items():
-        assert state.keys() == other["state"][number].keys()
-        for key, value in state.items():
-            theirs = other["state"][number][key]
-            if not isinstance(value, torch.Tensor):
-                assert value == theirs
-                continue
-            assert value.dtype == theirs.dtype
-            assert value.shape == theirs.shape
-            assert torch.equal(value, theirs), (number, key)
-
-
-def test_states_saved_at_four_ranks_load_at_any_number():
-    files = run_ranks(save, world_size=4, timeout=100)
-    continued = {}
-    for world_size in (2, 1, 3):
-        continued[world_size] = run_ranks(resume, files, world_size=world_size, timeout=100)
-
-    for case in SAVED:
-        # The unsharded optimizer, from the same whole state.
-        optimizer_cls, parameters, options = CASES[case]
-        model = Stack()
-        model.load_state_dict(files[0][case][2])
-        plain = optimizer_cls(parameters(model), **options)
-        plain.load_state_dict(files[0][case][3])
-        expected = train(Wrapped(model), plain, rank=0, first=3, steps=1)
-        for world_size, ranks in continued.items():
-            for results in ranks:
-                if world_size == 3:
-                    # (g + g + g) / 3 rounds.
-                    torch.testing.assert_close(results[case], expected, rtol=1e-4, atol=1e-5)
-                else:
-                    assert torch.equal(results[case], expected), (case, world_size)
-
-
-class Wrapped(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return self.module(x)
-
-
-@pytest.fixture
-def one_rank_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.smoke
-def test_one_rank(one_rank_group):
-    _, wrapper, optimizer = pieces_of("adamw")
-    plain = Stack()
-    expected = torch.optim.AdamW(adamw_groups(plain), lr=0.01, weight_decay=0.1)
-    assert torch.equal(train(wrapper, optimizer, 0), train(Wrapped(plain), expected, 0))
-    assert_equal_states(optimizer.full_state_dict(), expected.state_dict())
-    same_again = pieces_of("adamw")[2]
-    same_again.load_state_dict(optimizer.state_dict())
-    assert_equal_states(same_again.full_state_dict(), expected.state_dict())
+    optimizer_cls, parameters, options = CASES["adamw"]
+    return (
+        model,
+        wrapper,
+        ShardedOptimizer(parameters(model), optimizer_cls, ddp=wrapper, **options),
+    )
 
 
 def test_partition_is_chosen_group_by_group(one_rank_group):
@@ -457,45 +279,6 @@ def test_partition_is_chosen_group_by_group(one_rank_group):
     assert flat.inner.param_groups[0]["params"][0].shape == (16,)
     whole = ShardedOptimizer([model.weight], torch.optim.Adafactor)
     assert whole.inner.param_groups[0]["params"][0].shape == (4, 4)
-
-
-@pytest.mark.parametrize("with_wrapper", [True, False])
-def test_scalars_stay_scalars(one_rank_group, with_wrapper):
-    class Scaled(nn.Linear):
-        def __init__(self):
-            super().__init__(2, 1)
-            torch.manual_seed(0)
-            self.scale = nn.Parameter(torch.tensor(2.0))
-            nn.init.ones_(self.weight)
-            nn.init.zeros_(self.bias)
-
-        def forward(self, input):
-            return self.scale * super().forward(input)
-
-    def step(module, optimizer):
-        module(torch.ones(1, 2)).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    kind: Any = torch.optim.AdamW
-    plain = Scaled()
-    expected = kind(plain.parameters(), lr=0.1)
-    step(plain, expected)
-    state = copy.deepcopy(expected.state_dict())
-    step(plain, expected)
-
-    model = Scaled()
-    wrapper = DistributedDataParallel(model)
-    ddp = wrapper if with_wrapper else None
-    step(wrapper, ShardedOptimizer(model.parameters(), kind, ddp=ddp, lr=0.1))
-    resumed = ShardedOptimizer(model.parameters(), kind, lr=0.1)
-    resumed.load_state_dict(state)
-    assert_equal_states(resumed.full_state_dict(), state)
-    assert resumed.state_tensors()["2.exp_avg"].shape == ()
-    step(model, resumed)
-    assert_equal_states(resumed.full_state_dict(), expected.state_dict())
-    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(parameter, other)
 
 
 def test_buckets_without_gradients_are_freed_before_they_are_divided(one_rank_group, monkeypatch):
@@ -554,14 +337,14 @@ def test_an_optimizer_is_taken_over(one_rank_group):
 
 
 def test_adding_to_scattered_gradients_is_refused(one_rank_group):
-    _, wrapper, _optimizer = pieces_of("adamw")
+    _, wrapper, _optimizer = sharded_adamw()
     wrapper(rows_of(0, 0)).sum().backward()
     with pytest.raises(RuntimeError, match="all but the last backward of a step under no_sync"):
         wrapper(rows_of(0, 0)).sum().backward()
 
 
 def test_adding_to_some_scattered_gradients_is_refused(one_rank_group):
-    model, wrapper, _optimizer = pieces_of("adamw")
+    model, wrapper, _optimizer = sharded_adamw()
     wrapper(rows_of(0, 0)).sum().backward()
     # The first gradient to arrive is fresh, those of the blocks are not.
     model.head.weight.grad = None
@@ -591,17 +374,6 @@ def test_what_does_not_fit_is_refused(one_rank_group):
         ShardedOptimizer(model.parameters(), kind, ddp=wrapper)
 
 
-def test_a_part_that_nobody_saved_is_named(one_rank_group):
-    _, wrapper, optimizer = pieces_of("adamw")
-    train(wrapper, optimizer, 0)
-    tensors, layout = optimizer.state_tensors(), optimizer.layout()
-    first, last = layout["pieces"]["embed.weight"]
-    layout["pieces"]["embed.weight"] = [first, last - 100]
-    tensors |= {k: v[:-100] for k, v in tensors.items() if k.startswith("embed") and v.dim()}
-    with pytest.raises(ValueError, match=f"{last - 100} of {last} elements of state 'exp_avg"):
-        optimizer.load_state_tensors([(tensors, layout)])
-
-
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_does_not_wait_for_the_device():
@@ -613,11 +385,19 @@ def test_a_step_does_not_wait_for_the_device():
             model.parameters(), torch.optim.AdamW, ddp=wrapper, max_grad_norm=1.0, fused=True
         )
         rows = rows_of(0, 0).cuda()
+        losses, weights = [], []
         for mode in ("default", "default", "error"):
             torch.cuda.set_sync_debug_mode(mode)
-            wrapper(rows).square().mean().backward()
+            loss = wrapper(rows).square().mean()
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            losses.append(loss.detach())
+            optimizer.wait_for_parameters()
+            weights.append(model.embed.weight.detach().clone())
+        torch.cuda.set_sync_debug_mode("default")
+        assert losses[2] < losses[1] < losses[0]
+        assert not torch.equal(weights[2], weights[1])
     finally:
         torch.cuda.set_sync_debug_mode("default")
         dist.destroy_process_group()

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -65,13 +64,6 @@ def test_all_ways_take_the_steps_of_one_process():
         for parallel in WAYS:
             for found, expected in zip(states[parallel], model.parameters(), strict=True):
                 torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture
-def one_rank_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_what_is_returned(one_rank_group):
