@@ -7,32 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright_kernels import use_backend
 from tilewright_kernels.testing import count_launches, no_synchronization
 from tilewright_optim import Adam, AdamW, Muon, _plan, adamw_reference
 from tilewright_optim._adam_kernel import CHUNK
+from tilewright_optim.testing import random_parameters, set_random_grads
+
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 SHAPES = ((), (3, 5), (CHUNK + 6,), (0,))
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
-
-
 def make(device, dtype=torch.float32, shapes=SHAPES, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
-        for shape in shapes
-    ]
-
-
-def set_grads(params, seed, factor=1.0):
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for p in params:
-        p.grad = (torch.randn(p.shape, generator=generator) * factor).to(p)
+    return random_parameters(device, dtype, shapes, seed)
 
 
 def grads_of(params):
@@ -41,8 +28,8 @@ def grads_of(params):
 
 def follow(ours, torchs, optimizer, reference, steps=4, factor=1.0):
     for step in range(steps):
-        set_grads(ours, step, factor)
-        set_grads(torchs, step, factor)
+        set_random_grads(ours, step, factor=factor)
+        set_random_grads(torchs, step, factor=factor)
         optimizer.step()
         reference.step()
 
@@ -104,8 +91,8 @@ def test_state_goes_both_ways(device):
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     back.load_state_dict(copy.deepcopy(reference.state_dict()))
     for step in range(2, 4):
-        set_grads(ours, step)
-        set_grads(torchs, step)
+        set_random_grads(ours, step)
+        set_random_grads(torchs, step)
         second.step()
         back.step()
     assert_close(ours, torchs)
@@ -116,7 +103,7 @@ def test_state_goes_both_ways(device):
 
 def test_its_own_operator(backend, device):
     params = make(device)
-    set_grads(params, 0)
+    set_random_grads(params, 0)
     with count_launches() as launches:
         Adam(params).step()
     assert launches["adam"] == (1 if backend == "triton" else 0)
@@ -138,7 +125,7 @@ def test_cautious_follows_the_reference(device):
     steps = [torch.tensor(0.0) for _ in expected]
     optimizer = AdamW(ours, lr=1e-2, weight_decay=0.3, cautious=True)
     for step in range(3):
-        set_grads(ours, step)
+        set_random_grads(ours, step)
         optimizer.step()
         adamw_reference(
             expected, grads_of(ours), m, v, [], steps,
@@ -172,8 +159,8 @@ def test_clipping_in_the_step(limit, scale, backend, device):
     if scale is not None:
         optimizer.grad_scale = torch.tensor(scale, device=device)
     for step in range(3):
-        set_grads(ours, step, scale or 1.0)
-        set_grads(torchs, step)
+        set_random_grads(ours, step, factor=scale or 1.0)
+        set_random_grads(torchs, step)
         before = [g.clone() for g in grads_of(ours)]
         with count_launches() as launches:
             optimizer.step()
@@ -199,14 +186,14 @@ def test_clipping_survives_copies_and_pickles(device):
     twin = copy.deepcopy(optimizer)
     assert twin.max_grad_norm == 0.5
     params = twin.param_groups[0]["params"]
-    set_grads(params, 0)
+    set_random_grads(params, 0)
     twin.step()
     assert twin.grad_norm is not None
 
 
 def test_a_norm_that_is_not_finite_shows(device):
     params = make(device)
-    set_grads(params, 0)
+    set_random_grads(params, 0)
     assert params[1].grad is not None
     params[1].grad[0, 0] = torch.nan
     optimizer = AdamW(params, max_grad_norm=1.0)
@@ -222,7 +209,7 @@ def test_what_changes_between_steps_is_seen(what, device):
         params = make(device)
         optimizer = AdamW(params, lr=1e-2)
         for step in range(4):
-            set_grads(params, step)
+            set_random_grads(params, step)
             if step == 2 and change:
                 alter(params, optimizer)
             optimizer.step()
@@ -280,7 +267,7 @@ def test_replays_are_the_eager_bits(storage):
         )  # fmt: skip
         optimizer.grad_scale = torch.tensor(2.0, device="cuda")
         optimizer.found_inf = torch.tensor(0.0, device="cuda")
-        set_grads(params, 0)
+        set_random_grads(params, 0)
         optimizer.step()
         grads = grads_of(params)
         step_again = optimizer.step
@@ -306,9 +293,9 @@ def test_replays_are_the_eager_bits(storage):
 def test_clipping_waits_for_nothing():
     params = make("cuda")
     optimizer = AdamW(params, max_grad_norm=1.0, capturable=True)
-    set_grads(params, 0)
+    set_random_grads(params, 0)
     optimizer.step()
-    set_grads(params, 1)
+    set_random_grads(params, 1)
     with no_synchronization():
         optimizer.step()
 

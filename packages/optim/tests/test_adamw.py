@@ -12,6 +12,10 @@ from tilewright_kernels import backend_report, use_backend
 from tilewright_kernels.testing import FLOATING, count_launches, no_synchronization
 from tilewright_optim import AdamW, WarmupCosine
 from tilewright_optim._adam_kernel import CHUNK
+from tilewright_optim.testing import random_parameters, set_random_grads
+
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 SHAPES = ((1,), (3, 5), (CHUNK + 6,), (0,))
 CLOSE = {  # relative and absolute
@@ -24,26 +28,8 @@ CLOSE = {  # relative and absolute
 }
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
-
-
 def make(device, dtype=torch.float32, shapes=SHAPES, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
-        for shape in shapes
-    ]
-
-
-def set_grads(params, seed, skip=(), factor=1.0):
-    """Random gradients that depend on seed alone; None for the indices in skip."""
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for i, p in enumerate(params):
-        grad = torch.randn(p.shape, generator=generator) * factor
-        p.grad = None if i in skip else grad.to(p)
+    return random_parameters(device, dtype, shapes, seed)
 
 
 def torchs_adamw(params, **options):
@@ -101,8 +87,8 @@ def test_follows_torch(dtype, options, device):
     # torch's capturable form computes 1 - β₂ᵗ in float32, which is 5 digits at the first step.
     reference = torchs_adamw(torchs, lr=1e-2, **{**options, "capturable": False})
     for step in range(4):
-        set_grads(ours, step)
-        set_grads(torchs, step)
+        set_random_grads(ours, step)
+        set_random_grads(torchs, step)
         optimizer.step()
         reference.step()
     assert_equal_params(ours, torchs)
@@ -116,8 +102,8 @@ def test_follows_torch_in_low_precision(dtype, device):
     ours, torchs = make(device, dtype), make(device, dtype)
     optimizer, reference = AdamW(ours, lr=0.3), torchs_adamw(torchs, lr=0.3)
     for step in range(3):
-        set_grads(ours, step)
-        set_grads(torchs, step)
+        set_random_grads(ours, step)
+        set_random_grads(torchs, step)
         optimizer.step()
         reference.step()
     assert_equal_params(ours, torchs)
@@ -129,7 +115,7 @@ def test_one_launch_for_a_group_of_many_tensors(backend, device):
     params = make(device, shapes=[(i % 7 + 1, 3) for i in range(60)])
     optimizer = AdamW(params)
     for step in range(2):
-        set_grads(params, step)
+        set_random_grads(params, step)
         with count_launches() as launches:
             optimizer.step()
         assert launches["adamw"] == (1 if backend == "triton" else 0)
@@ -140,7 +126,7 @@ def test_one_launch_for_each_group_and_dtype(backend, device):
     groups = [{"params": params[:-1]}, {"params": params[-1:], "lr": 0.1}]
     optimizer = AdamW(groups)
     for step in range(2):
-        set_grads(params, step)
+        set_random_grads(params, step)
         with count_launches() as launches:
             optimizer.step()
         # float32 and bfloat16 in the first group; the second group holds an empty tensor alone.
@@ -151,7 +137,7 @@ def test_one_launch_for_each_group_and_dtype(backend, device):
 def test_report_knows_the_operator(backend, device):
     backend_report(reset=True)
     params = make(device)
-    set_grads(params, 0)
+    set_random_grads(params, 0)
     AdamW(params).step()
     row = backend_report()["adamw"]
     assert (row.triton, row.torch) == ((1, 0) if backend == "triton" else (0, 1))
@@ -170,8 +156,8 @@ def test_groups_have_their_own_options(device):
 
     optimizer, reference = AdamW(groups(ours), lr=1e-2), torchs_adamw(groups(torchs), lr=1e-2)
     for step in range(3):
-        set_grads(ours, step)
-        set_grads(torchs, step)
+        set_random_grads(ours, step)
+        set_random_grads(torchs, step)
         optimizer.step()
         reference.step()
     assert_equal_params(ours, torchs)
@@ -183,8 +169,8 @@ def test_parameters_without_gradient(device):
     ours, torchs = make(device), make(device)
     optimizer, reference = AdamW(ours, lr=1e-2), torchs_adamw(torchs, lr=1e-2)
     for step, skip in enumerate([(0,), (), (1, 2), (0, 1, 2, 3), ()]):
-        set_grads(ours, step, skip)
-        set_grads(torchs, step, skip)
+        set_random_grads(ours, step, skip)
+        set_random_grads(torchs, step, skip)
         optimizer.step()
         reference.step()
     assert_equal_params(ours, torchs)
@@ -209,7 +195,7 @@ def test_zero_grad(set_to_none, device):
 
 def test_gradients_are_left_alone(device):
     params = make(device)
-    set_grads(params, 0)
+    set_random_grads(params, 0)
     before = [g.clone() for g in grads_of(params)]
     optimizer = AdamW(params, maximize=True)
     optimizer.grad_scale = torch.tensor(2.0, device=device)
@@ -226,7 +212,7 @@ def test_other_layouts(device):
     ours, torchs = build(), build()
     optimizer, reference = AdamW(ours, lr=1e-2), torchs_adamw(torchs, lr=1e-2)
     for step in range(3):
-        set_grads(torchs, step)
+        set_random_grads(torchs, step)
         for p, g in zip(ours, grads_of(torchs), strict=True):
             p.grad = g.T.contiguous().T  # never laid out as its parameter
         optimizer.step()
@@ -253,8 +239,8 @@ def test_state_dict_goes_both_ways_mid_training(dtype, direction, device):
             file.seek(0)
             optimizer = second(params, lr=123.0)
             optimizer.load_state_dict(torch.load(file, weights_only=True, map_location=device))
-        set_grads(params, step)
-        set_grads(whole, step)
+        set_random_grads(params, step)
+        set_random_grads(whole, step)
         optimizer.step()
         reference.step()
     assert_equal_params(params, whole)
@@ -273,7 +259,7 @@ def test_state_dict_has_torchs_options(device):
 def test_adams_state_loads_and_decay_stays_decoupled(device):
     params = make(device)
     adam = torch.optim.Adam(params)
-    set_grads(params, 0)
+    set_random_grads(params, 0)
     adam.step()
     optimizer = AdamW(params)
     optimizer.load_state_dict(adam.state_dict())
@@ -284,7 +270,7 @@ def test_adams_state_loads_and_decay_stays_decoupled(device):
 def test_resuming_is_exact(device):
     def run(params, optimizer, steps):
         for step in steps:
-            set_grads(params, step)
+            set_random_grads(params, step)
             optimizer.step()
 
     whole = make(device)
@@ -302,12 +288,12 @@ def test_resuming_is_exact(device):
 def test_copies_work_on_their_own(clone, device):
     params = make(device)
     optimizer = AdamW(params, lr=1e-2)
-    set_grads(params, 0)
+    set_random_grads(params, 0)
     optimizer.step()
     twin = clone(optimizer)
     twins = twin.param_groups[0]["params"]
-    set_grads(params, 1)
-    set_grads(twins, 1)
+    set_random_grads(params, 1)
+    set_random_grads(twins, 1)
     before = [p.detach().clone() for p in params]
     twin.step()
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
@@ -320,8 +306,8 @@ def test_capturable_changed_after_some_steps(device):
     optimizer, reference = AdamW(ours, lr=1e-2), torchs_adamw(torchs, lr=1e-2)
     for step in range(4):
         optimizer.param_groups[0]["capturable"] = step in (1, 2)
-        set_grads(ours, step)
-        set_grads(torchs, step)
+        set_random_grads(ours, step)
+        set_random_grads(torchs, step)
         optimizer.step()
         reference.step()
     assert_equal_params(ours, torchs)
@@ -335,8 +321,8 @@ def test_tensor_learning_rate_and_schedule(place, device):
     optimizer, reference = AdamW(ours, lr=lr), torchs_adamw(torchs, lr=1e-2)
     schedules = [WarmupCosine(o, 2, 4) for o in (optimizer, reference)]
     for step in range(4):
-        set_grads(ours, step)
-        set_grads(torchs, step)
+        set_random_grads(ours, step)
+        set_random_grads(torchs, step)
         optimizer.step()
         reference.step()
         for schedule in schedules:
@@ -390,8 +376,8 @@ def test_add_param_group(device):
         if step == 1:
             optimizer.add_param_group({"params": ours[2:], "lr": 1e-3})
             reference.add_param_group({"params": torchs[2:], "lr": 1e-3})
-        set_grads(ours, step)
-        set_grads(torchs, step)
+        set_random_grads(ours, step)
+        set_random_grads(torchs, step)
         optimizer.step()
         reference.step()
     assert_equal_params(ours, torchs)
@@ -415,7 +401,7 @@ def test_grad_scale_and_found_inf(capturable, device):
     reference: Any = torch.optim.AdamW(torchs, lr=1e-2, fused=True)
     for step, (scale, overflow) in enumerate([(8.0, 0.0), (8.0, 1.0), (4.0, 0.0)]):
         for params, some in ((ours, optimizer), (torchs, reference)):
-            set_grads(params, step, factor=torch.inf if overflow else scale)
+            set_random_grads(params, step, factor=torch.inf if overflow else scale)
             some.grad_scale = torch.tensor(scale, device=device)
             some.found_inf = torch.tensor(overflow, device=device)
             some.step()
@@ -488,8 +474,8 @@ def test_cuda_graph(backend):
         graph.replay()
         eager(1.0 + replay)
         if replay == 1:  # an eager step in between, with gradients elsewhere
-            set_grads(ours, 0)
-            set_grads(torchs, 0)
+            set_random_grads(ours, 0)
+            set_random_grads(torchs, 0)
             optimizer.step()
             reference.step()
             for p, g in zip(ours, static_grads, strict=True):
@@ -508,7 +494,7 @@ def test_capture_needs_capturable_a_first_step_and_a_rate_on_the_device():
             optimizer.step()
 
     params = make("cuda")
-    set_grads(params, 0)
+    set_random_grads(params, 0)
     with pytest.raises(RuntimeError, match="one step before the capture"):
         capture(AdamW(params, capturable=True))
     optimizer = AdamW(params)
@@ -529,9 +515,9 @@ def test_no_synchronization(backend):
         AdamW(params, lr=torch.tensor(1e-3, device="cuda"), capturable=True),
     ]
     for optimizer in optimizers:
-        set_grads(params, 0)
+        set_random_grads(params, 0)
         optimizer.step()
-    set_grads(params, 1)
+    set_random_grads(params, 1)
     optimizers[1].grad_scale = torch.ones((), device="cuda")
     optimizers[1].found_inf = torch.zeros((), device="cuda")
     with no_synchronization():
@@ -561,8 +547,8 @@ def test_a_group_on_two_devices(backend):
         ours, torchs = make("cuda") + make("cpu"), make("cuda") + make("cpu")
         optimizer, reference = AdamW(ours, lr=1e-2), torchs_adamw(torchs, lr=1e-2)
         for step in range(2):
-            set_grads(ours, step)
-            set_grads(torchs, step)
+            set_random_grads(ours, step)
+            set_random_grads(torchs, step)
             optimizer.step()
             reference.step()
         assert_equal_params(ours, torchs)

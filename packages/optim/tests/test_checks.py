@@ -3,14 +3,9 @@
 import pytest
 import torch
 
-from tilewright_kernels import use_backend
 from tilewright_optim import AdamW
 
-
-@pytest.fixture(params=["triton", "torch"], autouse=True)
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize(

@@ -13,32 +13,18 @@ from tilewright_kernels.testing import count_launches, no_synchronization
 from tilewright_optim import Muon, muon_reference
 from tilewright_optim._muon_matrices import Matrix, batches_of, matrices_of
 from tilewright_optim._rounding import join_master
+from tilewright_optim.testing import random_parameters, set_random_grads
+
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 # Wide, tall (one batch with it), square, a single row and column, odd, twice the first.
 SHAPES = ((24, 40), (40, 24), (32, 32), (1, 7), (7, 1), (33, 19), (24, 40))
 TORCHS = ("nesterov", "adjust_lr_fn", "weight_decay", "momentum", "eps", "ns_steps")
 
 
-@pytest.fixture(params=["triton", "torch"], autouse=True)
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
-
-
 def make(device, dtype=torch.float32, shapes=SHAPES, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
-        for shape in shapes
-    ]
-
-
-def set_grads(params, seed, skip=(), factor=1.0):
-    """Random gradients that depend on seed alone; None for the indices in skip."""
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for i, p in enumerate(params):
-        grad = torch.randn(p.shape, generator=generator) * factor
-        p.grad = None if i in skip else grad.to(p)
+    return random_parameters(device, dtype, shapes, seed)
 
 
 def grad_of(param) -> torch.Tensor:
@@ -56,7 +42,7 @@ def errors(params, oracle):
 def run(make_optimizer, params, steps, **grads):
     optimizer = make_optimizer(params)
     for step in range(steps):
-        set_grads(params, step, **grads)
+        set_random_grads(params, step, **grads)
         optimizer.step()
     return optimizer
 
@@ -68,7 +54,7 @@ def reference(params, steps, **options):
     optimizer = Muon(wide, **options)
     with use_backend("torch"):
         for step in range(steps):
-            set_grads(narrow, step)
+            set_random_grads(narrow, step)
             for w, n in zip(wide, narrow, strict=True):
                 w.grad = grad_of(n).double()
             optimizer.step()
@@ -157,7 +143,7 @@ def test_split_sizes_make_matrices_of_their_own(device):
 
 def test_batches_are_launched_together(backend, device):
     params = make(device)
-    set_grads(params, 0)
+    set_random_grads(params, 0)
     optimizer = Muon(params)
     with count_launches() as launches, no_synchronization():
         optimizer.step()
@@ -180,15 +166,15 @@ def test_gradients_that_are_missing_on_some_steps(device):
     params = make(device)
     before = [p.detach().clone() for p in params]
     optimizer = Muon(params, lr=0.1)
-    set_grads(params, 0, skip=(0, 3))
+    set_random_grads(params, 0, skip=(0, 3))
     optimizer.step()
     changed = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
     assert changed == [i not in (0, 3) for i in range(len(params))]
     assert params[0] not in optimizer.state
-    set_grads(params, 1)
+    set_random_grads(params, 1)
     optimizer.step()
     assert all(not torch.equal(p, b) for p, b in zip(params, before, strict=True))
-    set_grads(params, 2, skip=range(len(params)))
+    set_random_grads(params, 2, skip=range(len(params)))
     optimizer.step()
 
 
@@ -206,7 +192,7 @@ def test_non_contiguous_parameters_and_gradients(device):
     ]
     a, b = Muon(plain, lr=0.1), Muon(odd, lr=0.1)
     for step in range(2):
-        set_grads(plain, step)
+        set_random_grads(plain, step)
         odd[0].grad = grad_of(plain[0]).clone()
         odd[1].grad = grad_of(plain[1]).mT.contiguous().mT
         a.step()
@@ -229,8 +215,8 @@ def test_grad_scale_divides(device):
     for step in range(2):
         # A scale that changes, which Newton–Schulz alone would not notice.
         two.grad_scale = torch.tensor(4.0 * 8.0**step, device=device)
-        set_grads(a, step)
-        set_grads(b, step, factor=float(two.grad_scale))
+        set_random_grads(a, step)
+        set_random_grads(b, step, factor=float(two.grad_scale))
         one.step()
         two.step()
     for p, q in zip(a, b, strict=True):
@@ -249,14 +235,14 @@ def test_found_inf_leaves_everything_untouched(device):
     for t, b in zip((*params, *buffers), before, strict=True):
         assert torch.equal(t, b)
     optimizer.found_inf.zero_()
-    set_grads(params, 1)
+    set_random_grads(params, 1)
     optimizer.step()
     assert all(not torch.equal(p, b) for p, b in zip(params, before, strict=False))
 
 
 def test_nan_stays_in_its_matrix(device):
     params = make(device)
-    set_grads(params, 0)
+    set_random_grads(params, 0)
     grad_of(params[1])[3, 4] = torch.nan  # in one batch with two others
     Muon(params, lr=0.1).step()
     assert [bool(p.isnan().all()) for p in params] == [i == 1 for i in range(len(params))]
@@ -286,7 +272,7 @@ def test_exact_masters_are_float32_training(device):
     exact = Muon(halves, lr=1e-3, master="exact")
     plain = Muon(wide, lr=1e-3)
     for step in range(6):
-        set_grads(halves, step)
+        set_random_grads(halves, step)
         for w, h in zip(wide, halves, strict=True):
             w.grad = grad_of(h).float()
         # The buffers have the gradients' dtypes; made equal here, the rest must be too.
@@ -348,8 +334,8 @@ def test_learning_rate_as_a_tensor(device):
     one = Muon(a, lr=0.1)
     two = Muon(b, lr=torch.tensor(0.3, device=device))
     two.param_groups[0]["lr"].fill_(0.1)
-    set_grads(a, 0)
-    set_grads(b, 0)
+    set_random_grads(a, 0)
+    set_random_grads(b, 0)
     one.step()
     with no_synchronization():
         two.step()
@@ -367,7 +353,7 @@ def test_groups_with_different_settings(device):
     apart = [Muon(b[:3], **options[0]), Muon(b[3:], **options[1])]
     for step in range(2):
         for params in (a, b):
-            set_grads(params, step)
+            set_random_grads(params, step)
         together.step()
         for optimizer in apart:
             optimizer.step()
@@ -388,7 +374,7 @@ def test_add_param_group(device):
     optimizer = run(lambda p: Muon(p, lr=0.1), first, 1)
     optimizer.add_param_group({"params": second, "lr": 0.3})
     before = second[0].detach().clone()
-    set_grads(first + second, 2)
+    set_random_grads(first + second, 2)
     optimizer.step()
     assert not torch.equal(second[0], before)
     with pytest.raises(ValueError, match="takes matrices"):
@@ -407,7 +393,7 @@ def test_state_dict_goes_to_torch_and_back(device):
         assert torch.equal(
             optimizer.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"]
         )
-    set_grads(torchs, 2)
+    set_random_grads(torchs, 2)
     theirs.step()
     again = Muon(make(device), lr=0.7)
     again.load_state_dict(theirs.state_dict())
@@ -443,7 +429,7 @@ def test_resumes_bit_for_bit(how, device):
         twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for some, one in ((params, optimizer), (copies, twin)):
         for step in (2, 3):
-            set_grads(some, step)
+            set_random_grads(some, step)
             one.step()
     for p, q in zip(params, copies, strict=True):
         assert torch.equal(p, q)
@@ -452,7 +438,7 @@ def test_resumes_bit_for_bit(how, device):
 def test_state_tensors(device):
     model = torch.nn.Sequential(*(torch.nn.Linear(8, 8, bias=False) for _ in range(2))).to(device)
     optimizer = Muon(model.named_parameters(), lr=0.1)
-    set_grads(list(model.parameters()), 0)
+    set_random_grads(list(model.parameters()), 0)
     optimizer.step()
     tensors = optimizer.state_tensors()
     assert sorted(tensors) == ["0.weight.momentum_buffer", "1.weight.momentum_buffer"]
@@ -460,7 +446,7 @@ def test_state_tensors(device):
     again = Muon(twin.named_parameters(), lr=0.1)
     again.load_state_tensors({name: t.clone() for name, t in tensors.items()})
     for some, one in ((model, optimizer), (twin, again)):
-        set_grads(list(some.parameters()), 1)
+        set_random_grads(list(some.parameters()), 1)
         one.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -492,7 +478,7 @@ def test_captured_graph_replays_the_eager_step(backend, device):
     captured, eager = make(device), make(device)
     one, two = Muon(captured, lr=torch.tensor(0.1, device=device)), Muon(eager, lr=0.1)
     for params in (captured, eager):
-        set_grads(params, 0)
+        set_random_grads(params, 0)
     one.step()
     two.step()
     graph = torch.cuda.CUDAGraph()
@@ -500,7 +486,7 @@ def test_captured_graph_replays_the_eager_step(backend, device):
         one.step()
     for step in (1, 2):
         new = make(device)
-        set_grads(new, step)
+        set_random_grads(new, step)
         for p, q, n in zip(captured, eager, new, strict=True):
             grad_of(p).copy_(grad_of(n))
             q.grad = n.grad

@@ -8,15 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright_kernels import use_backend
 from tilewright_kernels.testing import count_launches
 from tilewright_optim import AdamW, Muon, MuonW, WarmupCosine
 
-
-@pytest.fixture(params=["triton", "torch"], autouse=True)
-def backend(request):
-    with use_backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 class Block(nn.Module):

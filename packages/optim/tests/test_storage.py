@@ -12,6 +12,7 @@ from tilewright_optim import Adam, AdamW
 from tilewright_optim._adam_kernel import CHUNK
 from tilewright_optim._blockwise import BLOCK, num_blocks
 from tilewright_optim._rounding import join_master, split_master
+from tilewright_optim.testing import random_parameters, set_random_grads
 
 SHAPES = ((), (3, 5), (CHUNK + 6,), (2, BLOCK), (0,))  # ragged, whole blocks, nothing
 STORAGES: list[dict[str, Any]] = [
@@ -26,22 +27,12 @@ STORAGES: list[dict[str, Any]] = [
 
 
 def make(device, dtype=torch.bfloat16, shapes=SHAPES, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(shape, generator=generator).to(device, dtype))
-        for shape in shapes
-    ]
-
-
-def set_grads(params, seed):
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p)
+    return random_parameters(device, dtype, shapes, seed)
 
 
 def run(optimizer, params, steps, first=0):
     for step in range(first, first + steps):
-        set_grads(params, step)
+        set_random_grads(params, step)
         optimizer.step()
 
 
@@ -60,7 +51,7 @@ def test_exact_masters_are_float32_training(kind, backend, device):
     with use_backend(backend):
         ours, reference = kind(low, master="exact", **options), kind(wide, **options)
         for step in range(steps):
-            set_grads(low, step)
+            set_random_grads(low, step)
             for p, q in zip(low, wide, strict=True):
                 assert p.grad is not None
                 q.grad = p.grad.float()
@@ -188,7 +179,7 @@ def test_found_inf_leaves_every_bit(storage, backend, device):
         optimizer = AdamW(params, capturable=True, **storage)
         run(optimizer, params, 1)
         before = copy.deepcopy((params, list(optimizer.state.values())))
-        set_grads(params, 1)
+        set_random_grads(params, 1)
         for p in params:
             assert p.grad is not None
             p.grad.fill_(torch.nan)
@@ -258,7 +249,7 @@ def test_only_bfloat16_has_masters(device):
     assert ["master_low" in optimizer.state[p] for p in params] == [False, False, True, True]
     half = make(device, torch.float16)
     optimizer = AdamW(half, master="exact")
-    set_grads(half, 0)
+    set_random_grads(half, 0)
     with pytest.raises(TypeError, match=r"is float16; give bfloat16"):
         optimizer.step()
 
