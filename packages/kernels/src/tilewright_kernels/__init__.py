@@ -77,6 +77,7 @@ from tilewright_kernels.linear_log_prob import (
 from tilewright_kernels.log_softmax import LogSoftmax, log_softmax, log_softmax_reference
 from tilewright_kernels.matmul import matmul, matmul_reference
 from tilewright_kernels.memory_patterns import vector_add, vector_add_reference
+from tilewright_kernels.moe_route import Permutation, Routing, moe_route, moe_route_reference
 from tilewright_kernels.packed_position_ids import (
     packed_position_ids,
     packed_position_ids_reference,
@@ -100,11 +101,13 @@ __all__ = [
     "LinearLogProb",
     "LogSoftmax",
     "OperatorReport",
+    "Permutation",
     "RMSNorm",
     "ReGLU",
     "ReLU",
     "ReLUSquared",
     "RotaryEmbedding",
+    "Routing",
     "SiLU",
     "Softmax",
     "SwiGLU",
@@ -145,6 +148,8 @@ __all__ = [
     "log_softmax_reference",
     "matmul",
     "matmul_reference",
+    "moe_route",
+    "moe_route_reference",
     "packed_position_ids",
     "packed_position_ids_reference",
     "parse_backends",

@@ -1,0 +1,10 @@
+"""Mixture of experts: which experts each token goes to, and the order of rows that follows.
+
+Read `routing` for what a layer is given, `reference` for the definition.
+"""
+
+from tilewright_kernels.moe_route.functional import moe_route
+from tilewright_kernels.moe_route.reference import Scoring, moe_route_reference
+from tilewright_kernels.moe_route.routing import Permutation, Routing
+
+__all__ = ["Permutation", "Routing", "Scoring", "moe_route", "moe_route_reference"]
