@@ -1,6 +1,5 @@
 """commuting_matmul: against float64, symmetry to the bit, and gradients."""
 
-import importlib
 from typing import Any
 
 import pytest
@@ -17,8 +16,6 @@ from tilewright_kernels.testing import (
     floor,
     poisoned_memory,
 )
-
-tiles = importlib.import_module("tilewright_kernels.symmetric_matmul")
 
 # The interpreter multiplies the bits of bfloat16.
 DOT_DTYPES = tuple(d for d in FLOATING if not (INTERPRETED and d == torch.bfloat16))
@@ -50,18 +47,9 @@ def make(shape, dtype, device, seed=0):
     return [t.to(device, dtype).requires_grad_() for t in made]
 
 
-@pytest.fixture(params=[True, False], ids=["wide", "single"])
-def small_tiles(request, monkeypatch):
-    # Several rows of blocks in small matrices.
-    tile = tiles.Tile(16, request.param, 16, 2, 4, 1, 1.0)
-    monkeypatch.setattr(tiles, "TILES", {2: (tile,), 4: (tile,)})
-    small = {"BLOCK": 16, "BLOCK_K": 16, "num_stages": 2, "num_warps": 4}
-    monkeypatch.setattr(tiles, "POINTER_TILES", {2: small, 4: small, 8: small})
-
-
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(shape, dtype, small_tiles, device):
+def test_matches_float64(shape, dtype, small_triangle_tiles, device):
     inputs = make(shape, dtype, device)
     if dtype in (torch.float16, torch.bfloat16):
         # Rounded, they commute only nearly: which half is computed then shows.
@@ -77,7 +65,7 @@ def test_matches_float64(shape, dtype, small_tiles, device):
 
 
 @pytest.mark.parametrize("shape", [(2, 72, 72), (2, 41, 41)], ids=["descriptors", "pointers"])
-def test_symmetric_to_the_bit_and_repeatable(shape, small_tiles, device):
+def test_symmetric_to_the_bit_and_repeatable(shape, small_triangle_tiles, device):
     # Upper halves, which c has and nobody reads, hold NaN.
     a, b, c = (t.detach() for t in make(shape, torch.float16, device))
     c = c.tril() + torch.full_like(c, torch.nan).triu(1)
@@ -88,7 +76,7 @@ def test_symmetric_to_the_bit_and_repeatable(shape, small_tiles, device):
     assert torch.equal(y, y.mT)
 
 
-def test_the_lower_triangle_of_the_product_counts(small_tiles, device):
+def test_the_lower_triangle_of_the_product_counts(small_triangle_tiles, device):
     # For matrices that do not commute: A·Bᵀ below the diagonal, in both kernels.
     for size in (40, 41):
         generator = torch.Generator().manual_seed(1)
@@ -103,14 +91,14 @@ def test_the_lower_triangle_of_the_product_counts(small_tiles, device):
         assert torch.equal(y, y.mT)
 
 
-def test_one_operand_in_columns(small_tiles, device):
+def test_one_operand_in_columns(small_triangle_tiles, device):
     # a's rows adjacent in memory, b's columns: one flag of the kernel cannot say both.
     a, b, c = (t.detach() for t in make((2, 40, 40), torch.float16, device))
     with use_backend("triton"):
         torch.testing.assert_close(product(a.mT.contiguous().mT, b, c), product(a, b, c))
 
 
-def test_gradcheck(small_tiles):
+def test_gradcheck(small_triangle_tiles):
     inputs = make((2, 5, 5), torch.float64, torch.device("cpu"))
 
     # Steps of finite differences away from symmetry do not commute: polynomials of one matrix do.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tilewright_kernels import attention_reference, scaled_dot_product_attention, use_backend
-from tilewright_kernels.flash_attention import backward, forward, registration
+from tilewright_kernels.flash_attention import registration
 from tilewright_kernels.testing import (
     assert_as_accurate,
     check_against_float64,
@@ -18,11 +18,6 @@ from tilewright_kernels.testing import (
 )
 
 OP = "scaled_dot_product_attention"
-# The interpreter multiplies bfloat16 as bits; float64 is for the interpreter.
-DTYPES = {
-    "cpu": (torch.float64, torch.float32, torch.float16),
-    "cuda": (torch.float16, torch.bfloat16, torch.float32),
-}
 # Where the dtype is not what is tested: the one that shows the most, and the one that is used.
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 # (queries, keys): a tile and a bit of both.
@@ -32,30 +27,10 @@ DIM = {"cpu": 16, "cuda": 64}
 BATCH = {"cpu": 1, "cuda": 2}
 WINDOWS = (None, (5, -1), (-1, 3), (9, 4), (0, 0))
 
+pytestmark = pytest.mark.usefixtures("small_attention_tiles")
+
 interpreted = pytest.mark.parametrize("device", ["cpu"], indirect=True)
 """Small shapes, for each of which a GPU would compile kernels that no user runs."""
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(request, monkeypatch):
-    # In the interpreter a tile and a bit is 33 queries and 77 keys, for every dtype.
-    if request.node.get_closest_marker("gpu") is not None:
-        yield
-        return
-    of_every_size = {size: {256: forward.Tile(32, 64, 2, 4)} for size in (2, 4, 8)}
-    monkeypatch.setattr(forward, "TILES", of_every_size)
-    of_every_size = {size: {256: backward.Tile(32, 64, 2, 4)} for size in (2, 4, 8)}
-    monkeypatch.setattr(backward, "TILES", dict.fromkeys(backward.TILES, of_every_size))
-    for module in (forward, backward):
-        module.tile_for.cache_clear()
-    yield
-    for module in (forward, backward):
-        module.tile_for.cache_clear()
-
-
-@pytest.fixture(params=range(3))
-def dtype(request, device):
-    return DTYPES[device.type][request.param]
 
 
 def make(device, lengths=None, dtype=None, *, heads=(2, 2), dims=None, batch=None):
@@ -92,12 +67,12 @@ def check(inputs, *, both=None, **options):
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 # One of each, one query, one key, a tile and a bit of both.
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 70), (37, 1), (45, 77)], ids=str)
-def test_matches_float64(lengths, causal, dtype, device):
-    check(make(device, lengths, dtype), is_causal=causal)
+def test_matches_float64(lengths, causal, attention_dtype, device):
+    check(make(device, lengths, attention_dtype), is_causal=causal)
 
 
-def test_dtypes(dtype, device):
-    check(make(device, dtype=dtype), is_causal=True, both=True)
+def test_dtypes(attention_dtype, device):
+    check(make(device, dtype=attention_dtype), is_causal=True, both=True)
 
 
 @pytest.mark.gpu
@@ -190,7 +165,7 @@ def in_one_dtype(q, k, v, softcap):
 
 
 @pytest.mark.parametrize("softcap", [0.3, 5.0])
-def test_softcap(softcap, dtype, device):
+def test_softcap(softcap, attention_dtype, device):
     # With 0.3 most scores are at the cap. In 16 bits a GPU's tanh is good to 11 bits, as scores of
     # 16 bits would be.
     check_against_float64(
@@ -198,7 +173,7 @@ def test_softcap(softcap, dtype, device):
             q, k, v, is_causal=True, softcap=softcap, return_lse=True
         ),
         lambda q, k, v: in_one_dtype(q, k, v, softcap),
-        make(device, dtype=dtype),
+        make(device, dtype=attention_dtype),
         operator=OP,
     )
 

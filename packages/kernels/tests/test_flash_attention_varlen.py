@@ -14,15 +14,11 @@ from tilewright_kernels import (
     use_backend,
     varlen_attention_reference,
 )
-from tilewright_kernels.flash_attention import backward, forward, registration
+from tilewright_kernels.flash_attention import registration
 from tilewright_kernels.testing import check_against_float64, check_gradients, poisoned_memory
 
 VARLEN = "flash_attn_varlen_func"
 DECODE = "flash_attn_decode"
-DTYPES = {
-    "cpu": (torch.float64, torch.float32, torch.float16),
-    "cuda": (torch.float16, torch.bfloat16, torch.float32),
-}
 # Where the dtype is not what is tested: the one that shows the most, and the one that is used.
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 # Lengths of (queries, keys): an empty one at either end and inside, keys without queries and the
@@ -33,27 +29,7 @@ SEQUENCES = {
 }
 DIM = {"cpu": 16, "cuda": 64}
 
-
-@pytest.fixture(autouse=True)
-def small_tiles(request, monkeypatch):
-    # In the interpreter a tile and a bit is 40 queries and 70 keys, for every dtype.
-    if request.node.get_closest_marker("gpu") is not None:
-        yield
-        return
-    of_every_size = {size: {256: forward.Tile(32, 64, 2, 4)} for size in (2, 4, 8)}
-    monkeypatch.setattr(forward, "TILES", of_every_size)
-    of_every_size = {size: {256: backward.Tile(32, 64, 2, 4)} for size in (2, 4, 8)}
-    monkeypatch.setattr(backward, "TILES", dict.fromkeys(backward.TILES, of_every_size))
-    for module in (forward, backward):
-        module.tile_for.cache_clear()
-    yield
-    for module in (forward, backward):
-        module.tile_for.cache_clear()
-
-
-@pytest.fixture(params=range(3))
-def dtype(request, device):
-    return DTYPES[device.type][request.param]
+pytestmark = pytest.mark.usefixtures("small_attention_tiles")
 
 
 def make_packed(device, sequences=None, dtype=None, *, heads=(2, 1), dims=None, padding=0):
@@ -91,8 +67,8 @@ def check_packed(inputs, *, both=None, **options):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_matches_float64(causal, dtype, device):
-    check_packed(make_packed(device, dtype=dtype), both=causal, is_causal=causal)
+def test_matches_float64(causal, attention_dtype, device):
+    check_packed(make_packed(device, dtype=attention_dtype), both=causal, is_causal=causal)
 
 
 @pytest.mark.parametrize(
@@ -191,11 +167,11 @@ def make_cache(device, dtype=None, *, queries=1, heads=(4, 2), capacity=70):
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"window_size": (8, 0)}], ids=str)
 @pytest.mark.parametrize("queries", [1, 3])
-def test_decode_matches_float64(queries, options, dtype, device):
+def test_decode_matches_float64(queries, options, attention_dtype, device):
     check_against_float64(
         lambda *inputs: flash_attn_decode(*inputs, **options),
         lambda *inputs: decode_attention_reference(*inputs, **options),
-        make_cache(device, dtype, queries=queries),
+        make_cache(device, attention_dtype, queries=queries),
         operator=DECODE,
     )
 

@@ -85,18 +85,9 @@ def kernel_launched(x, c=None):
     return "descriptors" if fits else "pointers"
 
 
-@pytest.fixture(params=[True, False], ids=["wide", "single"])
-def small_tiles(request, monkeypatch):
-    # Several rows of blocks in small matrices.
-    tile = module.Tile(16, request.param, 16, 2, 4, 1, 1.0)
-    monkeypatch.setattr(module, "TILES", {2: (tile,), 4: (tile,)})
-    small = {"BLOCK": 16, "BLOCK_K": 16, "num_stages": 2, "num_warps": 4}
-    monkeypatch.setattr(module, "POINTER_TILES", {2: small, 4: small, 8: small})
-
-
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(shape, dtype, small_tiles, device):
+def test_matches_float64(shape, dtype, small_triangle_tiles, device):
     inputs = make(shape, dtype, device)
     check_against_float64(gram, gram_reference, inputs[:1], operator="symmetric_matmul")
     check_against_float64(with_c, with_c_reference, inputs, operator="symmetric_matmul")
@@ -120,7 +111,7 @@ def test_reference_is_the_formula():
     torch.testing.assert_close(symmetric_matmul(x), x @ x.mT)
 
 
-def test_newton_schulz_polynomial(small_tiles, device):
+def test_newton_schulz_polynomial(small_triangle_tiles, device):
     x, _ = make((2, 40, 24), torch.float32, device)
     a = (x @ x.mT).detach()
     with use_backend("triton"):
@@ -137,7 +128,7 @@ def test_gradient_of_one_input_only(frozen, device):
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 72, 32), (1, 128, 32), (2, 41, 19)], ids=str)
-def test_symmetric_to_the_bit(shape, dtype, small_tiles, device):
+def test_symmetric_to_the_bit(shape, dtype, small_triangle_tiles, device):
     # Upper halves, which c has and nobody reads, hold NaN.
     x, s = make(shape, dtype, device)
     c = s.detach().tril() + torch.full_like(s, torch.nan).triu(1)
@@ -151,7 +142,7 @@ def test_symmetric_to_the_bit(shape, dtype, small_tiles, device):
 
 
 @pytest.mark.parametrize("size", [(40, 24), (41, 23)], ids=["descriptors", "pointers"])
-def test_layouts(size, small_tiles, device):
+def test_layouts(size, small_triangle_tiles, device):
     for name, x in layouts((3, *size), torch.float16, device):
         x.requires_grad_()
         try:
@@ -161,7 +152,7 @@ def test_layouts(size, small_tiles, device):
 
 
 @pytest.mark.parametrize("size", [(40, 24), (41, 23)], ids=["descriptors", "pointers"])
-def test_layouts_of_c(size, small_tiles, device):
+def test_layouts_of_c(size, small_triangle_tiles, device):
     x, _ = make((3, *size), torch.float16, device)
     for name, s in layouts((3, size[0], size[0]), torch.float16, device):
         c = torch.empty_strided(s.shape, s.stride(), dtype=s.dtype, device=s.device)
@@ -172,14 +163,14 @@ def test_layouts_of_c(size, small_tiles, device):
         torch.testing.assert_close(ours, expected, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_tall_matrices_are_read_in_place(small_tiles, device):
+def test_tall_matrices_are_read_in_place(small_triangle_tiles, device):
     # Xᵀ·X: M is adjacent in memory instead of K, and descriptors take it.
     x = make((2, 24, 40), torch.float16, device)[0].detach().mT.requires_grad_()
     assert kernel_launched(x) == "descriptors"
     check_against_float64(gram, gram_reference, [x], operator="symmetric_matmul")
 
 
-def test_batch_dimensions_that_do_not_merge(small_tiles, device):
+def test_batch_dimensions_that_do_not_merge(small_triangle_tiles, device):
     x, s = make((2, 3, 24, 16), torch.float16, device)
     inputs = [t.detach().transpose(0, 1).requires_grad_() for t in (x, s)]
     check_against_float64(with_c, with_c_reference, inputs, operator="symmetric_matmul")
@@ -266,14 +257,14 @@ def test_integer_sqrt(device):
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 17, 3), (1, 4)], ids=str)
-def test_gradcheck(shape, small_tiles):
+def test_gradcheck(shape, small_triangle_tiles):
     # Fast: column by column, the second shape takes minutes in the interpreter.
     x, s = make(shape, torch.float64, torch.device("cpu"))
     check_gradients(gram, [x], operator="symmetric_matmul", fast_mode=True)
     check_gradients(with_c, (x, s), operator="symmetric_matmul", fast_mode=True)
 
 
-def test_gradient_of_x_given_twice(small_tiles):
+def test_gradient_of_x_given_twice(small_triangle_tiles):
     # a·A + b·A², as in Newton–Schulz: A is x and c.
     _, s = make((1, 5, 5), torch.float64, torch.device("cpu"))
     check_gradients(
@@ -304,7 +295,7 @@ def test_second_derivative_is_refused(device):
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 24), (2, 13, 7)], ids=["descriptors", "pointers"])
-def test_compiles(shape, small_tiles, device):
+def test_compiles(shape, small_triangle_tiles, device):
     inputs = make(shape, torch.float16, device)
     check_compiles(with_c, inputs, operator="symmetric_matmul")
 
@@ -341,7 +332,7 @@ def test_opcheck(device):
 
 
 @pytest.mark.parametrize("shape", [(2, 72, 16), (2, 35, 15)], ids=["descriptors", "pointers"])
-def test_every_element_is_written_and_bits_repeat(shape, small_tiles, device):
+def test_every_element_is_written_and_bits_repeat(shape, small_triangle_tiles, device):
     x, s = make(shape, torch.float16, device)
     dy = torch.rand_like(s)
 

@@ -242,6 +242,12 @@ def no_synchronization() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def randn(*shape: int, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Tensor:
+    """Normal numbers that are the same on every device, rounded to dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
 def layouts(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, seed: int = 0
 ) -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from tilewright_dist import DistributedDataParallel, DistributedEnvironment
 from tilewright_model import CausalLM
+from tilewright_optim import clip_grad_norm_
 from tilewright_train.batches import BatchSampler
 from tilewright_train.errors import InputError
 from tilewright_train.machine import peak_memory
@@ -159,7 +160,7 @@ class TrainingLoop:
         with self.autocast:
             loss = self.wrapped(rows, labels=rows, num_items=predictions).loss
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
+        norm = clip_grad_norm_(self.parameters, self.options.max_grad_norm)
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.scheduler.step()
