@@ -323,7 +323,6 @@ def _hopper_takes(problem: _Problem, *inputs: Tensor) -> bool:
         and inputs[0].element_size() == 2
         and HOPPER_WIDTHS[0] <= min(width, width_v)
         and max(width, width_v) <= HOPPER_WIDTHS[1]
-        and problem.flags["CAP"] == ""
         and not problem.flags["HAS_DROPOUT"]
         and _keys_seen(problem) >= HOPPER_KEYS[_hopper_width(problem)]
         and describable(*inputs)
@@ -347,13 +346,14 @@ def _launch_hopper(
     # Imported here: Gluon is there where Triton is, and this file must not need it.
     from tilewright_kernels.flash_attention.backward_hopper import launch_backward_hopper
 
-    _, cu_seqlens_q, cu_seqlens_k, scale, _, _ = problem.extras
+    _, cu_seqlens_q, cu_seqlens_k, scale, softcap, _ = problem.extras
     rows_per_head, num_rows = problem.rows
     block_d = _hopper_width(problem)
     sums = q.new_zeros((num_rows, block_d), dtype=torch.float32)
     launch_backward_hopper(
         problem.operator, q, k, v, dout, problem.scratch[0], problem.scratch[1], sums, dk, dv,
-        scale=scale, window=problem.window, bottom_right=mask.bottom_right,
+        scale=scale, softcap=softcap, cap=problem.flags["CAP"], window=problem.window,
+        bottom_right=mask.bottom_right,
         rows_per_head=rows_per_head, batch=problem.batch, lengths=problem.lengths,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip

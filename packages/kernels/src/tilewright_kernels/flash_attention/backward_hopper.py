@@ -13,8 +13,8 @@ dq is added up in float32, atomically and so in no fixed order, in sums whose el
 tensor cores leave them: each warp adds 512 adjacent bytes at a time. `attention_backward_unpack`
 puts them in order.
 
-Left to the other kernels: heads wider than 128, float32, dropout, softcap, and tensors that no
-descriptor fits.
+Left to the other kernels: heads wider than 128, float32, dropout, and tensors that no descriptor
+fits.
 """
 
 import torch
@@ -33,8 +33,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewright_kernels._launch import cdiv
 from tilewright_kernels._operator import Operator
-from tilewright_kernels.flash_attention.backward_tiles import scratch_row
+from tilewright_kernels.flash_attention.backward_tiles import score_scales, scratch_row
 from tilewright_kernels.flash_attention.masks import query_blocks, shift_of, visible
+from tilewright_kernels.flash_attention.online_softmax import tanh
 from tilewright_kernels.flash_attention.operands import extents
 from tilewright_kernels.flash_attention.sequence_rows import sequence
 
@@ -131,10 +132,10 @@ def _following(row, head, scratch, begin, end, rows_per_head, GROUP: gl.constexp
 )  # fmt: skip
 def attention_backward_hopper_kernel(
     q_desc, k_desc, v_desc, dout_desc, lse2_desc, minus_delta_desc, sums_ptr, dk_ptr, dv_ptr,
-    cu_q_ptr, cu_k_ptr, scale, num_q, num_k, kv_heads, batches, heads_together, left, right,
-    rows_per_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
+    cu_q_ptr, cu_k_ptr, scale, softcap, num_q, num_k, kv_heads, batches, heads_together, left,
+    right, rows_per_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
     GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, CAP: gl.constexpr, PACKED: gl.constexpr,
     D: gl.constexpr, D_V: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -191,7 +192,10 @@ def attention_backward_hopper_kernel(
     dk = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_D), gl.float32, dk_layout))
     dv = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_D), gl.float32, dk_layout))
     key = (first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, s_layout)))[:, None]
-    factor = scale * 1.4426950408889634
+    inner, outer = score_scales(scale, softcap, CAP)
+    # A capped score of -2⁶³ has the probability 0 and a finite slope; then neither p nor t, which
+    # are 64 registers, need to be kept across the mask.
+    HIDDEN: gl.constexpr = -(2.0**63) if CAP != "" else 0.0
     row, head = begin, kv_head * GROUP
     scratch = scratch_row(batch, head, kv_heads * GROUP, first_q, rows_per_head, PACKED)
     if steps > 0:
@@ -239,11 +243,17 @@ def attention_backward_hopper_kernel(
                 s, dk, dv = warpgroup_mma_wait(2, deps=(s, dk, dv))
             else:
                 s = warpgroup_mma_wait(1, deps=(s,))
-            p = gl.exp2(s * factor - lse2[None, :])
+            lse2 = lse2[None, :]
+            t = tanh(s * inner, CAP) if CAP != "" else gl.exp2(s * inner - lse2)
             if (row < full_begin) | (row >= full_end):
                 query = (row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout)))[None, :]
                 seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
-                p = gl.where(seen, p, 0.0)
+                t = gl.where(seen, t, HIDDEN)
+            if CAP != "":
+                p = gl.exp2(t * outer - lse2)
+                ds = p * (1.0 - t * t)
+            else:
+                p, ds = t, t
             if EARLY:
                 dq = warpgroup_mma_wait(1, deps=(dq,))
                 if step > 0:
@@ -252,7 +262,7 @@ def attention_backward_hopper_kernel(
             dv = warpgroup_mma(p_operand, dout, dv, is_async=True)
             minus_delta = minus_delta_bufs.index(slot).load(gl.SliceLayout(0, s_layout))
             dp = warpgroup_mma_wait(1, deps=(dp,))
-            ds = (p * (dp + minus_delta[None, :])).to(dtype)
+            ds = (ds * (dp + minus_delta[None, :])).to(dtype)
             ds_operand = gl.convert_layout(ds, operand)
             dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
             ds_bufs.index(step & 1).store(ds)
@@ -276,8 +286,8 @@ def attention_backward_hopper_kernel(
 
 def launch_backward_hopper(
     operator: Operator, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor,
-    minus_delta: Tensor, sums: Tensor, dk: Tensor, dv: Tensor, *, scale: float,
-    window: tuple[int, int], bottom_right: bool, rows_per_head: int, batch: int,
+    minus_delta: Tensor, sums: Tensor, dk: Tensor, dv: Tensor, *, scale: float, softcap: float,
+    cap: str, window: tuple[int, int], bottom_right: bool, rows_per_head: int, batch: int,
     lengths: tuple[int, int], cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
 ) -> None:  # fmt: skip
     """Write dk and dv, and add dq to sums.
@@ -294,6 +304,8 @@ def launch_backward_hopper(
         dk: like k.
         dv: like v.
         scale: of q·k.
+        softcap: c of c · tanh(s / c), 0 for none.
+        cap: of `cap_of`.
         window: (left, right), -1 for no limit.
         bottom_right: the last query stands at the last key.
         rows_per_head: of scratch memory.
@@ -313,10 +325,10 @@ def launch_backward_hopper(
         _describe(q, BLOCK_M, block_d), _describe(k, BLOCK_N, block_d),
         _describe(v, BLOCK_N, block_d), _describe(dout, BLOCK_M, block_d),
         _describe_vector(lse2), _describe_vector(minus_delta), sums, dk, dv,
-        cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k, kv_heads, batch, together, left, right,
-        rows_per_head, *dk.stride()[:3], *dv.stride()[:3],
+        cu_seqlens_q, cu_seqlens_k, scale, softcap, len_q, len_k, kv_heads, batch, together,
+        left, right, rows_per_head, *dk.stride()[:3], *dv.stride()[:3],
         GROUP=group, BOTTOM_RIGHT=bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
-        PACKED=cu_seqlens_q is not None, D=width, D_V=v.shape[3], BLOCK_D=block_d,
+        CAP=cap, PACKED=cu_seqlens_q is not None, D=width, D_V=v.shape[3], BLOCK_D=block_d,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, EARLY=EARLY[block_d], num_warps=8,
     )  # fmt: skip
 

@@ -13,7 +13,11 @@ Query heads of one key head are walked one after another, so that nothing is add
 
 from tilewright_kernels import _triton
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.flash_attention.backward_tiles import probabilities, scratch_row
+from tilewright_kernels.flash_attention.backward_tiles import (
+    probabilities,
+    score_scales,
+    scratch_row,
+)
 from tilewright_kernels.flash_attention.masks import keep, query_blocks, shift_of, visible
 from tilewright_kernels.flash_attention.online_softmax import as_operand
 from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
@@ -38,7 +42,7 @@ def _add_columns(
 def _walk_queries(
     dk, dv, k, v, key, q_source, dout_source, lse2_ptr, minus_delta_ptr, sums, seed_ptr,
     begin, full_begin, full_end, end, batch, index, kv_head, heads, first_q, len_q, len_k,
-    num_q, num_k, shift, left, right, scale, softcap, kept, rows_per_head, all_rows,
+    num_q, num_k, shift, left, right, inner, outer, kept, rows_per_head, all_rows,
     q_strides, dout_strides, GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAP: tl.constexpr,
@@ -65,7 +69,7 @@ def _walk_queries(
             q_source, index, head, first_q, row, len_q, q_strides, D, BLOCK_M, BLOCK_D, TMA, False
         )
         products = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=ACC)
-        p, slope = probabilities(products, tl.load(lse2_ptr + rows)[None, :], scale, softcap, CAP)
+        p, slope = probabilities(products, tl.load(lse2_ptr + rows)[None, :], inner, outer, CAP)
         if (row < full_begin) | (row >= full_end):
             seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
             p = tl.where(seen, p, 0.0)
@@ -154,11 +158,7 @@ def attention_backward_keys_kernel(
     )  # fmt: skip
     key = (first_key + tl.arange(0, BLOCK_N))[:, None]
     scale = tl.full((), scale, ACC)
-    softcap = tl.full((), softcap, ACC)
-    if CAP != "":
-        inner_scale, softcap = scale / softcap, softcap * 1.4426950408889634
-    else:
-        inner_scale = scale * 1.4426950408889634
+    inner, outer = score_scales(scale, tl.full((), softcap, ACC), CAP)
     dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), dtype=ACC)
     q_strides, dout_strides = (q_batch, q_row, q_head), (dout_batch, dout_row, dout_head)
@@ -169,7 +169,7 @@ def attention_backward_keys_kernel(
             dout_source if part == 0 else dout_ptr, lse2_ptr, minus_delta_ptr, sums, seed_ptr,
             begin if part == 0 else last, full_begin, full_end, last if part == 0 else end,
             batch, index, kv_head, heads, first_q, len_q, len_k, num_q, num_k, shift,
-            left, right, inner_scale, softcap, kept, rows_per_head, all_rows,
+            left, right, inner, outer, kept, rows_per_head, all_rows,
             q_strides, dout_strides, GROUP, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
             HAS_LEFT, HAS_RIGHT, CAP, HAS_DROPOUT,
             PACKED, TMA and part == 0, SUMS_TMA, ACC, PRECISION,

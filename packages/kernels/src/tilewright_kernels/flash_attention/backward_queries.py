@@ -11,6 +11,7 @@ from tilewright_kernels.flash_attention.backward_rows import row_terms
 from tilewright_kernels.flash_attention.backward_tiles import (
     SCRATCH_ROWS,
     probabilities,
+    score_scales,
     scratch_row,
 )
 from tilewright_kernels.flash_attention.masks import keep, key_blocks, shift_of, visible
@@ -22,7 +23,7 @@ from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence
 def _walk_keys(
     dq, q, dout, lse2, minus_delta, query, k_source, v_source, seed_ptr,
     begin, full_begin, full_end, end, index, kv_head, dropout_head, first_k, len_k,
-    num_q, num_k, shift, left, right, scale, softcap, kept, k_strides, v_strides,
+    num_q, num_k, shift, left, right, inner, outer, kept, k_strides, v_strides,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -43,7 +44,7 @@ def _walk_keys(
             v_source, index, kv_head, first_k, row, len_k, v_strides, D_V,
             BLOCK_N, BLOCK_DV, TMA, False,
         )  # fmt: skip
-        p, slope = probabilities(products, lse2, scale, softcap, CAP)
+        p, slope = probabilities(products, lse2, inner, outer, CAP)
         if (row < full_begin) | (row >= full_end):
             seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
             p = tl.where(seen, p, 0.0)
@@ -133,11 +134,7 @@ def attention_backward_queries_kernel(
     tl.store(minus_delta_ptr + rows, minus_delta)
     lse2, minus_delta = lse2[:, None], minus_delta[:, None]
     scale = tl.full((), scale, ACC)
-    softcap = tl.full((), softcap, ACC)
-    if CAP != "":
-        inner_scale, softcap = scale / softcap, softcap * 1.4426950408889634
-    else:
-        inner_scale = scale * 1.4426950408889634
+    inner, outer = score_scales(scale, tl.full((), softcap, ACC), CAP)
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     for part in tl.static_range(2 if BY_POINTER else 1):
         dq = _walk_keys(
@@ -145,7 +142,7 @@ def attention_backward_queries_kernel(
             k_source if part == 0 else k_ptr, v_source if part == 0 else v_ptr, seed_ptr,
             begin if part == 0 else last, full_begin, full_end, last if part == 0 else end,
             index, kv_head, batch * heads + head, first_k, len_k, num_q, num_k, shift,
-            left, right, inner_scale, softcap, kept,
+            left, right, inner, outer, kept,
             (k_batch, k_row, k_head), (v_batch, v_row, v_head),
             D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, CAP,
             HAS_DROPOUT, TMA and part == 0, ACC, PRECISION,

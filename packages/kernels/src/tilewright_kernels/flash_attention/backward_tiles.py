@@ -27,18 +27,27 @@ def scratch_row(batch, head, heads, first_q, rows_per_head, PACKED: tl.constexpr
 
 
 @triton.jit
-def probabilities(products, lse, scale, softcap, CAP: tl.constexpr):
+def score_scales(scale, softcap, CAP: tl.constexpr):
+    """What `probabilities` multiplies products with, and scores, which are in base 2."""
+    if CAP != "":
+        inner, outer = scale / softcap, softcap * 1.4426950408889634
+    else:
+        inner, outer = scale * 1.4426950408889634, softcap
+    return inner, outer
+
+
+@triton.jit
+def probabilities(products, lse, inner, outer, CAP: tl.constexpr):
     """p = exp(s - lse), and the slope of the softcap at s, 1 where there is none.
 
-    products are q·k, of queries by keys or of keys by queries, as lse is shaped. lse is
-    in base 2, +inf where a query sees nothing. The scale of the products is divided by the softcap
-    where there is one, else times log2(e); softcap is times log2(e).
+    products are q·k, of queries by keys or of keys by queries, as lse is shaped. lse is in base 2,
+    +inf where a query sees nothing. inner and outer are of `score_scales`.
     """
     slope = 1.0
     if CAP != "":
-        t = tanh(products * scale, CAP)
+        t = tanh(products * inner, CAP)
         slope = 1.0 - t * t
-        p = tl.exp2(t * softcap - lse)
+        p = tl.exp2(t * outer - lse)
     else:
-        p = tl.exp2(products * scale - lse)
+        p = tl.exp2(products * inner - lse)
     return p, slope
