@@ -5,6 +5,7 @@ from typing import get_args
 from torch import Tensor
 
 from tilewright_kernels._operator import check_floating, check_same_device
+from tilewright_kernels.moe_route.launches import ROUTE, moe_route_forward
 from tilewright_kernels.moe_route.reference import Scoring, moe_route_reference
 from tilewright_kernels.moe_route.routing import Routing
 
@@ -46,6 +47,13 @@ def moe_route(
         TypeError: logits or the bias is not floating point.
     """
     _check(logits, k, scoring, correction_bias, num_groups, topk_groups)
+    if ROUTE.uses_triton(logits):
+        bias = None if correction_bias is None else correction_bias.detach().contiguous()
+        return Routing(
+            *moe_route_forward(
+                logits, bias, k, scoring, normalize, float(scale), num_groups, topk_groups
+            )
+        )
     return moe_route_reference(
         logits, k, scoring=scoring, normalize=normalize, correction_bias=correction_bias,
         scale=scale, num_groups=num_groups, topk_groups=topk_groups,
