@@ -21,13 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tilewright_dist import copies
 from tilewright_dist.agreement import from_first, verify_agreement
 from tilewright_dist.buckets import Bucket, allocate, describe
+from tilewright_dist.channel import Exchange
 from tilewright_dist.comm_hook import CommHook, GradBucket, HookHandle
 from tilewright_dist.layout import Partition, fingerprint, plan_buckets
 from tilewright_dist.missing import give_missing, refuse_sparse
 from tilewright_dist.options import ReducerOptions
 from tilewright_dist.overlapped_reducer import OverlappedReducer
+from tilewright_dist.peers import SCRATCH_BYTES, GPUPeers, PeerBuffer, Peers
 from tilewright_dist.readiness import ReadyQueue
 from tilewright_dist.wire import all_reduce, reduce_scatter
 
@@ -54,6 +57,14 @@ class BucketedReducer(OverlappedReducer):
         self._scattered: set[str] = set()
         self._buckets: list[Bucket] = []
         self._views: dict[str, torch.Tensor] = {}
+        self._peers: Peers | None = None
+        self._wire: PeerBuffer | None = None
+        if options.transport == "copy" and process_group.size() > 1:
+            self._peers = GPUPeers(process_group, self._device)
+            if self._is_narrow(options.reduce_dtype):
+                assert options.reduce_dtype is not None
+                size = SCRATCH_BYTES // 4 // self._peers.world_size * self._peers.world_size
+                (self._wire,) = self._peers.allocate([size], [options.reduce_dtype])
         self._build(list(reversed(list(parameters))), process_group, learns=options.static_graph)
 
     @property
@@ -132,6 +143,10 @@ class BucketedReducer(OverlappedReducer):
         order = [name for bucket in self._buckets for name in bucket.views]
         self._build(order, process_group, learns=self._learns)
 
+    def more_peers(self, process_group: dist.ProcessGroup) -> Peers | None:
+        """The same ranks for another stream; None where collectives move the buckets."""
+        return GPUPeers(process_group, self._device) if self._peers is not None else None
+
     def gradients_are_gone(self) -> None:
         """Let the next backward begin: the scattered gradients have been used or zeroed."""
         self._scattered.clear()
@@ -164,7 +179,9 @@ class BucketedReducer(OverlappedReducer):
         kept = [name for name in self._views if self._is_in_bucket(name)]
         # Of the former buckets only those stay, until they are copied, that hold gradients.
         self._buckets, self._views = [], {}
-        self._buckets = allocate(layouts, specs, self._device)
+        # What travels narrow is written to the wire's memory, and nobody reads buckets.
+        shared = self._peers if self._wire is None else None
+        self._buckets = allocate(layouts, specs, self._device, shared)
         self._views = {n: view for bucket in self._buckets for n, view in bucket.views.items()}
         for name in kept:
             self._put(name)
@@ -212,12 +229,30 @@ class BucketedReducer(OverlappedReducer):
             seen = GradBucket(bucket, self._parameters, index=unit, is_last=is_last)
             self._handles.append(HookHandle(hook(state, seen), bucket.memory))
             return
+        if self._peers is not None:
+            self._send(self._copies(bucket, self._peers))
+            return
         dtype = self._options.reduce_dtype
         if bucket.layout.partition == "replicated":
             exchange = all_reduce(bucket.memory, process_group, dtype)
         else:
             exchange = reduce_scatter(bucket.memory, bucket.layout.bounds, process_group, dtype)
         self._send(exchange)
+
+    def _copies(self, bucket: Bucket, peers: Peers) -> Exchange:
+        """The same exchange by copies between GPUs."""
+        bounds, whole = bucket.layout.bounds, bucket.layout.partition == "replicated"
+        if self._wire is not None:
+            average = copies.all_reduce_narrow if whole else copies.reduce_scatter_narrow
+            return average(bucket.memory, bounds, self._wire, peers)
+        assert bucket.shared is not None
+        average = copies.all_reduce if whole else copies.reduce_scatter
+        return average(bucket.shared, bounds, peers, self._options.reduce_dtype)
+
+    def _is_narrow(self, dtype: torch.dtype | None) -> bool:
+        """Whether gradients lose bits on the wire."""
+        widest = max(p.dtype.itemsize for p in self._parameters.values())
+        return dtype is not None and dtype.itemsize < widest
 
     def _is_in_bucket(self, name: str) -> bool:
         gradient = self._parameters[name].grad

@@ -1,10 +1,11 @@
 """Buckets as memory: a flat tensor each, and for every tensor in it a view in its own shape."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from tilewright_dist.layout import BucketLayout, Partition, TensorSpec
+from tilewright_dist.peers import PeerBuffer, Peers
 
 
 class Bucket:
@@ -14,13 +15,22 @@ class Bucket:
         layout: Where each tensor lies.
         specs: The tensors by name.
         device: Where the memory is.
+        shared: Memory that other ranks read, zeros; None allocates.
     """
 
     def __init__(
-        self, layout: BucketLayout, specs: Mapping[str, TensorSpec], device: torch.device
+        self,
+        layout: BucketLayout,
+        specs: Mapping[str, TensorSpec],
+        device: torch.device,
+        shared: PeerBuffer | None = None,
     ) -> None:
         self.layout = layout
-        self.memory = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
+        self.shared = shared
+        if shared is not None:
+            self.memory = shared.memory
+        else:
+            self.memory = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
         self.views = {
             slot.name: self.memory.as_strided(
                 specs[slot.name].shape, specs[slot.name].strides, slot.start
@@ -51,8 +61,21 @@ def describe(
 
 
 def allocate(
-    layouts: Iterable[BucketLayout], specs: Iterable[TensorSpec], device: torch.device
+    layouts: Sequence[BucketLayout],
+    specs: Iterable[TensorSpec],
+    device: torch.device,
+    peers: Peers | None = None,
 ) -> list[Bucket]:
-    """Memory for layouts."""
+    """Memory for layouts, which other ranks read where there are peers (collective then)."""
     by_name = {spec.name: spec for spec in specs}
-    return [Bucket(layout, by_name, device) for layout in layouts]
+    shared = shared_memory(layouts, peers)
+    return [Bucket(x, by_name, device, buffer) for x, buffer in zip(layouts, shared, strict=True)]
+
+
+def shared_memory(
+    layouts: Sequence[BucketLayout], peers: Peers | None
+) -> Sequence[PeerBuffer | None]:
+    """For each layout memory that other ranks read; None without peers. Collective."""
+    if peers is None:
+        return [None] * len(layouts)
+    return peers.allocate([x.numel for x in layouts], [x.dtype for x in layouts])

@@ -32,7 +32,7 @@ from tilewright_dist.module_state import (
     verify_module_state,
 )
 from tilewright_dist.naive import NaiveReducer
-from tilewright_dist.options import ReducerOptions
+from tilewright_dist.options import ReducerOptions, Transport
 from tilewright_dist.per_parameter import PerParameterReducer
 
 Strategy = Literal["naive", "per_parameter", "bucketed"]
@@ -88,6 +88,9 @@ class DistributedDataParallel(nn.Module):
         find_unused_parameters: Let parameters lack gradients, at the cost of a small collective.
         broadcast_buffers: Send rank 0's persistent buffers to all at every forward in training mode
             with gradients enabled, outside `no_sync`.
+        transport: What moves the buckets. "collective" is the backend's collectives. "copy", for
+            GPUs of one host and the bucketed strategy, is copies between them, which take no
+            multiprocessors from the kernels of backward; a communication hook replaces it.
 
     Raises:
         TypeError: module is not an nn.Module.
@@ -96,7 +99,8 @@ class DistributedDataParallel(nn.Module):
             without trainable parameters, with parameters on several devices or on the meta device;
             modules, or options of the bucketed strategy, that differ between ranks (raised on
             every rank, with the ranks);
-            reduce_dtype for a module with complex parameters.
+            reduce_dtype for a module with complex parameters; transport="copy" for another strategy
+            or for ranks that are not GPUs of one host.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class DistributedDataParallel(nn.Module):
         static_graph: bool = False,
         find_unused_parameters: bool = False,
         broadcast_buffers: bool = True,
+        transport: Transport = "collective",
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -126,7 +131,12 @@ class DistributedDataParallel(nn.Module):
             gradient_as_bucket_view=gradient_as_bucket_view,
             static_graph=static_graph,
             find_unused_parameters=find_unused_parameters,
+            transport=transport,
         )
+        if transport == "copy" and strategy != "bucketed":
+            raise ValueError(
+                f"transport='copy' moves buckets, strategy {strategy!r} has none: use 'bucketed'"
+            )
         self.module = module
         self.strategy = strategy
 

@@ -1,8 +1,11 @@
 """What a user of DistributedDataParallel chooses, checked once and handed to its strategy."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
+
+Transport = Literal["collective", "copy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +24,17 @@ class ReducerOptions:
     """Whether every backward uses the same parameters, equally often."""
     find_unused_parameters: bool = False
     """Whether parameters may lack a gradient."""
+    transport: Transport = "collective"
+    """Whether the backend's collectives move the buckets, or copies between the host's GPUs."""
 
     def __post_init__(self) -> None:
         for name in ("bucket_cap_mb", "first_bucket_mb"):
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}")
+        if self.transport not in get_args(Transport):
+            valid = ", ".join(repr(name) for name in get_args(Transport))
+            raise ValueError(f"unknown transport {self.transport!r}; valid: {valid}")
         if self.reduce_dtype is not None and not self.reduce_dtype.is_floating_point:
             raise ValueError(
                 f"reduce_dtype must be a floating-point dtype, not {self.reduce_dtype}"

@@ -24,7 +24,7 @@ from torch import nn
 
 from tilewright_dist import sharded_state
 from tilewright_dist.bucketed import BucketedReducer
-from tilewright_dist.buckets import describe
+from tilewright_dist.buckets import describe, shared_memory
 from tilewright_dist.channel import Channel
 from tilewright_dist.data_parallel import DistributedDataParallel, checked_process_group
 from tilewright_dist.failure import naming_the_missing
@@ -177,6 +177,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         device = next(iter(self._parameters.values())).device
         self._device = device
         self._channel = Channel(device)
+        self._peers = self._reducer.more_peers(self._group) if self._reducer is not None else None
         self._shards = self._make_shards(groups)
         self._inner = make_inner([self._inner_group(group) for group in groups])
         self._refuse_inner_clipping()
@@ -350,10 +351,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if parameter.requires_grad
         }
         self._reducer.attach(partitions, self._group)
+        buckets = [b for b in self._reducer.buckets[::-1] if b.layout.partition != "replicated"]
+        shared = shared_memory([bucket.layout for bucket in buckets], self._peers)
+        rank = self._group.rank()
         return [
-            Shard(bucket.layout, self._parameters, self._group.rank(), bucket.memory)
-            for bucket in reversed(self._reducer.buckets)
-            if bucket.layout.partition != "replicated"
+            Shard(bucket.layout, self._parameters, rank, bucket.memory, buffer)
+            for bucket, buffer in zip(buckets, shared, strict=True)
         ]
 
     def _shards_alone(
@@ -405,7 +408,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         # Shards of groups added later are not among those that forward waits for.
         now = range(len(late), len(self._shards))
         handles = {
-            number: self._channel.start(self._shards[number].gather(self._group))
+            number: self._channel.start(self._shards[number].gather(self._group, self._peers))
             for number in (*late, *now)
         }
         if self._late is not None:

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tilewright_dist import copies
 from tilewright_dist.buckets import Bucket, describe
 from tilewright_dist.channel import Exchange
 from tilewright_dist.layout import BucketLayout, Segment
+from tilewright_dist.peers import PeerBuffer, Peers
 from tilewright_dist.wire import all_gather
 
 
@@ -27,6 +29,7 @@ class Shard:
         rank: This rank in its group.
         gradients: Memory of the same layout that holds this rank's averages after backward; None
             where `.grad` holds whole averages.
+        shared: Memory for the parameters that other ranks read; None allocates.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class Shard:
         parameters: Mapping[str, nn.Parameter],
         rank: int,
         gradients: torch.Tensor | None,
+        shared: PeerBuffer | None = None,
     ) -> None:
         self.layout = layout
         self._gradients = gradients
@@ -42,7 +46,7 @@ class Shard:
         specs = {spec.name: spec for spec in describe(self._parameters)}
         self._strides = {name: spec.strides for name, spec in specs.items()}
         device = next(iter(self._parameters.values())).device
-        self._bucket = Bucket(layout, specs, device)
+        self._bucket = Bucket(layout, specs, device, shared)
         for name, parameter in self._parameters.items():
             self._bucket.views[name].copy_(parameter.detach())
             parameter.data = self._bucket.views[name]
@@ -68,9 +72,12 @@ class Shard:
         for piece in self.pieces.values():
             piece.grad = None
 
-    def gather(self, process_group: dist.ProcessGroup) -> Exchange:
+    def gather(self, process_group: dist.ProcessGroup, peers: Peers | None = None) -> Exchange:
         """Fetch the pieces that other ranks have updated."""
-        yield from all_gather(self._bucket.memory, self.layout.bounds, process_group)
+        if self._bucket.shared is not None and peers is not None:
+            yield from copies.all_gather(self._bucket.shared, self.layout.bounds, peers)
+        else:
+            yield from all_gather(self._bucket.memory, self.layout.bounds, process_group)
 
     def names(self) -> Iterator[str]:
         """Of all its parameters."""

@@ -1,0 +1,169 @@
+"""Memory that the GPUs of a host read from each other, and signals between their streams.
+
+A collective of NCCL is a kernel: while it runs, it holds multiprocessors that the computation's
+kernels expected to have. A product with one block a multiprocessor then takes two rounds instead of
+one, however few are missing. Copies between GPUs need none: copy engines carry them out over
+NVLink, and waiting for another rank is an operation of the stream, not a kernel that spins.
+
+Here: buffers that every rank can read (torch's symmetric memory), and a barrier in stream order.
+What travels through them is in `copies.py`. One host only.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch.distributed import _symmetric_memory as symmetric_memory
+
+from tilewright_dist.agreement import gather_objects
+from tilewright_dist.layout import round_up
+
+SCRATCH_BYTES = 32 * 2**20
+"""What other ranks' pieces are fetched into, before they are added up. Longer pieces go in turns:
+above this size a copy runs at the link's full speed, and the adding up behind it is short."""
+
+_ALIGNMENT = 512  # bytes, between buffers of one allocation
+
+
+class PeerBuffer:
+    """Flat memory of this rank, and of all others in the same place.
+
+    Args:
+        ranks: The memory of every rank, by rank.
+        rank: This one.
+        keeps: What has to live as long as they do.
+    """
+
+    def __init__(self, ranks: Sequence[torch.Tensor], rank: int, keeps: object = None) -> None:
+        self.ranks = ranks
+        self.memory = ranks[rank]
+        """This rank's own."""
+        self._keeps = keeps
+
+
+class Peers(Protocol):
+    """Ranks that read each other's memory."""
+
+    rank: int
+    """This one."""
+    world_size: int
+    """Number of ranks."""
+
+    def allocate(self, sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[PeerBuffer]:
+        """Buffers of some numbers of elements, zeros; the same on all ranks. Collective."""
+        ...
+
+    def scratch(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, columns] of this rank's, until the next call."""
+        ...
+
+    def barrier(self) -> None:
+        """Let the current stream go on when those of all ranks have come to this point."""
+        ...
+
+
+class GPUPeers(Peers):
+    """The GPUs of one host, one a rank, over NVLink or PCIe.
+
+    All ranks call `barrier` equally often, each on one stream.
+
+    Args:
+        process_group: The ranks; not kept.
+        device: This rank's GPU.
+
+    Raises:
+        ValueError: The ranks are not GPUs of one host. On every rank alike.
+        RuntimeError: From torch: the GPUs cannot read each other's memory.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup, device: torch.device) -> None:
+        self.rank, self.world_size = process_group.rank(), process_group.size()
+        self._device = device
+        self._group_name = process_group.group_name
+        self._count = 0
+        self._scratch: torch.Tensor | None = None
+        self._check_place(process_group)
+        (self._signals,) = self.allocate([self.world_size], [torch.int32])
+        # Nobody signals before all have their zeros.
+        torch.cuda.synchronize(device)
+        gather_objects(None, process_group, device)
+
+    def allocate(self, sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[PeerBuffer]:
+        """Buffers of some numbers of elements, zeros; the same on all ranks. Collective."""
+        starts, end = [], 0
+        for size, dtype in zip(sizes, dtypes, strict=True):
+            starts.append(end)
+            end += round_up(size * dtype.itemsize, _ALIGNMENT)
+        memory = symmetric_memory.empty(max(end, 1), dtype=torch.uint8, device=self._device)
+        memory.zero_()
+        handle = symmetric_memory.rendezvous(memory, self._group_name)
+        buffers = []
+        for start, size, dtype in zip(starts, sizes, dtypes, strict=True):
+            ranks = [
+                memory[start : start + size * dtype.itemsize].view(dtype)
+                if rank == self.rank
+                else handle.get_buffer(rank, (size,), dtype, start // dtype.itemsize)
+                for rank in range(self.world_size)
+            ]
+            buffers.append(PeerBuffer(ranks, self.rank, handle))
+        return buffers
+
+    def scratch(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """[rows, columns] of this rank's, until the next call."""
+        if self._scratch is None:
+            self._scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=self._device)
+        return self._scratch.view(dtype)[: rows * columns].view(rows, columns)
+
+    def barrier(self) -> None:
+        """Let the current stream go on when those of all ranks have come to this point.
+
+        Each rank has a number in the memory of each other: how often it has come to a barrier.
+        """
+        self._count += 1
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        write, wait = _stream_operations()
+        for rank in others:
+            there = self._signals.ranks[rank].data_ptr() + 4 * self.rank
+            _check(write(stream, ctypes.c_uint64(there), ctypes.c_uint32(self._count), 0))
+        here = self._signals.memory.data_ptr()
+        for rank in others:
+            # Flag 0: until the value is at least that, counted cyclically.
+            address = ctypes.c_uint64(here + 4 * rank)
+            _check(wait(stream, address, ctypes.c_uint32(self._count), 0))
+
+    def _check_place(self, process_group: dist.ProcessGroup) -> None:
+        host = _boot_id()
+        place = host if self._device.type == "cuda" else str(self._device)
+        places = gather_objects(place, process_group, self._device)
+        if self._device.type != "cuda" or len(set(places)) > 1:
+            raise ValueError(
+                f"transport='copy' needs GPUs of one host, and the ranks are on {len(set(places))} "
+                f"host(s), this one on {self._device}: use transport='collective'"
+            )
+
+
+@functools.cache
+def _stream_operations() -> tuple["ctypes._FuncPointer", "ctypes._FuncPointer"]:
+    """The driver's operations that write and await a number in stream order."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    return driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
+
+
+def _check(error: int) -> None:
+    if error:
+        raise RuntimeError(f"a stream operation between GPUs failed with CUDA error {error}")
+
+
+def _boot_id() -> str:
+    """Of this host: the same in all its processes, also where containers have other names."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        import socket
+
+        return socket.gethostname()

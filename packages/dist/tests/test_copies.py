@@ -1,0 +1,194 @@
+"""Averages by copies between ranks: their values, their order of addition, uneven pieces.
+
+On CPUs the memory that ranks read from each other is a file that all of them have mapped.
+"""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tilewright_dist import DistributedDataParallel, ShardedOptimizer, bucketed, copies
+from tilewright_dist.peers import PeerBuffer
+from tilewright_dist.testing import run_ranks
+from tilewright_dist.testing_models import Stack, adamw_groups, device_of, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCRATCH = 2**14  # bytes: pieces of some thousands of elements go in turns
+
+
+class HostPeers:
+    """Processes of one host; a barrier of the group stands for one of streams."""
+
+    def __init__(self, group, folder):
+        self.rank, self.world_size = group.rank(), group.size()
+        self._folder, self._number = Path(folder), 0
+
+    def allocate(self, sizes, dtypes):
+        buffers = []
+        for size, dtype in zip(sizes, dtypes, strict=True):
+            self._number += 1
+            ranks = []
+            for rank in range(self.world_size):
+                file = self._folder / f"{self._number}-{rank}"
+                mapped = torch.from_file(
+                    str(file), shared=True, size=max(1, size * dtype.itemsize), dtype=torch.uint8
+                )
+                ranks.append(mapped[: size * dtype.itemsize].view(dtype))
+            buffers.append(PeerBuffer(ranks, self.rank))
+        dist.barrier()
+        return buffers
+
+    def scratch(self, rows, columns, dtype):
+        assert rows * columns * dtype.itemsize <= SCRATCH
+        return torch.empty(rows, columns, dtype=dtype)
+
+    def barrier(self):
+        dist.barrier()
+
+
+BOUNDS = {
+    "even": lambda ranks: [256 * 40 * r for r in range(ranks + 1)],
+    "uneven": lambda ranks: [0, *([256 * 9] * (ranks - 1)), 256 * 30],
+    "empty": lambda ranks: [0] * (ranks + 1),
+}
+
+
+def values_of(rank, size):
+    return torch.randn(size, generator=torch.Generator().manual_seed(rank))
+
+
+def run(exchange):
+    for _ in exchange:
+        pass
+
+
+def exchange_all_ways(rank, folder):
+    """Results by form of the bounds and exchange."""
+    copies.SCRATCH_BYTES = SCRATCH
+    group = dist.group.WORLD
+    peers = HostPeers(group, folder)
+    found = {}
+    for form, make_bounds in BOUNDS.items():
+        bounds = make_bounds(peers.world_size)
+        (wire,) = peers.allocate([SCRATCH // 4 // 6 * 6], [torch.bfloat16])
+        for name in ("all_reduce", "reduce_scatter", "all_gather", "wide", "narrow", "narrow part"):
+            (buffer,) = peers.allocate([bounds[-1]], [torch.float32])
+            buffer.memory.copy_(values_of(rank, bounds[-1]))
+            mine = slice(bounds[rank], bounds[rank + 1])
+            if name == "narrow":
+                run(copies.all_reduce_narrow(buffer.memory, bounds, wire, peers))
+            elif name == "narrow part":
+                run(copies.reduce_scatter_narrow(buffer.memory, bounds, wire, peers))
+            elif name == "wide":
+                run(copies.all_reduce(buffer, bounds, peers, torch.float64))
+            else:
+                run(getattr(copies, name)(buffer, bounds, peers))
+            whole = name not in ("reduce_scatter", "narrow part")
+            found[form, name] = buffer.memory.clone() if whole else buffer.memory[mine].clone()
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def exchanged(request):
+    with tempfile.TemporaryDirectory() as folder:
+        return run_ranks(exchange_all_ways, folder, world_size=request.param)
+
+
+@pytest.mark.parametrize("form", BOUNDS)
+def test_exchanges(exchanged, form):
+    ranks = len(exchanged)
+    bounds = BOUNDS[form](ranks)
+    inputs = torch.stack([values_of(rank, bounds[-1]) for rank in range(ranks)])
+    # The bits of one process that adds in the order of ranks: where a number lies is no matter.
+    average = inputs.mean(0)
+    exact = inputs.double().mean(0)
+    gathered = torch.cat([inputs[r, bounds[r] : bounds[r + 1]] for r in range(ranks)])
+    rounded = inputs.bfloat16().float().mean(0)
+    for rank, found in enumerate(exchanged):
+        mine = slice(bounds[rank], bounds[rank + 1])
+        assert torch.equal(found[form, "all_reduce"], average)
+        assert torch.equal(found[form, "reduce_scatter"], average[mine])
+        assert torch.equal(found[form, "all_gather"], gathered)
+        assert torch.equal(found[form, "wide"], exact.float())
+        assert torch.equal(found[form, "narrow"], rounded.bfloat16().float())
+        assert torch.equal(found[form, "narrow part"], rounded[mine])
+
+
+def train_by(rank, transport, folder, backend):
+    """Weights after DistributedDataParallel and ShardedOptimizer, by case."""
+    torch.manual_seed(0)
+    if backend == "gloo":
+        numbers = iter(range(100))
+
+        def peers_of(group, _):
+            place = Path(folder) / str(next(numbers))
+            place.mkdir(exist_ok=True)
+            return HostPeers(group, place)
+
+        bucketed.GPUPeers = peers_of
+    device = device_of(rank)
+    found = {}
+    for case, dtype in (("plain", None), ("narrow", torch.bfloat16), ("wide", torch.float64)):
+        for sharded in (False, True):
+            model = Stack().to(device)
+            wrapper = DistributedDataParallel(
+                model, bucket_cap_mb=2e-3, reduce_dtype=dtype, transport=transport
+            )
+            groups, options = adamw_groups(model), {"lr": 0.01, "weight_decay": 0.1}
+            if sharded:
+                optimizer = ShardedOptimizer(groups, torch.optim.AdamW, ddp=wrapper, **options)
+            else:
+                optimizer = torch.optim.AdamW(groups, **options)
+            found[case, sharded] = train(wrapper, optimizer, rank)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("backend", "world_size"),
+    [
+        ("gloo", 2),
+        pytest.param("nccl", 2, marks=pytest.mark.multigpu(2)),
+        pytest.param("nccl", 4, marks=pytest.mark.multigpu(4)),
+    ],
+)
+def test_training_by_copies_equals_training_by_collectives(backend, world_size):
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for transport in ("copy", "collective"):
+            arguments = (transport, folder, backend)
+            found[transport] = run_ranks(
+                train_by, *arguments, world_size=world_size, backend=backend, timeout=90
+            )
+    for case, expected in found["collective"][0].items():
+        for rank in found["copy"]:
+            if world_size == 2:
+                assert torch.equal(rank[case], expected), case
+            else:
+                torch.testing.assert_close(rank[case], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sharded_and_plain_training_are_equal_at_any_number_of_ranks():
+    # Ranks are added up in their order, whoever adds: collectives promise that for two only.
+    with tempfile.TemporaryDirectory() as folder:
+        for found in run_ranks(train_by, "copy", folder, "gloo", world_size=3, timeout=90):
+            for case in ("plain", "wide"):
+                assert torch.equal(found[case, False], found[case, True])
+
+
+def test_copies_need_gpus_of_one_host_and_buckets():
+    for message in run_ranks(refuse):
+        assert "transport='copy' needs GPUs of one host" in message
+
+
+def refuse(rank):
+    with pytest.raises(ValueError, match="strategy 'naive' has none") as no_buckets:
+        DistributedDataParallel(nn.Linear(2, 1), strategy="naive", transport="copy")
+    assert "use 'bucketed'" in str(no_buckets.value)
+    with pytest.raises(ValueError, match="needs GPUs") as not_here:
+        DistributedDataParallel(nn.Linear(2, 1), transport="copy")
+    return str(not_here.value)
