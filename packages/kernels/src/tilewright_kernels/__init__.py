@@ -84,6 +84,7 @@ from tilewright_kernels.packed_position_ids import (
 )
 from tilewright_kernels.rms_norm import RMSNorm, rms_norm, rms_norm_reference
 from tilewright_kernels.rotary_embedding import RotaryEmbedding, rotary_table
+from tilewright_kernels.skinny_linear import skinny_linear, skinny_linear_reference
 from tilewright_kernels.softmax import Softmax, softmax, softmax_reference
 from tilewright_kernels.symmetric_matmul import symmetric_matmul, symmetric_matmul_reference
 
@@ -165,6 +166,8 @@ __all__ = [
     "scaled_dot_product_attention",
     "silu",
     "silu_reference",
+    "skinny_linear",
+    "skinny_linear_reference",
     "softmax",
     "softmax_reference",
     "swiglu",

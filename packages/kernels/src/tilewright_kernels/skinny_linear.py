@@ -1,0 +1,258 @@
+"""A linear layer for few rows, with what surrounds it in a decoder: norm before, gate or sum after.
+
+    y = x̂ · Wᵀ (+ residual)          or          y = silu(x̂ · W_gateᵀ) · (x̂ · W_upᵀ)
+
+with x̂ = x or x̂ = x · norm_weight / sqrt(mean(x²) + eps). When a decoder writes one token a
+sequence, x has as many rows as there are sequences. The weights are then all that counts: they are
+read once, and the time is theirs at the speed of the memory. Anything that runs between two such
+products, or starts after one has ended, is time in which the memory rests. So the norm is computed
+where x is read, the gate and the sum where y is written, and with `prefetch_weight` the weights are
+on their way before the launch that makes x has ended (programmatic dependent launch, Hopper).
+
+One row is multiplied and summed in registers; more are columns of tensor-core products (GEMV and
+swapped GEMM). Inference only: there is no gradient.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilewright_kernels._launch import cdiv, is_hopper, next_power_of_2, num_programs
+from tilewright_kernels._norm import default_eps
+from tilewright_kernels._operator import (
+    Operator,
+    accumulator,
+    as_rows,
+    check_floating,
+    check_same_device,
+)
+from tilewright_kernels._skinny_linear_kernels import (
+    skinny_linear_row_kernel,
+    skinny_linear_rows_kernel,
+)
+from tilewright_kernels.gated_activations import swiglu_reference
+from tilewright_kernels.rms_norm import rms_norm_reference
+
+_OP = Operator("skinny_linear")
+
+MAX_ROWS = 64
+"""Rows of x, at most: with more of them a product is no longer the weights' reading alone."""
+
+MAX_SPLITS = 8
+
+
+class RowTile(NamedTuple):
+    """Weights that a program of one row reads at a time."""
+
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+
+
+class RowsTile(NamedTuple):
+    """Weights that a program of several rows reads at a time, and how many programs share K."""
+
+    BLOCK_N: int
+    BLOCK_K: int
+    SPLITS: int
+    num_warps: int
+    num_stages: int
+
+
+def skinny_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """The definition in plain torch; arguments as `skinny_linear`."""
+    if norm_weight is not None:
+        x = rms_norm_reference(x, norm_weight.shape, norm_weight, eps)
+    y = F.linear(x, weight)
+    if gated:
+        y = swiglu_reference(y)
+    return y if residual is None else y + residual
+
+
+@cache
+def row_tile(k: int, element_size: int, gated: bool) -> RowTile:
+    """For one row: a program's weights are in registers at once, 128 bytes a thread."""
+    block_k = min(next_power_of_2(k), 4096)
+    elements = 128 * 128 // element_size // (2 if gated else 1)
+    return RowTile(max(1, elements // block_k), block_k, 4)
+
+
+@cache
+def rows_tile(n: int, k: int, element_size: int, gated: bool, programs: int) -> RowsTile:
+    """For several rows: as many programs as run at one time, or nearly."""
+    block_k = max(16, min(128 * 2 // element_size, next_power_of_2(k)))
+    for block_n in (64, 32, 16):
+        splits = min(programs // cdiv(n, block_n), MAX_SPLITS, cdiv(k, 4 * block_k))
+        if splits >= 1 or block_n == 16:
+            break
+    return RowsTile(block_n, block_k, max(1, splits), 4, 3)
+
+
+def _fake(
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, residual: Tensor | None,
+    counters: Tensor | None, eps: float, gated: bool, prefetch: bool,
+) -> Tensor:  # fmt: skip
+    width = weight.shape[0] // 2 if gated else weight.shape[0]
+    return x.new_empty((*x.shape[:-1], width))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Nothing is kept."""
+
+
+def _grads(ctx: Any, dy: Tensor) -> tuple[None, ...]:
+    raise RuntimeError(
+        "skinny_linear has no gradient; call it under torch.no_grad(), or linear, rms_norm and "
+        "swiglu one by one"
+    )
+
+
+@_OP.function(fake=_fake, setup_context=_save, backward=_grads)
+def skinny_linear_forward(
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, residual: Tensor | None,
+    counters: Tensor | None, eps: float, gated: bool, prefetch: bool,
+) -> Tensor:  # fmt: skip
+    """Launch the product of up to 64 rows."""
+    out = _fake(x, weight, norm_weight, residual, counters, eps, gated, prefetch)
+    if out.numel() == 0:
+        return out
+    x, width = as_rows(x, x.shape[-1]), out.shape[-1]
+    residual = None if residual is None else as_rows(residual, width)
+    overlap = is_hopper(x.device)
+    k, size = x.shape[1], x.element_size()
+    # Triton's interpreter knows no such option.
+    options = {"launch_pdl": True} if overlap else {}
+    known = {
+        "K": k, "GATED": gated, "ACC": accumulator(x.dtype),
+        "OVERLAP": overlap, "PREFETCH": overlap and prefetch,
+    }  # fmt: skip
+    if len(x) == 1:
+        tile = row_tile(k, size, gated)
+        _OP.launch(
+            skinny_linear_row_kernel, (cdiv(width, tile.BLOCK_N),),
+            x, weight, norm_weight, residual, out, weight.stride(0), width, eps,
+            **known, **tile._asdict(), **options,
+        )  # fmt: skip
+        return out
+    tile = rows_tile(width, k, size, gated, num_programs(x.device, per_sm=1))
+    blocks, block_m = cdiv(width, tile.BLOCK_N), max(16, next_power_of_2(len(x)))
+    parts = None
+    if tile.SPLITS > 1:
+        split_size = (blocks * tile.BLOCK_N * (2 if gated else 1) + blocks) * block_m
+        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        parts = torch.empty(tile.SPLITS * split_size, dtype=acc, device=x.device)
+        if counters is None:
+            counters = torch.zeros(blocks, dtype=torch.int32, device=x.device)
+    _OP.launch(
+        skinny_linear_rows_kernel, (blocks, tile.SPLITS),
+        x, weight, norm_weight, residual, out, parts, counters if tile.SPLITS > 1 else None,
+        x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
+        len(x), width, eps,
+        **known, BLOCK_M=block_m, **tile._asdict(), **options,
+    )  # fmt: skip
+    return out
+
+
+def skinny_linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    counters: Tensor | None = None,
+    prefetch_weight: bool = False,
+) -> Tensor:
+    """RMSNorm, product with a weight, and SwiGLU or a residual sum, for few rows, in one launch.
+
+    y = norm(x) · weightᵀ, then silu(y[..., :N]) · y[..., N:] if gated, then + residual. Every sum
+    is float32 (float64 for float64) and rounded once, at the end; with several rows x · norm_weight
+    is rounded too before it is multiplied.
+
+    Args:
+        x: [..., K] in float16, bfloat16, float32 or float64, of at most 64 rows in all. More of
+            them take plain torch, under backend triton they are an error.
+        weight: [N, K], or [2N, K] with the gate's rows first if gated; of x's dtype.
+        norm_weight: [K] of an RMSNorm before the product (any float dtype), or None for no norm.
+        eps: of that norm, as in `rms_norm`.
+        residual: [..., N] of x's dtype, added at the end, or None.
+        gated: whether the product is a SwiGLU's.
+        counters: int32 zeros on x's device, one for each 16 of N at least. They are zero again
+            after the call. Without them some shapes clear some of their own, which is a launch.
+            Calls that may run at the same time need counters of their own.
+        prefetch_weight: the launch before this one writes neither weight nor norm_weight, so the
+            weight may be read while that one still runs (Hopper; elsewhere nothing changes).
+
+    Returns:
+        [..., N] like x, contiguous, without a gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on different devices, too few counters.
+        TypeError: dtypes that differ or are not floating point; counters that are not int32.
+    """
+    rows = _check(x, weight, norm_weight, residual, gated, counters)
+    many = f"x has {rows} rows, more than {MAX_ROWS}" if rows > MAX_ROWS else None
+    unsupported = many
+    if x.dtype == torch.float64 and x.is_cuda:
+        unsupported = "float64 is for the interpreter"
+    if not _OP.uses_triton(x, unsupported):
+        return skinny_linear_reference(
+            x, weight, norm_weight=norm_weight, eps=eps, residual=residual, gated=gated
+        )
+    weight = weight if weight.stride(1) == 1 or weight.shape[1] == 1 else weight.contiguous()
+    norm_weight = None if norm_weight is None else norm_weight.contiguous()
+    eps = default_eps(eps, x.dtype)
+    return skinny_linear_forward(
+        x, weight, norm_weight, residual, counters, eps, gated, prefetch_weight
+    )
+
+
+def _check(
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, residual: Tensor | None,
+    gated: bool, counters: Tensor | None,
+) -> int:  # fmt: skip
+    """Raise on what does not fit; the number of rows."""
+    check_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x is a scalar; it must have a last dimension, as in x[None]")
+    k = x.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != k:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [N, {k}] as x's rows")
+    if gated and weight.shape[0] % 2:
+        raise ValueError(f"weight has {weight.shape[0]} rows; gated takes gate and up, [2N, {k}]")
+    width = weight.shape[0] // 2 if gated else weight.shape[0]
+    if norm_weight is not None:
+        check_floating("norm_weight", norm_weight)
+        if norm_weight.shape != (k,):
+            raise ValueError(f"norm_weight has shape {tuple(norm_weight.shape)}; it must be ({k},)")
+    if residual is not None and residual.shape != (*x.shape[:-1], width):
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}; it must be {(*x.shape[:-1], width)}"
+        )
+    for name, other in (("weight", weight), ("residual", residual)):
+        if other is not None and other.dtype != x.dtype:
+            raise TypeError(f"{name} is {other.dtype} and x {x.dtype}; give {name}.to({x.dtype})")
+    if counters is not None:
+        if counters.dtype != torch.int32:
+            raise TypeError(f"counters is {counters.dtype}; give torch.int32 zeros")
+        if counters.numel() < cdiv(width, 16) or not counters.is_contiguous():
+            raise ValueError(
+                f"counters has shape {tuple(counters.shape)}; give {cdiv(width, 16)} contiguous "
+                f"zeros or more"
+            )
+    check_same_device(
+        x=x, weight=weight, norm_weight=norm_weight, residual=residual, counters=counters
+    )
+    return x.numel() // k if k else x[..., 0].numel() if x.shape[-1] else 0
