@@ -8,6 +8,7 @@ from torch import Tensor
 from tilewright_kernels import use_backend
 from tilewright_model import ModelConfig
 from tilewright_model.attention import Attention, causal_attention
+from tilewright_model.positions import Positions
 from tilewright_model.rotary import rotary_tables
 
 CONFIG = ModelConfig(
@@ -63,14 +64,14 @@ def test_grouped_heads_equal_repeated_heads(device: torch.device) -> None:
         repeated.o_proj.weight.copy_(grouped.o_proj.weight)
     x = torch.randn(2, 7, 24, device=device)
     cos, sin = (table.to(device) for table in rotary_tables(4, 7, 10000.0))
-    torch.testing.assert_close(grouped(x, cos, sin), repeated(x, cos, sin))
+    torch.testing.assert_close(grouped(x, Positions(cos, sin)), repeated(x, Positions(cos, sin)))
 
 
 def test_heads_may_be_wider_than_the_residual_stream() -> None:
     torch.manual_seed(0)
     attention = Attention(dataclasses.replace(CONFIG, head_dim=8))
     cos, sin = rotary_tables(8, 5, 10000.0)
-    y = attention(torch.randn(1, 5, 24), cos, sin)
+    y = attention(torch.randn(1, 5, 24), Positions(cos, sin))
     assert y.shape == (1, 5, 24)
     assert attention.qkv_proj.weight.shape == ((6 + 2 * 2) * 8, 24)
     assert attention.o_proj.weight.shape == (24, 6 * 8)
@@ -81,11 +82,11 @@ def test_only_distances_matter() -> None:
     attention = Attention(CONFIG).double()
     x = torch.randn(1, 5, 24, dtype=torch.float64)
     cos, sin = rotary_tables(4, 16, 10000.0)
-    shifted = attention(x, cos[9:14], sin[9:14])
+    shifted = attention(x, Positions(cos[9:14], sin[9:14]))
     # Angles in float32 near 13 carry 1e-6.
-    torch.testing.assert_close(shifted, attention(x, cos[:5], sin[:5]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(shifted, attention(x, Positions(cos[:5], sin[:5])), rtol=1e-5, atol=1e-6)
     # ... and they do matter: without rotation the result is another.
-    still = attention(x, torch.ones_like(cos[:5]), torch.zeros_like(sin[:5]))
+    still = attention(x, Positions(torch.ones_like(cos[:5]), torch.zeros_like(sin[:5])))
     assert (shifted - still).abs().max() > 1e-3
 
 
@@ -95,7 +96,7 @@ def test_position_ids_choose_the_rows() -> None:
     x = torch.randn(2, 3, 24)
     cos, sin = rotary_tables(4, 16, 10000.0)
     ids = torch.tensor([[4, 5, 6], [0, 2, 9]])
-    y = attention(x, cos, sin, position_ids=ids)
+    y = attention(x, Positions(cos, sin, ids))
     for row in range(2):
-        alone = attention(x[row : row + 1], cos[ids[row]], sin[ids[row]])
+        alone = attention(x[row : row + 1], Positions(cos[ids[row]], sin[ids[row]]))
         torch.testing.assert_close(y[row : row + 1], alone)

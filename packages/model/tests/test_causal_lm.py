@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tilewright_kernels import use_backend
 from tilewright_kernels.testing import count_launches
 from tilewright_model import CausalLM, KVCache, ModelConfig, preset
-from tilewright_model.causal_lm import next_token_loss
+from tilewright_model.loss import logits_loss, next_tokens
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -154,8 +154,8 @@ def test_loss_does_not_copy_the_logits() -> None:
         return torch.zeros(())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tilewright_model.causal_lm.cross_entropy", spy)
-        next_token_loss(logits, labels)
+        patch.setattr("tilewright_model.loss.cross_entropy", spy)
+        logits_loss(logits, next_tokens(labels))
     assert seen == [logits.untyped_storage().data_ptr()]
 
 
@@ -211,8 +211,8 @@ def test_backends_agree(device: torch.device) -> None:
             loss = model(ids, labels=ids).loss
             loss.backward()
         kernels = {
-            "rms_norm", "swiglu", "apply_rotary_emb", "scaled_dot_product_attention",
-            "cross_entropy",
+            "rms_norm", "add_rms_norm", "gated_mlp", "apply_rotary_emb",
+            "scaled_dot_product_attention", "linear_cross_entropy",
         }  # fmt: skip
         assert {name for name in kernels if launches[name]} == (
             kernels if backend == "triton" else set()

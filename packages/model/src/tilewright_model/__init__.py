@@ -5,12 +5,14 @@ Weights are read and written in Hugging Face's layout. Tokens are integers here:
 caller.
 """
 
-from tilewright_model.causal_lm import Block, CausalLM, CausalLMOutput
+from tilewright_model.block import Block
+from tilewright_model.causal_lm import CausalLM, CausalLMOutput
 from tilewright_model.config import ModelConfig
 from tilewright_model.counting import ParameterCount, count_parameters, flops_per_token
 from tilewright_model.generation import generate
 from tilewright_model.kv_cache import KVCache
 from tilewright_model.presets import PRESETS, preset
+from tilewright_model.rope_scaling import RopeScaling
 
 __all__ = [
     "PRESETS",
@@ -20,6 +22,7 @@ __all__ = [
     "KVCache",
     "ModelConfig",
     "ParameterCount",
+    "RopeScaling",
     "count_parameters",
     "flops_per_token",
     "generate",

@@ -4,77 +4,62 @@
     h ← h + Attention(RMSNorm(h));  h ← h + MLP(RMSNorm(h))        for each block
     logits = RMSNorm(h)·Wᵀ,  W = E when tied
 
-The model of Llama (Touvron et al. 2023, arXiv:2302.13971). It calls `tilewright_kernels` and never
-names a backend: `tilewright_kernels.use_backend` chooses. Shapes: B batch, T tokens, C hidden_size,
-V vocab_size.
+The model of Llama (Touvron et al. 2023, arXiv:2302.13971), with the variations that `ModelConfig`
+names. It calls `tilewright_kernels` and never names a backend: `tilewright_kernels.use_backend`
+chooses. Shapes: B batch, T tokens, C hidden_size, V vocab_size.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self, get_args
 
 import torch
-import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from tilewright_kernels import RMSNorm, cross_entropy
-from tilewright_model.attention import Attention
+from tilewright_kernels import Dropout, Linear, RMSNorm, linear
+from tilewright_model.block import Block
 from tilewright_model.checkpoint import read_config, read_weights, write_checkpoint
 from tilewright_model.config import ModelConfig
-from tilewright_model.kv_cache import KVCache, LayerCache
-from tilewright_model.mlp import MLP
+from tilewright_model.inputs import check_labels, check_tokens, sequences
+from tilewright_model.kv_cache import KVCache
+from tilewright_model.loss import IGNORE_INDEX, linear_loss, logits_loss, next_tokens
+from tilewright_model.moe import Experts, RouterOutput
+from tilewright_model.positions import Positions, SinusoidalPositions
 from tilewright_model.rotary import RotaryTables
+from tilewright_model.router_losses import balance_loss, router_z_loss
 
-IGNORE_INDEX = -100
-"""Label of a position that has no part in the loss."""
-
-INITIALIZER_STD = 0.02
-"""Standard deviation of weights at the start, before the residual projections' 1/√(2L)."""
+Recompute = Literal["none", "selective", "full"]
 
 
 class CausalLMOutput(NamedTuple):
     """What `CausalLM.forward` returns."""
 
     loss: Tensor | None = None
-    """0-d float32, or None without labels."""
+    """0-d float32, or None without labels. In training the router's losses are in it."""
     logits: Tensor | None = None
     """[B, T, V] in the dtype the output projection computes in, or None where not asked for."""
     aux_loss: Tensor | None = None
-    """Balance loss of expert routing; None in a dense model."""
-
-
-class Block(nn.Module):
-    """One decoder block, pre-norm: attention and MLP each add to the residual stream."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(
-        self,
-        h_BTC: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        position_ids: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """[B, T, C] to [B, T, C]; the other arguments are those of `Attention`."""
-        h_BTC = h_BTC + self.self_attn(self.input_layernorm(h_BTC), cos, sin, position_ids, cache)
-        return h_BTC + self.mlp(self.post_attention_layernorm(h_BTC))
+    """Balance loss of expert routing, not yet multiplied by its coefficient; None in a dense
+    model."""
 
 
 class CausalLM(nn.Module):
     """A decoder that predicts each next token.
 
-    Weights start as N(0, 0.02²), except that the two projections which add to the residual stream,
-    `o_proj` and `down_proj`, start as N(0, 0.02² / 2L): the stream's variance then does not grow
-    with the number L of blocks (GPT-2). Norm weights start at 1.
+    Weights start as N(0, σ²) with σ = initializer_range, except that the projections which add to
+    the residual stream, `o_proj` and `down_proj`, start as N(0, σ² / 2L): the stream's variance
+    then does not grow with the number L of blocks (GPT-2). Norm weights start at 1.
+
+    A model that is too large to be drawn twice is built on the meta device and filled in place:
+
+        with torch.device("meta"):
+            model = CausalLM(config)
+        model.materialize("cuda")
 
     To compile, compile block by block: `for block in model.layers: block.compile(fullgraph=True)`.
-    One compilation serves all blocks, and gradient hooks fire between them.
+    One compilation serves all blocks of a kind, and gradient hooks fire between them.
 
     Args:
         config: the model's shape.
@@ -83,29 +68,69 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.rotary = RotaryTables(
-            config.attention_head_dim, config.max_position_embeddings, config.rope_theta
-        )
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        device = torch.get_default_device()
+        with torch.device("meta"):  # drawn once, below, and by no constructor
+            self._build(config)
+        self.recompute: Recompute = "none"
+        if device.type != "meta":
+            self.materialize(device)
+
+    def _build(self, config: ModelConfig) -> None:
+        hidden, length = config.hidden_size, config.max_position_embeddings
+        self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self.rotary = self.embed_positions = None
+        if config.position_embedding == "rope":
+            self.rotary = RotaryTables(
+                config.attention_head_dim, length, config.rope_theta, config.rope_scaling
+            )
+        elif config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(length, hidden)
+        elif config.position_embedding == "sinusoidal":
+            self.embed_positions = SinusoidalPositions(length, hidden, config.initializer_range)
+        self.dropout = Dropout(config.residual_dropout)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(hidden, eps=config.rms_norm_eps)
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else Linear(hidden, config.vocab_size, bias=False)
         )
+
+    def materialize(self, device: torch.device | str) -> Self:
+        """Allocate all parameters and buffers on `device` and draw the weights there."""
+        self.to_empty(device=device)
         self.reset_parameters()
+        return self
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights anew from torch's default generator."""
-        residual_std = INITIALIZER_STD / math.sqrt(2 * self.config.num_hidden_layers)
+        """Draw all weights anew from the default generator of their device."""
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_hidden_layers)
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear | nn.Embedding):
                 residual = name.endswith(("o_proj", "down_proj"))
-                module.weight.normal_(std=residual_std if residual else INITIALIZER_STD)
+                module.weight.normal_(std=residual_std if residual else std)
+            elif isinstance(module, Experts):
+                module.gate_up_proj.normal_(std=std)
+                module.down_proj.normal_(std=residual_std)
+
+    @property
+    def recompute(self) -> Recompute:
+        """What backward computes anew instead of keeping it: "none", "selective" (the inside of
+        every MLP), or "full" (every block, of which the input alone is kept).
+        """
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, value: Recompute) -> None:
+        if value not in get_args(Recompute):
+            raise ValueError(
+                f"recompute is {value!r}: choose one of {', '.join(get_args(Recompute))}"
+            )
+        self._recompute: Recompute = value
+        for block in self.layers:
+            block.recompute_mlp = value == "selective"
 
     def forward(
         self,
@@ -113,6 +138,9 @@ class CausalLM(nn.Module):
         *,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         num_items: int | Tensor | None = None,
         return_logits: bool | None = None,
@@ -123,8 +151,14 @@ class CausalLM(nn.Module):
             input_ids: [B, T] int64 or int32, below vocab_size.
             labels: [B, T] int64, not shifted: position t predicts labels[:, t + 1], so pass
                 input_ids itself with -100 where there is nothing to learn.
-            position_ids: [B, T] int64 below max_position_embeddings; by default 0, 1, …, or on
-                from the cache's position.
+            position_ids: [B, T] int64 below max_position_embeddings; by default 0, 1, … in each
+                sequence, or on from the cache's position.
+            cu_seqlens: [S + 1] int32, bounds of S sequences that are packed in one row, B = 1:
+                sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1]. None sees another, and
+                the last token of one does not predict the first of the next.
+            max_seqlen: no packed sequence is longer: the attention's grid is made for so many;
+                by default as many as there are positions.
+            attention_mask: [B, T], 0 for padding on one side of each row, which no token sees.
             cache: earlier tokens; the new ones are added to it.
             num_items: what the summed loss is divided by; by default the number of labels counted
                 here. Give the number over all micro-batches and ranks to weigh every token alike.
@@ -135,53 +169,143 @@ class CausalLM(nn.Module):
             ValueError: shapes that do not fit, more tokens than positions or room in the cache,
                 num_items without labels, a cache while gradients are recorded.
         """
-        if labels is None and num_items is not None:
-            raise ValueError(f"num_items {num_items} scales the loss: give labels with it")
-        if labels is not None and labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels {list(labels.shape)} must have the shape of input_ids "
-                f"{list(input_ids.shape)} (unshifted)"
-            )
-        hidden_BTC = self.hidden_states(input_ids, position_ids=position_ids, cache=cache)
+        check_labels(input_ids, labels, num_items)
         keep_logits = labels is None if return_logits is None else return_logits
         if labels is None and not keep_logits:
             return CausalLMOutput()
-        logits_BTV = self.project_logits(hidden_BTC)
-        loss = None if labels is None else next_token_loss(logits_BTV, labels, num_items)
-        return CausalLMOutput(loss=loss, logits=logits_BTV if keep_logits else None)
+        positions = self._positions(
+            input_ids, position_ids, cu_seqlens, max_seqlen, attention_mask, cache
+        )
+        hidden_BTC, routers = self._decode(input_ids, positions, cache)
+        aux_loss = None
+        if routers:
+            aux_loss = balance_loss(routers, attention_mask, self.config.router_scoring)
+        logits_BTV = self.project_logits(hidden_BTC) if keep_logits else None
+        if labels is None:
+            return CausalLMOutput(logits=logits_BTV, aux_loss=aux_loss)
+        targets_BT = next_tokens(labels, positions, attention_mask)
+        if logits_BTV is None:
+            loss = self._linear_loss(hidden_BTC, targets_BT, num_items)
+        else:
+            loss = logits_loss(logits_BTV, targets_BT, num_items)
+        if aux_loss is not None and self.training:
+            loss = loss + self._router_loss(
+                routers, aux_loss, attention_mask, targets_BT, num_items
+            )
+        return CausalLMOutput(loss=loss, logits=logits_BTV, aux_loss=aux_loss)
 
     def hidden_states(
         self,
         input_ids: Tensor,
         *,
         position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """[B, T, C] after the final norm, which `project_logits` takes; arguments as forward's."""
+        positions = self._positions(
+            input_ids, position_ids, cu_seqlens, max_seqlen, attention_mask, cache
+        )
+        return self._decode(input_ids, positions, cache)[0]
+
+    def _positions(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        attention_mask: Tensor | None,
+        cache: KVCache | None,
+    ) -> Positions:
         start = cache.position if cache is not None else 0
-        self._check_inputs(input_ids, position_ids, start)
-        length = input_ids.shape[1]
+        check_tokens(self.config, input_ids)
+        ids, cu_seqlens, longest = sequences(
+            *(self.config, input_ids),
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            attention_mask=attention_mask,
+            start=start,
+        )
         if cache is not None:
             cache.check_room(*input_ids.shape)
             if torch.is_grad_enabled():
                 raise ValueError("a cache is for inference: call the model under torch.no_grad()")
-        if position_ids is None:
-            cos, sin = self.rotary(start, length)
-        else:
-            cos, sin = self.rotary.cos, self.rotary.sin
+        length = input_ids.shape[1]
+        if self.embed_positions is not None and ids is None:
+            ids = torch.arange(start, start + length, device=input_ids.device)
+            ids = ids.expand_as(input_ids)
+        cos = sin = None
+        if self.rotary is not None:
+            tables = (self.rotary.cos, self.rotary.sin)
+            cos, sin = self.rotary(start, length) if ids is None else tables
+        return Positions(cos, sin, ids, cu_seqlens, longest)
 
+    def _decode(
+        self, input_ids: Tensor, positions: Positions, cache: KVCache | None
+    ) -> tuple[Tensor, list[RouterOutput]]:
+        """Normalized hidden states, and what each router said."""
         h_BTC = self.embed_tokens(input_ids)
+        if self.embed_positions is not None:
+            h_BTC = h_BTC + self.embed_positions(positions.ids)
+        h_BTC = self.dropout(h_BTC)
+        length = input_ids.shape[1]
         caches = [None] * len(self.layers) if cache is None else cache.layers(length)
+        routers = []
         for block, layer_cache in zip(self.layers, caches, strict=True):
-            h_BTC = block(h_BTC, cos, sin, position_ids, layer_cache)
+            if self.recompute == "full" and torch.is_grad_enabled():
+                h_BTC, router = torch.utils.checkpoint.checkpoint(
+                    block, h_BTC, positions, use_reentrant=False
+                )
+            else:
+                h_BTC, router = block(h_BTC, positions, layer_cache)
+            if router is not None:
+                routers.append(router)
         if cache is not None:
             cache.advance(length)
-        return self.norm(h_BTC)
+        return self.norm(h_BTC), routers
 
     def project_logits(self, hidden: Tensor) -> Tensor:
         """[..., C] of `hidden_states` to logits [..., V]."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        logits = linear(self._scaled(hidden), self._head())
+        if (cap := self.config.final_logit_softcapping) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def _head(self) -> Tensor:
+        return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        # On C columns instead of V.
+        scaling = self.config.logits_scaling
+        return hidden if scaling == 1 else hidden / scaling
+
+    def _linear_loss(
+        self, hidden_BTC: Tensor, targets_BT: Tensor, num_items: int | Tensor | None
+    ) -> Tensor:
+        cap = self.config.final_logit_softcapping
+        return linear_loss(
+            self._scaled(hidden_BTC), self._head(), targets_BT, num_items, softcap=cap
+        )
+
+    def _router_loss(
+        self,
+        routers: Sequence[RouterOutput],
+        aux_loss: Tensor,
+        attention_mask: Tensor | None,
+        targets_BT: Tensor,
+        num_items: int | Tensor | None,
+    ) -> Tensor:
+        """Weighted sum of the router's losses, by this batch's share of num_items."""
+        loss = self.config.router_aux_loss_coef * aux_loss
+        if self.config.router_z_loss_coef:
+            z_loss = router_z_loss(routers, attention_mask)
+            loss = loss + self.config.router_z_loss_coef * z_loss
+        if num_items is not None:
+            loss = loss * ((targets_BT != IGNORE_INDEX).sum() / num_items)
+        return loss
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors` in Hugging Face's layout for Llama.
@@ -219,44 +343,7 @@ class CausalLM(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(weights, assign=True)
-        model.rotary.to_empty(device=target)
+        for module in (model.rotary, model.embed_positions):
+            if module is not None and not any(True for _ in module.parameters()):
+                module.to_empty(device=target)  # its table follows from the configuration
         return model
-
-    def _check_inputs(self, input_ids: Tensor, position_ids: Tensor | None, start: int) -> None:
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"input_ids is {input_ids.dtype}: give int64 or int32")
-        if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(
-                f"input_ids is {list(input_ids.shape)}: give [batch, tokens], not empty"
-            )
-        if position_ids is not None and position_ids.shape != input_ids.shape:
-            raise ValueError(
-                f"position_ids {list(position_ids.shape)} must have the shape of input_ids "
-                f"{list(input_ids.shape)}"
-            )
-        end, limit = start + input_ids.shape[1], self.config.max_position_embeddings
-        if position_ids is None and end > limit:
-            raise ValueError(
-                f"{end} tokens exceed max_position_embeddings {limit}: shorten the input or "
-                f"build the model with max_position_embeddings={end}"
-            )
-
-
-def next_token_loss(
-    logits_BTV: Tensor, labels_BT: Tensor, num_items: int | Tensor | None = None
-) -> Tensor:
-    """Cross-entropy of position t with labels[:, t + 1], computed in float32; 0-d.
-
-    The labels are shifted and the logits stay where they are: a shifted view of the logits is not
-    contiguous, and making it so would copy the largest tensor of the step.
-
-    Args:
-        logits_BTV: any float dtype.
-        labels_BT: int64, -100 where nothing is to be predicted.
-        num_items: divides the sum; by default the number of labels counted.
-    """
-    targets_BT = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
-    logits, targets = logits_BTV.flatten(0, 1), targets_BT.flatten()
-    if num_items is None:
-        return cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
-    return cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum") / num_items

@@ -1,29 +1,27 @@
 """The configuration of a model: its shape and its constants, and nothing about how it is run.
 
-Field names are those of Hugging Face's LlamaConfig, so that a `config.json` maps onto them one to
-one. A configuration that can be built can be run: every contradiction is found here.
+Field names are those of Hugging Face's configurations where these have one, so that a `config.json`
+maps onto them one to one. A configuration that can be built can be run: every contradiction is
+found here (`config_checks.py`).
 """
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-)
+from tilewright_model.config_checks import check
+from tilewright_model.rope_scaling import RopeScaling
+
+PositionEmbedding = Literal["rope", "learned", "sinusoidal", "none"]
+LayerType = Literal["full_attention", "sliding_attention"]
+RouterScoring = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape and constants of a dense decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+    """Shape and constants of a decoder: RMSNorm, grouped-query attention, SwiGLU or experts.
 
-    Derive variants with `dataclasses.replace(config, hidden_size=...)`. What was left to be derived
-    (`head_dim`) is derived again from the new values.
+    The defaults are a dense Llama. Derive variants with `dataclasses.replace(config,
+    hidden_size=...)`; what was left to be derived (`head_dim`) is derived again.
 
     Raises:
         TypeError: a size that is not an int, a constant that is not a number.
@@ -48,10 +46,10 @@ class ModelConfig:
     fewer for grouped-query attention, 1 for multi-query attention."""
 
     intermediate_size: int
-    """Width of the MLP between its two projections."""
+    """Width of a dense MLP between its two projections."""
 
     max_position_embeddings: int
-    """Longest sequence, in tokens: rows of the rotary tables."""
+    """Longest sequence, in tokens: rows of the position tables."""
 
     head_dim: int | None = None
     """Width of one head, even; None stands for hidden_size / num_attention_heads.
@@ -60,63 +58,112 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     """Added to the mean square before the root in every normalization."""
 
+    position_embedding: PositionEmbedding = "rope"
+    """How attention knows order: rotary; a learned or sinusoidal vector added to the embedding;
+    or nothing but the causal mask."""
+
     rope_theta: float = 10000.0
     """Base of the rotary frequencies theta^(-2i / head_dim)."""
 
+    rope_scaling: RopeScaling | None = None
+    """How rotary frequencies are stretched for longer sequences; None leaves them."""
+
     tie_word_embeddings: bool = True
     """Whether the output projection is the embedding matrix itself."""
+
+    qk_norm: bool = False
+    """Whether each head's query and key are normalized before they are rotated (Qwen3)."""
+
+    sliding_window: int | None = None
+    """Tokens that a sliding layer attends to, its own included; None for all."""
+
+    layer_types: tuple[LayerType, ...] | None = None
+    """Attention of each layer. None: sliding everywhere if sliding_window is set, else full."""
+
+    attn_logit_softcapping: float | None = None
+    """c of c · tanh(score / c) in attention."""
+
+    final_logit_softcapping: float | None = None
+    """c of c · tanh(logit / c) in the output."""
+
+    logits_scaling: float = 1.0
+    """What the output's logits are divided by (Granite)."""
+
+    attention_dropout: float = 0.0
+    """Probability that training drops a weight of attention."""
+
+    residual_dropout: float = 0.0
+    """Probability that training drops an element of the embedding, or of what attention and MLP
+    add to the residual stream."""
+
+    initializer_range: float = 0.02
+    """Standard deviation of weights at the start; residual projections have it over √(2 layers)."""
+
+    num_experts: int = 0
+    """Experts of a sparse layer; 0 makes every layer dense."""
+
+    num_experts_per_tok: int = 2
+    """Experts that each token is routed to."""
+
+    moe_intermediate_size: int | None = None
+    """Width of one expert; None stands for intermediate_size."""
+
+    num_shared_experts: int = 0
+    """Experts that every token takes besides, as one MLP of so many times moe_intermediate_size."""
+
+    router_scoring: RouterScoring = "softmax"
+    """How router logits become weights: softmax over all experts, or each one's sigmoid."""
+
+    norm_topk_prob: bool = True
+    """Whether the weights of the chosen experts are divided by their sum."""
+
+    routed_scaling_factor: float = 1.0
+    """What the weights of the chosen experts are multiplied by."""
+
+    router_aux_loss_coef: float = 0.001
+    """Weight of the load-balancing loss in training."""
+
+    router_z_loss_coef: float = 0.0
+    """Weight of the mean squared log-sum-exp of router logits in training (ST-MoE)."""
+
+    first_k_dense_replace: int = 0
+    """Layers at the start that are dense whatever follows."""
+
+    decoder_sparse_step: int = 1
+    """Every so many layers one is sparse: those where layer + 1 is a multiple."""
+
+    mlp_only_layers: tuple[int, ...] = ()
+    """Further layers that are dense."""
 
     @property
     def attention_head_dim(self) -> int:
         """Width of one head: `head_dim` where given, else hidden_size / num_attention_heads."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
-    def __post_init__(self) -> None:
-        for name in _SIZES if self.head_dim is None else (*_SIZES, "head_dim"):
-            _check_size(name, getattr(self, name))
-        for name in ("rms_norm_eps", "rope_theta"):
-            _check_positive(name, getattr(self, name))
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise TypeError(f"tie_word_embeddings is {self.tie_word_embeddings!r}: give a bool")
-        self._check_heads()
+    @property
+    def expert_size(self) -> int:
+        """Width of one expert: `moe_intermediate_size` where given, else intermediate_size."""
+        return self.moe_intermediate_size or self.intermediate_size
 
-    def _check_heads(self) -> None:
-        hidden, heads, kv_heads = (
-            self.hidden_size,
-            self.num_attention_heads,
-            self.num_key_value_heads,
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        return (
+            self.num_experts > 0
+            and layer >= self.first_k_dense_replace
+            and (layer + 1) % self.decoder_sparse_step == 0
+            and layer not in self.mlp_only_layers
         )
-        if self.head_dim is None and hidden % heads:
-            # Multiples of twice the heads, so that the head_dim of what is proposed is even.
-            below = hidden // (2 * heads) * 2 * heads
-            choice = f"{below} or {below + 2 * heads}" if below else f"{2 * heads}"
-            raise ValueError(
-                f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}: "
-                f"use hidden_size {choice}, or set head_dim"
-            )
-        if self.attention_head_dim % 2:
-            raise ValueError(
-                f"head_dim {self.attention_head_dim} is odd and rotary embedding turns pairs: "
-                f"set head_dim {self.attention_head_dim + 1}, or change hidden_size {hidden} or "
-                f"num_attention_heads {heads}"
-            )
-        if heads % kv_heads:
-            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise ValueError(
-                f"num_attention_heads {heads} is not a multiple of num_key_value_heads "
-                f"{kv_heads}: use num_key_value_heads {divisors}"
-            )
 
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Layers with experts, ascending."""
+        return tuple(i for i in range(self.num_hidden_layers) if self.is_sparse(i))
 
-def _check_size(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}: give an int")
-    if value < 1:
-        raise ValueError(f"{name} is {value}: give 1 or more")
+    def window(self, layer: int) -> int | None:
+        """Tokens that a layer attends to, or None for all before."""
+        if self.layer_types is not None and self.layer_types[layer] == "full_attention":
+            return None
+        return self.sliding_window
 
-
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}: give a float")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} is {value}: give a finite number greater than 0")
+    def __post_init__(self) -> None:
+        check(self)
