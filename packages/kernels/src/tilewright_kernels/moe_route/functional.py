@@ -1,13 +1,23 @@
-"""The public function: what it takes, checked once."""
+"""The public functions: what they take, checked once."""
 
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from tilewright_kernels._operator import check_floating, check_same_device
-from tilewright_kernels.moe_route.launches import ROUTE, moe_route_forward
-from tilewright_kernels.moe_route.reference import Scoring, moe_route_reference
-from tilewright_kernels.moe_route.routing import Routing
+from tilewright_kernels.moe_route.launches import (
+    PERMUTATION,
+    ROUTE,
+    moe_permutation_forward,
+    moe_route_forward,
+)
+from tilewright_kernels.moe_route.reference import (
+    Scoring,
+    moe_permutation_reference,
+    moe_route_reference,
+)
+from tilewright_kernels.moe_route.routing import Permutation, Routing
 
 _SCORINGS: tuple[str, ...] = get_args(Scoring)
 
@@ -58,6 +68,40 @@ def moe_route(
         logits, k, scoring=scoring, normalize=normalize, correction_bias=correction_bias,
         scale=scale, num_groups=num_groups, topk_groups=topk_groups,
     )  # fmt: skip
+
+
+def moe_permutation(ids: Tensor, num_experts: int) -> Permutation:
+    """Sort assignments by expert, where the experts are known: after an all-to-all, for one.
+
+    Args:
+        ids: [T, k] int32 or int64, the experts of each token, in [0, E) and different from one
+            another; or [T], one expert each. What the device holds is not checked.
+        num_experts: E. Where a buffer is filled in part only, let its empty rows have an expert
+            more, E - 1: they come last, and the experts' products need not see them.
+
+    Returns:
+        Permutation. Within an expert rows are in the order of tokens, at each run.
+
+    Raises:
+        ValueError: ids has another number of dimensions, or 2³¹ elements or more; num_experts
+            is less than 1, or than k.
+        TypeError: ids is neither int32 nor int64.
+    """
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids is {ids.dtype}; give int32 or int64, as in ids.int()")
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"ids has shape {tuple(ids.shape)}; it must be [T, k] or [T]")
+    if ids.numel() >= 2**31:
+        raise ValueError(f"ids has {ids.numel()} elements; give fewer than 2**31")
+    k = ids.shape[1] if ids.dim() == 2 else 1
+    if not 1 <= k <= num_experts:
+        raise ValueError(
+            f"ids has shape {tuple(ids.shape)} and num_experts is {num_experts}; a token goes to "
+            f"1 to num_experts different ones"
+        )
+    if not PERMUTATION.uses_triton(ids):
+        return moe_permutation_reference(ids, num_experts)
+    return Permutation(*moe_permutation_forward(ids.reshape(-1, k), num_experts), k)
 
 
 def _check(

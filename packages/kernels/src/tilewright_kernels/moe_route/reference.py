@@ -38,8 +38,8 @@ def moe_route_reference(
     weights = scores.gather(1, ids)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + TINY)
-    order = permutation_reference(ids, logits.shape[1])
-    return Routing(weights * scale, ids.to(torch.int32), *order)
+    order = moe_permutation_reference(ids, logits.shape[1])
+    return Routing(weights * scale, ids.to(torch.int32), *order[:4])
 
 
 def _in_best_groups(preference: Tensor, num_groups: int, topk_groups: int) -> Tensor:
@@ -51,19 +51,15 @@ def _in_best_groups(preference: Tensor, num_groups: int, topk_groups: int) -> Te
     return in_groups.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
 
 
-def permutation_reference(ids: Tensor, num_experts: int) -> Permutation:
-    """The order of rows in plain torch: a stable sort.
-
-    Args:
-        ids: [T, k] integers, the experts that each token goes to, all different.
-        num_experts: E.
-    """
+def moe_permutation_reference(ids: Tensor, num_experts: int) -> Permutation:
+    """The definition in plain torch, a stable sort; arguments as `moe_permutation`."""
     experts = ids.reshape(-1).long()
     counts = torch.zeros(num_experts, dtype=torch.int32, device=ids.device)
     counts = counts.scatter_add(0, experts, torch.ones_like(experts, dtype=torch.int32))
     indices = experts.argsort(stable=True)
     rows = torch.arange(len(experts), dtype=torch.int32, device=ids.device)
     inverse = torch.empty_like(rows).scatter(0, indices, rows)
+    k = ids.shape[1] if ids.dim() == 2 else 1
     return Permutation(
-        counts, counts.cumsum(0, dtype=torch.int32), indices.to(torch.int32), inverse
+        counts, counts.cumsum(0, dtype=torch.int32), indices.to(torch.int32), inverse, k
     )
