@@ -77,13 +77,32 @@ from tilewright_kernels.linear_log_prob import (
 from tilewright_kernels.log_softmax import LogSoftmax, log_softmax, log_softmax_reference
 from tilewright_kernels.matmul import matmul, matmul_reference
 from tilewright_kernels.memory_patterns import vector_add, vector_add_reference
-from tilewright_kernels.moe_route import Permutation, Routing, moe_route, moe_route_reference
+from tilewright_kernels.moe_losses import (
+    balanced_bias,
+    load_balancing_loss,
+    load_balancing_loss_reference,
+    router_z_loss,
+    router_z_loss_reference,
+)
+from tilewright_kernels.moe_route import (
+    Permutation,
+    Routing,
+    moe_permutation,
+    moe_permutation_reference,
+    moe_route,
+    moe_route_reference,
+)
 from tilewright_kernels.packed_position_ids import (
     packed_position_ids,
     packed_position_ids_reference,
 )
 from tilewright_kernels.rms_norm import RMSNorm, rms_norm, rms_norm_reference
 from tilewright_kernels.rotary_embedding import RotaryEmbedding, rotary_table
+from tilewright_kernels.router_statistics import (
+    RouterStatistics,
+    router_statistics,
+    router_statistics_reference,
+)
 from tilewright_kernels.skinny_linear import skinny_linear, skinny_linear_reference
 from tilewright_kernels.softmax import Softmax, softmax, softmax_reference
 from tilewright_kernels.symmetric_matmul import symmetric_matmul, symmetric_matmul_reference
@@ -108,6 +127,7 @@ __all__ = [
     "ReLU",
     "ReLUSquared",
     "RotaryEmbedding",
+    "RouterStatistics",
     "Routing",
     "SiLU",
     "Softmax",
@@ -118,6 +138,7 @@ __all__ = [
     "apply_rotary_emb_reference",
     "attention_reference",
     "backend_report",
+    "balanced_bias",
     "check_environment",
     "commuting_matmul",
     "commuting_matmul_reference",
@@ -145,10 +166,14 @@ __all__ = [
     "linear_log_prob",
     "linear_log_prob_reference",
     "linear_reference",
+    "load_balancing_loss",
+    "load_balancing_loss_reference",
     "log_softmax",
     "log_softmax_reference",
     "matmul",
     "matmul_reference",
+    "moe_permutation",
+    "moe_permutation_reference",
     "moe_route",
     "moe_route_reference",
     "packed_position_ids",
@@ -163,6 +188,10 @@ __all__ = [
     "rms_norm",
     "rms_norm_reference",
     "rotary_table",
+    "router_statistics",
+    "router_statistics_reference",
+    "router_z_loss",
+    "router_z_loss_reference",
     "scaled_dot_product_attention",
     "silu",
     "silu_reference",
