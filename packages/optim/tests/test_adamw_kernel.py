@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilewright_kernels import use_backend
 from tilewright_kernels.testing import (
@@ -14,7 +15,7 @@ from tilewright_kernels.testing import (
 )
 from tilewright_optim import AdamW, adam_reference, adamw_reference
 from tilewright_optim._adam_kernel import CHUNK, adam_triton
-from tilewright_optim._plan import STATES, Columns, Launch
+from tilewright_optim._plan import Columns, Launch
 from tilewright_optim._tables import PointerTables
 
 # One element; odd; a whole chunk; one past it, ragged; several, ragged but whole 16-byte vectors.
@@ -49,16 +50,9 @@ def launch(columns, capturable=False, tables=None, **options):
     if capturable:
         columns[5][:] = [step.to(device) for step in columns[5]]
     params, grads, m, v, maxima, steps = columns
-    names = dict(zip(STATES, (m, v, maxima), strict=False))
-    states = [
-        {"step": step, **{name: column[i] for name, column in names.items()}}
-        for i, step in enumerate(steps)
-    ]
     maxima = maxima if options.get("amsgrad") else []
     seeds = list(range(len(params)))
-    given = Launch(
-        Columns(params, grads, m, v, maxima, [], [], [], steps, seeds), states, capturable, ()
-    )
+    given = Launch(Columns(params, grads, m, v, maxima, [], [], [], steps, seeds), capturable, ())
     with count_launches() as launches:
         chosen: dict[str, Any] = {**HYPER, "decoupled": True, **options}
         adam_triton(given, tables, **chosen)
@@ -129,8 +123,35 @@ def test_bias_corrections_at_any_age(first_steps, capturable, device):
     check(columns, capturable=capturable)
 
 
-def test_found_inf(device):
-    columns = tensors((5, CHUNK + 1), torch.float32, device)
+# Each count is read by one program, which adds 1; two share one; one belongs to no program.
+@pytest.mark.parametrize("sizes", [(5, CHUNK, 1), (5, CHUNK + 1), (5, 0)], ids=str)
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
+def test_counts_on_the_device(found_inf, sizes, device):
+    columns = tensors(sizes, torch.float32, device)
+    flag = None if found_inf is None else torch.tensor(found_inf, device=device)
+    expected = [s.item() + (found_inf != 1) for s in columns[5]]
+    launch(columns, capturable=True, found_inf=flag)
+    assert [s.item() for s in columns[5]] == expected
+
+
+@pytest.mark.parametrize(("size", "additions"), [(CHUNK, 0), (CHUNK + 1, 1)])
+def test_small_tensors_are_counted_by_their_own_kernel(size, additions, device):
+    class Additions(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen += "add_" in func.name()
+            return func(*args, **(kwargs or {}))
+
+    columns = tensors((size, 3), torch.float32, device)
+    with Additions() as additions_seen:
+        launch(columns, capturable=True)
+    assert additions_seen.seen == additions
+
+
+@pytest.mark.parametrize("sizes", [(5, CHUNK + 1), (5, 7)], ids=str)
+def test_found_inf(sizes, device):
+    columns = tensors(sizes, torch.float32, device)
     before = copies(columns)
     launch(columns, capturable=True, found_inf=torch.ones((), device=device))
     for ours, unchanged in zip(columns, before, strict=True):

@@ -173,7 +173,7 @@ def _adam_kernel(
     eps: tl.float64,
     PARAM: tl.constexpr, GRAD: tl.constexpr, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr,
     MASTER: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, DECOUPLED: tl.constexpr,
-    CAUTIOUS: tl.constexpr, CAPTURABLE: tl.constexpr,
+    CAUTIOUS: tl.constexpr, CAPTURABLE: tl.constexpr, COUNTS: tl.constexpr,
     COLUMNS: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +181,7 @@ def _adam_kernel(
 
     Its columns are p, m, v, step, then what there is of: max v; low halves; scales of m and of v;
     seeds. The step column holds addresses of step counts where CAPTURABLE, else what each
-    tensor's count is ahead of `step`.
+    tensor's count is ahead of `step`. With COUNTS no tensor has two chunks, and its program adds 1.
     """
     if found_inf_ptr is not None:  # noqa: SIM102 (Triton evaluates both sides of `and`)
         if tl.load(found_inf_ptr) != 0:
@@ -260,6 +260,9 @@ def _adam_kernel(
                 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, AMSGRAD, MAXIMIZE, DECOUPLED, CAUTIOUS,
                 grad_scale_ptr is not None, norm_ptr is not None, False, ACC, CHUNK, BLOCK,
             )  # fmt: skip
+    if COUNTS:
+        tl.debug_barrier()  # some warps may not have read it yet
+        tl.store(element(count, tl.float32, 0, False), t.to(tl.float32))
 
 
 def chunk_size(exp_avg: torch.dtype) -> int:
@@ -322,6 +325,7 @@ def adam_triton(
     random = [seeds] if m_scales or stochastic else []
     columns = [*places[:3], counts, *places[3:], *random]
     work, grad_table, num_chunks = tables.get(columns, launch.sizes, grad_places)
+    counts_itself = launch.counts_itself(chunk_size(m[0].dtype))
     OPERATORS[decoupled].launch(
         _adam_kernel, (num_chunks,), work, grad_table, len(params),
         grad_scale, found_inf, total_norm, _pointer(lr), _pointer(weight_decay),
@@ -331,14 +335,17 @@ def adam_triton(
         EXP_AVG=triton_type(m[0].dtype), EXP_AVG_SQ=triton_type(v[0].dtype),
         MASTER="exact" if lows else "stochastic" if stochastic else "none", AMSGRAD=amsgrad,
         MAXIMIZE=maximize, DECOUPLED=decoupled, CAUTIOUS=cautious, CAPTURABLE=launch.capturable,
-        COLUMNS=len(columns), ACC=accumulator(params[0].dtype),
+        COUNTS=counts_itself, COLUMNS=len(columns), ACC=accumulator(params[0].dtype),
         CHUNK=CHUNK, TILES=_tiles(m[0].dtype), BLOCK=BLOCK, num_warps=_NUM_WARPS,
         **(_CODED if m[0].dtype == torch.int8 else {}),
     )  # fmt: skip
     for original, copy in copies:
         original.copy_(copy)
     torch.autograd.graph.increment_version(launch.columns.params)  # 0.04 µs each
-    launch.count(found_inf)
+    if counts_itself:
+        torch.autograd.graph.increment_version(steps)
+    else:
+        launch.count(found_inf)
 
 
 def _pointer(number: float | Tensor) -> Tensor | None:

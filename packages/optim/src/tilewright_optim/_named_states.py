@@ -76,6 +76,13 @@ class NamedStates(Optimizer):
         groups = self.state_dict()["param_groups"]
         self.load_state_dict({"state": states, "param_groups": groups})
 
+    def state_dict(self) -> dict[str, Any]:
+        """What torch.optim's has, in plain dicts; the tensors are the optimizer's own."""
+        saved = super().state_dict()
+        states = saved["state"].items()
+        saved["state"] = {i: dict(s) if isinstance(s, dict) else s for i, s in states}
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim's; dtypes of states stay as saved.
 

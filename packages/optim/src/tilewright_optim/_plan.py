@@ -1,19 +1,20 @@
 """What successive steps have in common, so that a step of a thousand tensors costs little Python.
 
 A `Launch` holds the tensors of one kind as the lists that a kernel's tables are made of. Each step
-asks it whether they still hold: the same parameters, states and gradients' dtypes, all where they
-were. That is a few passes over lists in C, 0.4 µs a tensor, where making the lists takes 3 µs. If
-something changed, the group is planned anew. One thing is taken for granted: where states are moved
-by an assignment to `.data`, which leaves the tensor object in place, it is not one of many alone.
+asks it whether they still hold: the same parameters, where they were, and gradients of the same
+dtype. That is a few passes over lists in C, 0.2 µs a tensor, where making the lists takes 3 µs. If
+something changed, the group is planned anew. That other tensors were put into states is known
+without a look (`_watched`). One thing is taken for granted: where states are moved by an assignment
+to `.data`, which leaves the tensor object in place, it is not one of many alone.
 
-A plan keeps gradients and states alive from step to step, also those that their owner has dropped
-meanwhile. So only small groups' plans are kept, `KEPT` elements at most; the steps of others wait
-for the device anyway.
+A plan keeps states alive from step to step, and gradients until `zero_grad`, also those that their
+owner has dropped meanwhile. So only small groups' plans are kept, `KEPT` elements at most; the
+steps of others wait for the device anyway.
 """
 
 from collections.abc import Sequence
 from itertools import repeat
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from tilewright_optim._arguments import obstacle
 from tilewright_optim._kinds import Kind
-from tilewright_optim._states import State, as_one
+from tilewright_optim._states import as_one
 from tilewright_optim._tables import addresses
 
 _GRAD, _DTYPE = attrgetter("grad"), attrgetter("dtype")
@@ -63,13 +64,12 @@ class Launch:
 
     Args:
         columns: their tensors now.
-        states: their states, whose entries `columns` holds.
         capturable: whether step counts are on the device.
         kind: their devices and dtypes.
 
     Attributes:
         obstacle: why kernels cannot take them, or None if they can.
-        columns: as given, with the gradients of the last `refresh`.
+        columns: as given, with the gradients of the last `refresh`, if they are not forgotten.
         contiguous: whether all are, so that kernels can be given addresses as they are.
         sizes: elements of each parameter.
         places: addresses of parameters, then of the lists of states that are not empty.
@@ -77,22 +77,19 @@ class Launch:
         flat_steps: the tensor whose elements the step counts are, or None.
     """
 
-    def __init__(self, columns: Columns, states: list[State], capturable: bool, kind: Kind) -> None:
+    def __init__(self, columns: Columns, capturable: bool, kind: Kind) -> None:
         self.columns = columns
         self.kind = kind
         self.obstacle = obstacle(columns.params)
-        self._states = states
         self.capturable = capturable
-        self._watched = [
-            (itemgetter(name), tensors, addresses(tensors[::_SAMPLE]))
-            for name, tensors in zip((*STATES, "step"), columns[2:9], strict=True)
-            if tensors
-        ]
+        samples = [tensors[::_SAMPLE] for tensors in columns[2:9] if tensors]
+        self._samples = [(tensors, addresses(tensors)) for tensors in samples]
         walked = (columns.params, columns.grads, *columns[2:6])
         self.contiguous = all(all(map(Tensor.is_contiguous, column)) for column in walked)
         self.sizes = list(map(Tensor.numel, columns.params))
         self.places = [addresses(tensors) for tensors in (columns.params, *columns[2:8]) if tensors]
         self.grad_places = addresses(columns.grads)
+        self._grad_dtypes = set(map(_DTYPE, columns.grads))
         self.flat_steps = as_one(columns.steps)
         self._zeros = [0] * len(self.sizes)
         self._first: float | None = None
@@ -105,25 +102,27 @@ class Launch:
         try:
             if not self._take(grads) or addresses(params) != self.places[0]:
                 return False
-            for get, tensors, places in self._watched:
-                if not all(map(is_, map(get, self._states), tensors)):
-                    return False
-                if addresses(tensors[::_SAMPLE]) != places:
-                    return False
-        except (TypeError, KeyError, RuntimeError):  # a gradient of None, a state that is gone
+            return all(addresses(tensors) == places for tensors, places in self._samples)
+        except (TypeError, RuntimeError):  # a gradient of None, or one without an address
             return False
-        return True
+
+    def forget_gradients(self) -> None:
+        """Keep none of them alive; the next `refresh` looks at its own as if they were new."""
+        self.columns = self.columns._replace(grads=[])
 
     def _take(self, grads: list[Tensor]) -> bool:
         before, places = self.columns.grads, addresses(grads)
-        if places == self.grad_places and all(map(is_, grads, before)):
+        if places != self.grad_places:
+            self.grad_places = places
+        elif before and all(map(is_, grads, before)):
             return True
-        if set(map(type, grads)) != {Tensor} or set(map(_DTYPE, grads)) != {before[0].dtype}:
-            return False
-        if list(map(Tensor.numel, grads)) != self.sizes:
-            return False
-        self.columns, self.grad_places = self.columns._replace(grads=grads), places
-        return all(map(Tensor.is_contiguous, grads))
+        self.columns = self.columns._replace(grads=grads)
+        return (
+            set(map(type, grads)) == {Tensor}
+            and set(map(_DTYPE, grads)) == self._grad_dtypes
+            and list(map(Tensor.numel, grads)) == self.sizes
+            and all(map(Tensor.is_contiguous, grads))
+        )
 
     def counts(self) -> tuple[float, list[int]]:
         """The first step count, on the host, and what each is ahead of it."""
@@ -140,11 +139,16 @@ class Launch:
         self._first = None
         return first, [int(value - first) for value in values]
 
-    def count(self, found_inf: Tensor | None) -> None:
-        """Add 1 to every step, after the launch, all of whose programs read them.
+    def counts_itself(self, chunk: int) -> bool:
+        """Whether the kernel can add 1 to every step: each is read by one program alone.
 
-        In the kernel it would need a counter of programs, which costs 5 to 15 % of the step.
+        Where programs share a tensor, it would need a counter of those that have read, which costs
+        5 to 15 % of the step.
         """
+        return self.capturable and min(self.sizes) > 0 and max(self.sizes) <= chunk
+
+    def count(self, found_inf: Tensor | None) -> None:
+        """Add 1 to every step, after the launch, all of whose programs read them."""
         steps = self.columns.steps
         if self.flat_steps is not None:
             self.flat_steps.add_(1 if found_inf is None else found_inf == 0)
@@ -185,6 +189,11 @@ class Plan:
             and all(map(is_, map(_GRAD, self._without), repeat(None)))
             and all(launch.contiguous and launch.refresh() for launch in self.launches)
         )
+
+    def forget_gradients(self) -> None:
+        """`Launch.forget_gradients` for each."""
+        for launch in self.launches:
+            launch.forget_gradients()
 
 
 def _options(group: dict[str, Any]) -> tuple[bool, bool]:

@@ -7,7 +7,7 @@ that checkpoints go both ways. `AdamW` is the same class with decoupled decay.
 
 from collections.abc import Callable, Iterator
 from itertools import repeat
-from operator import is_, ne
+from operator import ne
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from tilewright_optim._norm_kernel import NormTables
 from tilewright_optim._plan import STATES, Columns, Launch, Plan
 from tilewright_optim._states import Master, State, StateDtype, Storage, pack_steps
 from tilewright_optim._tables import PointerTables
+from tilewright_optim._watched import WatchedState, is_watched, last_change, watched
 from tilewright_optim.clip_grad import total_norm
 from tilewright_optim.functional import adam_reference
 
@@ -126,6 +127,7 @@ class Adam(NamedStates, Optimizer):
         }
         self._check(defaults)
         super().__init__(params, defaults)
+        self.state = watched(self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch.optim does, after a check of its options."""
@@ -147,6 +149,7 @@ class Adam(NamedStates, Optimizer):
         for group in state["param_groups"]:
             storage.check_amsgrad(group.get("amsgrad", False))
         super().__setstate__(state)
+        self.state = watched(self.state)
         decoupled = self.defaults["decoupled_weight_decay"]
         self._complete_groups()
         for group in self.param_groups:
@@ -161,7 +164,7 @@ class Adam(NamedStates, Optimizer):
         """Forget what was derived from the state."""
         self._tables: dict[tuple[int, Kind], PointerTables] = {}
         self._plans: dict[int, Plan] = {}
-        self._planned: list[State] = []
+        self._planned: tuple[object, int] = None, 0
         self._numbers: dict[int, int] = {}
         self._norms: dict[torch.device, NormTables] = {}
         self.grad_norm = None
@@ -190,16 +193,24 @@ class Adam(NamedStates, Optimizer):
         self._step_groups(found_inf, norm)
         return loss
 
+    @torch.compiler.disable  # dicts of its own, as in `step`
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set all gradients to None, or to zeros, as torch.optim does."""
+        super().zero_grad(set_to_none)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        for plan in self._plans.values():
+            plan.forget_gradients()
+
     def _step_groups(self, found_inf: Tensor | None, norm: Tensor | None) -> None:
-        states = list(self.state.values())
-        if len(states) != len(self._planned) or not all(map(is_, states, self._planned)):
+        states, change = self._planned
+        if states is not self.state or change != last_change():
             self._plans.clear()
         self._numbers = {}
         for index, group in enumerate(self.param_groups):
             self._step_group(index, group, found_inf, norm)
-        if len(states) != len(self.state):  # a first step made some
-            states = list(self.state.values())
-        self._planned = states if self._plans else []
+        self._planned = self.state, last_change()
 
     def _total_norm(self) -> Tensor | None:
         grads = [param.grad for param in self._all_params() if param.grad is not None]
@@ -220,7 +231,7 @@ class Adam(NamedStates, Optimizer):
         if plan is None or not plan.refresh(group):
             self._plans.pop(index, None)
             plan = Plan(group, list(self._launches(group)))
-            if plan.small:
+            if plan.small and is_watched(self.state):
                 self._plans[index] = plan
         for launch in plan.launches:
             self._update(index, group, launch, found_inf, norm)
@@ -298,7 +309,7 @@ class Adam(NamedStates, Optimizer):
                 steps=[state["step"] for state in states],
                 seeds=seeds,
             )
-            yield Launch(columns, states, group["capturable"], kind)
+            yield Launch(columns, group["capturable"], kind)
 
     def _make_maxima(self, states: list[State]) -> None:
         """Begin running maxima where there are none: amsgrad was set after some steps."""
@@ -322,5 +333,5 @@ class Adam(NamedStates, Optimizer):
             place = param.device if group["capturable"] else "cpu"
             dtype = torch.float64 if double else torch.float32
             step = torch.zeros((), dtype=dtype, device=place)
-            self.state[param] = {"step": step, **state}
+            self.state[param] = WatchedState(step=step, **state)
         pack_steps(self.state[param] for param in new)

@@ -20,6 +20,7 @@ from tilewright_optim._named_states import NamedStates
 from tilewright_optim._norm_kernel import NormTables
 from tilewright_optim._roles import roles
 from tilewright_optim._states import StateDtype, pack_steps
+from tilewright_optim._watched import watched
 from tilewright_optim.adamw import AdamW
 from tilewright_optim.clip_grad import total_norm
 from tilewright_optim.muon import Muon
@@ -100,6 +101,7 @@ class MuonW(NamedStates, Optimizer):
         self.grad_norm: Tensor | None = None
         self._norms: dict[torch.device, NormTables] = {}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "cautious": cautious})
+        self.state = watched(self.state)
         self._share()
 
     @classmethod
@@ -192,6 +194,7 @@ class MuonW(NamedStates, Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_norms", {})
         self.__dict__.setdefault("grad_norm", None)
+        self.state = watched(self.state)
         self._share()
         self._parts["adamw"]._reset()
         for part in self._parts.values():
@@ -245,6 +248,12 @@ class MuonW(NamedStates, Optimizer):
             muon._step_group(index, group)
         adamw._step_groups(found_inf, None)
         return loss
+
+    @torch.compiler.disable  # dicts of its own, as in `step`
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set all gradients to None, or to zeros, as torch.optim does."""
+        super().zero_grad(set_to_none)
+        self._parts["adamw"]._forget_gradients()
 
     def _clipping_scale(self, scale: Tensor | None, max_norm: float) -> Tensor | None:
         """What gradients are divided by, so that their norm is at most max_norm."""

@@ -1,0 +1,103 @@
+"""Dicts of states: every way to change one is noticed, and nothing else; copies are plain."""
+
+import copy
+import io
+import pickle
+from collections import defaultdict
+
+import pytest
+import torch
+
+from tilewright_optim import Adam, Muon, MuonW
+from tilewright_optim._watched import (
+    WatchedState,
+    WatchedStates,
+    is_watched,
+    last_change,
+    watched,
+)
+from tilewright_optim.testing import random_parameters, set_random_grads
+
+CHANGES = {
+    "assign": lambda d: d.__setitem__("a", 2),
+    "delete": lambda d: d.__delitem__("a"),
+    "or": lambda d: d.__ior__({"b": 2}),
+    "clear": lambda d: d.clear(),
+    "pop": lambda d: d.pop("a"),
+    "popitem": lambda d: d.popitem(),
+    "setdefault": lambda d: d.setdefault("b", 2),
+    "update": lambda d: d.update(b=2),
+}
+
+
+@pytest.mark.parametrize("make", [lambda d: WatchedState(d), lambda d: WatchedStates(None, d)])
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_are_noticed(name, make):
+    plain = {"a": 1}
+    kept = make(plain)
+    before = last_change()
+    CHANGES[name](plain)
+    CHANGES[name](kept)
+    assert last_change() != before
+    assert kept == plain
+
+
+def test_every_method_that_changes_a_dict_is_overridden():
+    reading = {
+        "__class_getitem__", "__contains__", "__getitem__", "__iter__", "__len__", "__or__",
+        "__reversed__", "__ror__", "copy", "fromkeys", "get", "items", "keys", "values",
+    }  # fmt: skip
+    changing = set(dir(dict)) - set(dir(object)) - reading
+    assert changing == {
+        name for name in changing if getattr(WatchedState, name) is not getattr(dict, name)
+    }
+    assert len(changing) == len(CHANGES)
+
+
+def test_reading_is_no_change():
+    states = watched({1: {"a": 2}})
+    before = last_change()
+    assert states[1]["a"] == 2
+    assert states.get(3) is None
+    assert dict(states[1]) == {"a": 2}
+    assert last_change() == before
+
+
+def test_a_missing_state_is_made_watched():
+    states = watched({})
+    before = last_change()
+    assert type(states["new"]) is WatchedState
+    assert last_change() != before
+
+
+def test_what_is_watched_stays():
+    states = watched(defaultdict(dict, {1: {}, 2: {}}))
+    assert is_watched(states)
+    assert watched(states) is states
+    states[1] = {}
+    assert not is_watched(states)
+    second = states[2]
+    assert is_watched(watched(states))
+    assert watched(states)[2] is second
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
+def test_copies_are_plain(clone):
+    states = clone(watched({1: {"a": 2}}))
+    assert states == {1: {"a": 2}}
+    assert type(states) is defaultdict
+    assert type(states[1]) is dict
+    assert states[5] == {}
+
+
+@pytest.mark.parametrize("kind", [Adam, Muon, MuonW])
+def test_checkpoints_hold_plain_dicts(kind):
+    params = random_parameters(torch.device("cpu"), torch.float32, [(4, 4)])
+    groups = [{"params": params, "kind": "adamw"}] if kind is MuonW else params
+    optimizer = kind(groups)
+    set_random_grads(params, 0)
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    assert type(torch.load(file, weights_only=True)["state"][0]) is dict
