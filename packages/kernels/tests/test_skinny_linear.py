@@ -1,4 +1,5 @@
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def make(form, rows, n, k, dtype, device, seed=0):
     gated = "gated" in form
     scale = k**-0.5
     weight = randn(n * (2 if gated else 1), k, dtype=torch.float64, device="cpu", seed=seed + 1)
-    options: dict = {"gated": gated}
+    options: dict[str, Any] = {"gated": gated}
     if "norm" in form:
         options["norm_weight"] = randn(k, dtype=dtype, device=device, seed=seed + 2) + 1
         options["eps"] = EPS
@@ -59,7 +60,9 @@ def check(x, weight, options):
     assert launches["skinny_linear"] == 1
     plain = {k: v for k, v in options.items() if k not in ("counters", "prefetch_weight")}
     same = skinny_linear_reference(x, weight, **plain)
-    wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in plain.items()}
+    wide: dict[str, Any] = {
+        k: v.double() if isinstance(v, torch.Tensor) else v for k, v in plain.items()
+    }
     oracle = skinny_linear_reference(x.double(), weight.double(), **wide)
     # Gated, sums of size 5 are multiplied with one another.
     assert_as_accurate(ours, same, oracle, scale=25.0)

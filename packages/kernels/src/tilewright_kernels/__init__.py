@@ -43,10 +43,12 @@ from tilewright_kernels.dropout import (
 )
 from tilewright_kernels.flash_attention import (
     attention_reference,
+    attention_with_kvcache_reference,
     decode_attention_reference,
     flash_attention_reference,
     flash_attn_decode,
     flash_attn_varlen_func,
+    flash_attn_with_kvcache,
     scaled_dot_product_attention,
     varlen_attention_reference,
 )
@@ -137,6 +139,7 @@ __all__ = [
     "apply_rotary_emb",
     "apply_rotary_emb_reference",
     "attention_reference",
+    "attention_with_kvcache_reference",
     "backend_report",
     "balanced_bias",
     "check_environment",
@@ -152,6 +155,7 @@ __all__ = [
     "flash_attention_reference",
     "flash_attn_decode",
     "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "gated_mlp",
     "gated_mlp_reference",
     "geglu",

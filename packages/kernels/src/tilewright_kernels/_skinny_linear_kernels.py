@@ -23,8 +23,8 @@ def await_previous_launch(OVERLAP: tl.constexpr):
 
 @triton.jit
 def skinny_linear_row_kernel(
-    x_ptr, weight_ptr, norm_weight_ptr, residual_ptr, out_ptr, weight_row_stride, N, eps,
-    K: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, weight_ptr, norm_weight_ptr, residual_ptr, out_ptr, weight_row_stride, N,
+    EPS: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
     OVERLAP: tl.constexpr, PREFETCH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def skinny_linear_row_kernel(
         if GATED:
             up_acc += tl.sum(up_now.to(ACC) * x[None, :], 1)
     if norm_weight_ptr is not None:
-        r = tl.rsqrt(tl.sum(squares, 0) / K + tl.cast(eps, ACC))
+        r = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
         acc *= r
         up_acc *= r
     if GATED:
@@ -82,8 +82,8 @@ def skinny_linear_row_kernel(
 @triton.jit
 def skinny_linear_rows_kernel(
     x_ptr, weight_ptr, norm_weight_ptr, residual_ptr, out_ptr, parts_ptr, arrived_ptr,
-    x_row_stride, weight_row_stride, residual_row_stride, M, N, eps,
-    K: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
+    x_row_stride, weight_row_stride, residual_row_stride, M, N,
+    EPS: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
     OVERLAP: tl.constexpr, PREFETCH: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +135,7 @@ def skinny_linear_rows_kernel(
     if SPLITS == 1:
         _finish_rows(
             acc, up_acc, square, norm_weight_ptr, residual_ptr, out_ptr, residual_row_stride,
-            m, n, M, N, eps, K, GATED, ACC,
+            m, n, M, N, EPS, K, GATED, ACC,
         )  # fmt: skip
     else:
         # Sums of a split: one tile or two, then the squares, which every block of columns has too.
@@ -163,18 +163,18 @@ def skinny_linear_rows_kernel(
             tl.store(arrived_ptr + block, 0)
             _finish_rows(
                 acc, up_acc, square, norm_weight_ptr, residual_ptr, out_ptr, residual_row_stride,
-                m, n, M, N, eps, K, GATED, ACC,
+                m, n, M, N, EPS, K, GATED, ACC,
             )  # fmt: skip
 
 
 @triton.jit
 def _finish_rows(
     acc, up_acc, square, norm_weight_ptr, residual_ptr, out_ptr, residual_row_stride,
-    m, n, M, N, eps, K: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
+    m, n, M, N, EPS: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """From sums over all of K to out."""
     if norm_weight_ptr is not None:
-        r = tl.rsqrt(square / K + tl.cast(eps, ACC))[None, :]
+        r = tl.rsqrt(square / K + EPS)[None, :]
         acc *= r
         up_acc *= r
     if GATED:

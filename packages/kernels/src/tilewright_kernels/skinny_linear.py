@@ -134,14 +134,14 @@ def skinny_linear_forward(
     # Triton's interpreter knows no such option.
     options = {"launch_pdl": True} if overlap else {}
     known = {
-        "K": k, "GATED": gated, "ACC": accumulator(x.dtype),
+        "EPS": eps, "K": k, "GATED": gated, "ACC": accumulator(x.dtype),
         "OVERLAP": overlap, "PREFETCH": overlap and prefetch,
     }  # fmt: skip
     if len(x) == 1:
         tile = row_tile(k, size, gated)
         _OP.launch(
             skinny_linear_row_kernel, (cdiv(width, tile.BLOCK_N),),
-            x, weight, norm_weight, residual, out, weight.stride(0), width, eps,
+            x, weight, norm_weight, residual, out, weight.stride(0), width,
             **known, **tile._asdict(), **options,
         )  # fmt: skip
         return out
@@ -158,7 +158,7 @@ def skinny_linear_forward(
         skinny_linear_rows_kernel, (blocks, tile.SPLITS),
         x, weight, norm_weight, residual, out, parts, counters if tile.SPLITS > 1 else None,
         x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
-        len(x), width, eps,
+        len(x), width,
         **known, BLOCK_M=block_m, **tile._asdict(), **options,
     )  # fmt: skip
     return out
