@@ -57,19 +57,22 @@ def _load_softmax(
     logits_ptr, token_weights_ptr, row_stride, tokens, num_tokens, n_cols,
     ACC: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """m, softmax and lse of a block of tokens, m = 0 outside."""
+    """m, softmax and lse of a block of tokens; m = 0 outside.
+
+    Tokens of weight 0 are not read: they may hold anything, infinities too.
+    """
     cols = tl.arange(0, BLOCK_E)
-    inside = (tokens < num_tokens)[:, None] & (cols < n_cols)[None, :]
+    if token_weights_ptr is None:
+        m = (tokens < num_tokens).to(ACC)
+    else:
+        m = tl.load(token_weights_ptr + tokens, mask=tokens < num_tokens, other=0).to(ACC)
+    inside = (m != 0)[:, None] & (cols < n_cols)[None, :]
     at = tokens.to(tl.int64)[:, None] * row_stride + cols[None, :]
     x = tl.load(logits_ptr + at, mask=inside, other=0.0).to(ACC)
     x = tl.where((cols < n_cols)[None, :], x, -float("inf"))
     peak = tl.max(x, axis=1)
     e = tl.exp(x - peak[:, None])
     total = tl.sum(e, axis=1)
-    if token_weights_ptr is None:
-        m = (tokens < num_tokens).to(ACC)
-    else:
-        m = tl.load(token_weights_ptr + tokens, mask=tokens < num_tokens, other=0).to(ACC)
     return m, e / total[:, None], peak + tl.log(total)
 
 
@@ -87,16 +90,15 @@ def _router_statistics_fwd_kernel(
         m, p, lse = _load_softmax(
             logits_ptr, token_weights_ptr, row_stride, tokens, num_tokens, n_cols, ACC, BLOCK_E
         )
-        # A token that does not count may hold anything, infinities too.
-        sums += tl.sum(tl.where((m != 0)[:, None], m[:, None] * p, 0.0), axis=0)
-        squares += tl.where(m != 0, m * lse * lse, 0.0)
+        sums += tl.sum(m[:, None] * p, axis=0)
+        squares += m * lse * lse
     tl.store(sums_ptr + program * n_cols + cols, sums, mask=cols < n_cols)
     tl.store(squares_ptr + program, tl.sum(squares))
 
 
 @triton.jit
 def _router_statistics_bwd_kernel(
-    dsums_ptr, dsquare_ptr, logits_ptr, token_weights_ptr, dlogits_ptr,
+    logits_ptr, token_weights_ptr, dsums_ptr, dsquare_ptr, dlogits_ptr,
     row_stride, num_tokens, n_cols,
     ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +113,7 @@ def _router_statistics_bwd_kernel(
     along = -tl.sum(p * slope[None, :], axis=1)
     if dsquare_ptr is not None:
         along += 2 * lse * tl.load(dsquare_ptr).to(ACC)
-    dx = tl.where((m != 0)[:, None], m[:, None] * p * (slope[None, :] + along[:, None]), 0.0)
+    dx = m[:, None] * p * (slope[None, :] + along[:, None])
     inside = (tokens < num_tokens)[:, None] & (cols < n_cols)[None, :]
     tl.store(dlogits_ptr + tokens.to(tl.int64)[:, None] * n_cols + cols[None, :], dx, mask=inside)
 
@@ -138,7 +140,7 @@ def router_statistics_backward(
     rows, tile = as_rows(logits, num_experts), _tile(num_experts)
     _OP.launch(
         _router_statistics_bwd_kernel, (cdiv(num_tokens, tile["BLOCK_T"]),),
-        None if dsums is None else dsums.contiguous(), dsquare, rows, token_weights, dlogits,
+        rows, token_weights, None if dsums is None else dsums.contiguous(), dsquare, dlogits,
         rows.stride(0), num_tokens, num_experts, ACC=accumulator(logits.dtype), **tile,
     )  # fmt: skip
     return dlogits

@@ -27,17 +27,21 @@ def sortable(x):
     x = tl.where(x == 0, 0.0, x)
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True)
-        return tl.where(x != x, 0x7FFFFFFFFFFFFFFF, bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF))
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+        key = tl.where(x != x, 0x7FFFFFFFFFFFFFFF, bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF))
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        key = tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return key
 
 
 @triton.jit
 def from_sortable(key):
     """What `sortable` was made of."""
     if key.dtype == tl.int64:
-        return (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        x = (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
+    else:
+        x = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -77,8 +81,9 @@ def _keys_of_best_groups(
 def _scores(x, peak, total, SOFTMAX: tl.constexpr):
     """p of logits x; peak and total, of the whole row, are read for softmax only."""
     if SOFTMAX:
-        return tl.exp(x - peak) / total
-    score, _ = logistic(x)
+        score = tl.exp(x - peak) / total
+    else:
+        score, _ = logistic(x)
     return score
 
 
