@@ -130,7 +130,7 @@ def train_by(rank, transport, folder, backend):
             place.mkdir(exist_ok=True)
             return HostPeers(group, place)
 
-        bucketed.GPUPeers = peers_of
+        vars(bucketed)["GPUPeers"] = peers_of
     device = device_of(rank)
     found = {}
     for case, dtype in (("plain", None), ("narrow", torch.bfloat16), ("wide", torch.float64)):

@@ -12,6 +12,7 @@ from tilewright_bench import collectives_command, docs, plots, roofline
 from tilewright_bench.compare import compare
 from tilewright_bench.environment import describe
 from tilewright_bench.pages import PageError
+from tilewright_bench.parallel import command as parallel_command
 from tilewright_bench.report import table
 from tilewright_bench.rows import rows_of
 from tilewright_bench.saved import (
@@ -75,6 +76,11 @@ def roofline_main() -> int:
 def collectives_main() -> int:
     """bench-collectives."""
     return main(command="collectives")
+
+
+def parallel_main() -> int:
+    """bench-parallel."""
+    return main(command="parallel")
 
 
 def docs_main() -> int:
@@ -172,6 +178,10 @@ COMMANDS = {
         collectives_command.run,
         "measure collectives by size under torchrun: time, algorithm and bus bandwidth",
     ),
+    "parallel": (
+        parallel_command.run,
+        "measure training steps under torchrun, ours beside torch's: time, exposure, memory",
+    ),
     "docs": (_docs, "make the tables and plots of README and docs anew from the baselines"),
 }
 
@@ -195,6 +205,9 @@ def _add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     parser.set_defaults(run_command=run)
     if command == "collectives":
         collectives_command.add_arguments(parser)
+        return
+    if command == "parallel":
+        parallel_command.add_arguments(parser)
         return
     which = "name of a baseline, path of a file, or number of a saved run"
     parser.add_argument("--baselines", type=Path, default=BASELINES, help="[%(default)s]")

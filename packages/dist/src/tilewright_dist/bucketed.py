@@ -72,6 +72,12 @@ class BucketedReducer(OverlappedReducer):
         """In starting order."""
         return self._buckets
 
+    @property
+    def shared_bytes(self) -> int:
+        """Memory that other ranks read, which torch.cuda.memory_allocated does not count."""
+        buffers = [bucket.shared for bucket in self._buckets] + [self._wire]
+        return sum(buffer.memory.nbytes for buffer in buffers if buffer is not None)
+
     @torch.no_grad()
     def gradient_arrived(self, name: str, process_group: dist.ProcessGroup | None) -> None:
         """Put a gradient into its bucket, start what may start; without a group (no_sync) nothing.

@@ -193,6 +193,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._inner
 
     @property
+    def shared_bytes(self) -> int:
+        """Memory that other ranks read, which torch.cuda.memory_allocated does not count."""
+        return sum(shard.shared_bytes for shard in self._shards)
+
+    @property
     def _group(self) -> dist.ProcessGroup:
         process_group = self._group_reference()
         if process_group is None:

@@ -57,6 +57,11 @@ class Shard:
         }
         """What the optimizer updates, by parameter: flat pieces, or whole matrices and scalars."""
 
+    @property
+    def shared_bytes(self) -> int:
+        """Memory that other ranks read."""
+        return 0 if self._bucket.shared is None else self._bucket.memory.nbytes
+
     def take_gradients(self) -> None:
         """Give each piece its part of the averaged gradient, None where there is none."""
         for name, segment in self.segments.items():

@@ -1,0 +1,170 @@
+"""bench-parallel: what it makes of traces and times, and a run of two processes under torchrun."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tilewright_bench.commands import main
+from tilewright_bench.parallel import results, trace
+from tilewright_bench.parallel.decoder import SIZES, Decoder
+
+
+def kernel(name, begin, end, correlation, stream=7, category="kernel"):
+    return {
+        "ph": "X",
+        "cat": category,
+        "name": name,
+        "ts": begin,
+        "dur": end - begin,
+        "args": {"stream": stream, "correlation": correlation},
+    }
+
+
+def launch(correlation, at):
+    return {
+        "ph": "X",
+        "cat": "cuda_runtime",
+        "name": "cudaLaunchKernel",
+        "ts": at,
+        "dur": 1,
+        "args": {"correlation": correlation},
+    }
+
+
+def phase(name, begin, end):
+    return {"ph": "X", "cat": "user_annotation", "name": name, "ts": begin, "dur": end - begin}
+
+
+STEP = [
+    *(phase(f"{name} 0", 0, 1) for name in trace.PHASES),
+    *(phase("forward 1", 10, 20), phase("backward 1", 20, 40), phase("update 1", 40, 50)),
+    *(launch(1, 12), kernel("gemm", 1000, 3000, 1)),
+    *(launch(2, 22), kernel("gemm", 3000, 4000, 2)),
+    *(launch(3, 25), kernel("gemm", 4010, 6000, 3)),
+    # Begins under backward, ends 500 after it.
+    *(launch(4, 26), kernel("ncclDevKernel_AllReduce", 5000, 6500, 4, stream=20)),
+    *(launch(5, 27), kernel("Memcpy PtoP", 6500, 6700, 5, stream=21, category="gpu_memcpy")),
+    *(launch(6, 45), kernel("adamw", 6800, 7800, 6)),
+    # Of the next step.
+    *(launch(7, 60), kernel("gemm", 9000, 9900, 7)),
+]
+
+
+def test_timeline():
+    found = trace.timeline(STEP)
+    assert found["lanes"] == {
+        "forward": [[0.0, 2.0]],
+        "backward": [[2.0, 5.0]],  # 10 µs between two kernels are no gap
+        "update": [[5.8, 6.8]],
+        "communication": [[4.0, 5.7]],
+    }
+    assert found["computing_ms"] == pytest.approx(5.99)
+    assert found["communicating_ms"] == pytest.approx(1.7)
+    assert found["exposed_ms"] == found["tail_ms"] == pytest.approx(0.7)
+
+
+def setup(milliseconds, held=0.0, update=1.0):
+    return {
+        "seconds": [milliseconds / 1e3] * 3,
+        "host_seconds": [0.01],
+        "update_seconds": [update / 1e3],
+        "held_bytes": held * 2**30,
+        "loss": 1.0,
+    }
+
+
+def run_with(**setups):
+    named = {name.replace("_", " "): found for name, found in setups.items()}
+    return {
+        "world_size": 4,
+        "size": {"parameters": 2**28},
+        "links": [],
+        "parts": {"eager": {"setups": named, "timelines": {}, "phases": {}}},
+    }
+
+
+RUN = run_with(
+    alone=setup(70.0),
+    torch=setup(78.0),
+    torch_static=setup(77.0),
+    torch_100_MB=setup(79.0),
+    bucketed=setup(75.0),
+    bucketed_copy=setup(73.0),
+    zero1=setup(72.0, held=2.55),
+    torch_zero=setup(80.0, held=2.6),
+)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "ours", "value", "met"),
+    [
+        ("speed", results.OURS, 77 / 73, True),
+        ("exposed", results.OURS, 3 / 73, True),
+        ("arithmetic", results.ZERO, 2.55 / 2.5, True),
+        ("memory", results.ZERO, 2.55 / 2.6, True),
+    ],
+)
+def test_bars_take_the_best_of_each(quantity, ours, value, met):
+    (bar,) = (
+        bar
+        for bar in results.BARS
+        if (bar.part, bar.quantity, bar.ours) == ("eager", quantity, ours)
+        and bar.beside != results.OURS
+        and bar.world_size in (0, 4)
+        and (quantity, bar.beside) != ("speed", ("torch zero",))
+    )
+    assert bar.value(RUN) == pytest.approx(value)
+    assert bar.holds(value) == met
+    assert not bar.holds(0.0 if quantity == "speed" else 9.0)
+
+
+def test_what_is_missing_is_not_measured():
+    table = results.bars_table([RUN])
+    assert "| DDP, eager | speed ≥ 1.03× torch's DDP at its best setting | 1.055× | yes |" in table
+    assert "| DDP, bf16 on the wire, eager" in table
+    assert "not measured" in table
+    # A bar for another number of ranks has an empty cell.
+    assert "speed ≥ 1.05× torch's DDP + ZeroRedundancyOptimizer |  |  |" in table
+    assert "NO" not in results.text(RUN).splitlines()[-1]
+
+
+def test_parameters_of_the_decoder():
+    size = SIZES["nano"]
+    model = Decoder(size)
+    assert sum(p.numel() for p in model.parameters()) == size.parameters
+    assert SIZES["0.5b"].parameters == 503_367_168
+    tokens = torch.randint(size.vocabulary, (2, size.tokens))
+    # Untrained: as likely as any other token.
+    assert model(tokens, tokens).item() == pytest.approx(5.5, abs=0.3)
+
+
+def test_without_torchrun_it_is_named(capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["parallel", "--device=cpu"]) == 2
+    assert "torchrun --nproc-per-node 2 -m tilewright_bench parallel" in capsys.readouterr().err
+
+
+def test_two_processes(tmp_path):
+    out = tmp_path / "x2.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["-m", "tilewright_bench", "parallel", "--device=cpu", "--size=nano"]
+    command += ["--parts", "ladder", "--rounds=1", "--steps=1", f"--out={out}", "--commit=1234567"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert printed.returncode == 0, printed.stderr
+    assert "transport='copy' needs GPUs of one host" in printed.stdout
+    saved = json.loads(out.read_text())
+    assert saved["world_size"] == 2
+    assert saved["commit_info"] == {"id": "1234567", "dirty": False}
+    setups = saved["parts"]["ladder"]["setups"]
+    assert list(setups) == ["naive", "per_parameter", "bucketed"]
+    # The same numbers travel, whatever the way.
+    assert len({setup["loss"] for setup in setups.values()}) == 1
+    assert {link["name"] for link in saved["links"]} == {
+        "all_reduce",
+        "reduce_scatter",
+        "all_gather",
+    }
