@@ -89,7 +89,7 @@ def grouped_sums(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
 
 def torch_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     """torch's own grouped product where it takes these operands, else the definition."""
-    if not all(_torch_takes(x) for x in (a, b)):
+    if not all(torch_takes(x) for x in (a, b)):
         return grouped_mm_reference(a, b, offs=offs)
     # What torch leaves undefined, in the result and in the gradients, becomes zero.
     if a.dim() == 3:
@@ -102,7 +102,7 @@ def torch_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return F.grouped_mm(a.where(inside, 0), b, offs=offs).where(inside, 0)
 
 
-def _torch_takes(x: Tensor) -> bool:
+def torch_takes(x: Tensor) -> bool:
     """Whether torch's grouped product takes an operand; a version without it takes none."""
     if not hasattr(F, "grouped_mm") or x.dtype == torch.float64 or x.numel() == 0:
         return False

@@ -110,7 +110,7 @@ def _following(
         tile += gl.num_programs(0)
         group, row, n = later
         ahead = tile + gl.num_programs(0)
-        later_group, later_row, later_end, later_n = block_at(
+        later_group, later_row, _end, later_n = block_at(
             blocks_ptr, ahead, num_blocks, tiles_n, GROUP_M
         )
     else:

@@ -19,13 +19,7 @@ def dot_rows(
     a_ptr, b_ptr, rows, valid, cols, N, K, a_m_stride, a_k_stride, b_k_stride, b_n_stride,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows `rows` of A, [BLOCK_M] in any order, times columns `cols` of B.
-
-    Args:
-        rows: of A; those that are not `valid` count as zeros.
-        valid: [BLOCK_M].
-        cols: of B, [BLOCK_N].
-    """
+    """Rows `rows` of A, in any order, times columns `cols` of B; rows not `valid` are zeros."""
     ks = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + rows[:, None].to(tl.int64) * a_m_stride + ks[None, :].to(tl.int64) * a_k_stride
     b_ptrs = b_ptr + ks[:, None].to(tl.int64) * b_k_stride + cols[None, :].to(tl.int64) * b_n_stride

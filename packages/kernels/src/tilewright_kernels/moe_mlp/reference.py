@@ -1,0 +1,53 @@
+"""The definition in plain torch, and the same on torch's own grouped product."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilewright_kernels.gated_mlp import GatedActivation
+from tilewright_kernels.grouped_mm.functional import torch_takes
+from tilewright_kernels.moe_route import Routing
+
+
+def moe_mlp_reference(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    routing: Routing,
+    activation: GatedActivation = "silu",
+) -> Tensor:
+    """The definition, a loop over experts; arguments as `moe_mlp`.
+
+    It waits for the device, to learn how many tokens an expert has.
+    """
+    rows = _rows_of(x, routing).split(routing.tokens_per_expert.tolist())
+    outs = []
+    for e, tokens in enumerate(rows):
+        gate, up = F.linear(tokens, w_gate_up[e]).chunk(2, dim=-1)
+        outs.append(F.linear(getattr(F, activation)(gate) * up, w_down[e]))
+    return _combined(torch.cat(outs), x, routing)
+
+
+def torch_moe_mlp(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: Routing, activation: GatedActivation
+) -> Tensor:
+    """The definition on torch's grouped product where it takes the operands, else the loop."""
+    rows = _rows_of(x, routing)
+    widths_fit = w_down.shape[2] % (16 // x.element_size()) == 0
+    if not widths_fit or not all(torch_takes(t) for t in (rows, w_gate_up, w_down)):
+        return moe_mlp_reference(x, w_gate_up, w_down, routing, activation)
+    gate, up = F.grouped_mm(rows, w_gate_up.mT, offs=routing.offs).chunk(2, dim=-1)
+    h = getattr(F, activation)(gate) * up
+    return _combined(F.grouped_mm(h, w_down.mT, offs=routing.offs), x, routing)
+
+
+def _rows_of(x: Tensor, routing: Routing) -> Tensor:
+    """The token of each row, [T · k, hidden]."""
+    return x.reshape(-1, x.shape[-1])[routing.permutation.long() // routing.weights.shape[1]]
+
+
+def _combined(rows: Tensor, x: Tensor, routing: Routing) -> Tensor:
+    """The weighted sum of each token's rows, like x."""
+    weights = routing.weights[..., None]
+    of_tokens = rows[routing.inverse.long()].view(*routing.weights.shape, -1)
+    return (of_tokens * weights).sum(1).to(x.dtype).view(x.shape)

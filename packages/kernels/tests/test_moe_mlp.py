@@ -1,0 +1,440 @@
+"""moe_mlp: against the float64 loop over experts, for every way of routing; what is kept."""
+
+import pytest
+import torch
+
+from tilewright_kernels import use_backend
+from tilewright_kernels.grouped_mm import launches
+from tilewright_kernels.moe_mlp import functional, moe_mlp, moe_mlp_reference
+from tilewright_kernels.moe_route import Routing, moe_permutation_reference
+from tilewright_kernels.testing import (
+    FLOATING,
+    check_against_float64,
+    check_compiles,
+    check_deterministic,
+    check_gradients,
+    layouts,
+    no_synchronization,
+    poisoned_memory,
+    randn,
+)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(request, monkeypatch):
+    """In the interpreter tiles of 16: several blocks for an expert of few tokens."""
+    if request.node.get_closest_marker("gpu") is None:
+        small = launches.Tile(16, 32, 16, 2, 2, 4)
+        monkeypatch.setattr(launches, "POINTER_TILES", dict.fromkeys((2, 4, 8), small))
+    launches.tile_for.cache_clear()
+    yield
+    launches.tile_for.cache_clear()
+
+
+def route(tokens, experts, k, how="random", dtype=torch.float32, device="cpu", seed=0):
+    """A routing: random experts, the same k for all, or the first one for half of all tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens, experts, generator=generator)
+    if how == "all to the last":
+        scores[:] = torch.arange(experts)
+    elif how == "skewed":
+        scores[: tokens // 2, 0] = 2.0
+    elif how == "every second expert":
+        scores[:, ::2] = -1.0
+    ids = scores.argsort(dim=1, descending=True)[:, :k].contiguous()
+    weights = torch.rand(tokens, k, generator=generator).to(device, dtype).requires_grad_()
+    order = moe_permutation_reference(ids.to(device), experts)
+    return Routing(weights, ids.int().to(device), *order[:4])
+
+
+def make(
+    tokens, hidden, width, experts, k, how="random", dtype=torch.float32, device="cpu", seed=0
+):
+    """x, both matrices, the router's weights, and the routing."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    routing = route(tokens, experts, k, how, wide, device, seed)
+    x = randn(tokens, hidden, dtype=dtype, device=device, seed=seed)
+    w_gate_up = randn(experts, 2 * width, hidden, dtype=dtype, device=device, seed=seed + 1)
+    w_down = randn(experts, hidden, width, dtype=dtype, device=device, seed=seed + 2)
+    w_gate_up, w_down = w_gate_up * hidden**-0.5, w_down * max(width, 1) ** -0.5
+    tensors = (x.requires_grad_(), w_gate_up.requires_grad_(), w_down.requires_grad_())
+    return (*tensors, routing.weights), routing
+
+
+def layer(routing, **options):
+    return lambda x, w1, w2, w: moe_mlp(x, w1, w2, routing._replace(weights=w), **options)
+
+
+def reference(routing, **options):
+    return lambda x, w1, w2, w: moe_mlp_reference(x, w1, w2, routing._replace(weights=w), **options)
+
+
+def check(tensors, routing, activation="silu", **options):
+    check_against_float64(
+        layer(routing, activation=activation, **options),
+        reference(routing, activation=activation),
+        tensors,
+        operator="moe_mlp",
+    )
+
+
+def skip_interpreted_bfloat16(dtype, device):
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("needs a GPU: the interpreter multiplies bfloat16 as raw bits")
+
+
+HOWS = ("random", "all to the last", "skewed", "every second expert")
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize(("experts", "k"), [(2, 1), (6, 3), (16, 8)])
+def test_matches_float64(experts, k, how, dtype, device):
+    skip_interpreted_bfloat16(dtype, device)
+    check(*make(19, 24, 40, experts, k, how, dtype, device))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "width", "experts", "k"),
+    [(1, 1, 1, 1, 1), (5, 7, 9, 3, 2), (33, 16, 8, 128, 4), (3, 40, 24, 2, 2)],
+    ids=str,
+)
+def test_sizes(tokens, hidden, width, experts, k, device):
+    check(*make(tokens, hidden, width, experts, k, device=device))
+
+
+@pytest.mark.smoke
+def test_reference_is_the_formula(device):
+    # Token by token, without any order of rows.
+    (x, w_gate_up, w_down, weights), routing = make(6, 10, 8, 4, 2, device=device)
+    expected = torch.zeros_like(x)
+    for t in range(6):
+        for j, e in enumerate(routing.ids[t].tolist()):
+            gate, up = (w_gate_up[e] @ x[t]).split(8)
+            h = torch.nn.functional.silu(gate) * up
+            expected[t] += weights[t, j] * (w_down[e] @ h)
+    torch.testing.assert_close(moe_mlp_reference(x, w_gate_up, w_down, routing), expected)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+def test_activations(activation, recompute, device):
+    tensors, routing = make(9, 16, 24, 4, 2, dtype=torch.float16, device=device)
+    check(tensors, routing, activation, recompute=recompute)
+
+
+@pytest.mark.parametrize("sizes", [(16, 24), (12, 9)], ids=str)
+def test_torch_backend(sizes, device):
+    # Widths that torch's grouped product takes, and others.
+    tensors, routing = make(9, *sizes, 4, 2, device=device)
+    dy = torch.rand_like(tensors[0])
+    with use_backend("torch"):
+        y = layer(routing)(*tensors)
+        ours = y, *torch.autograd.grad(y, tensors, dy)
+    y = reference(routing)(*tensors)
+    for a, b in zip(ours, (y, *torch.autograd.grad(y, tensors, dy)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "needed",
+    [
+        (True, False, False, False),
+        (False, True, False, False),
+        (False, False, True, False),
+        (False, False, False, True),
+        (True, True, True, False),
+    ],
+    ids=str,
+)
+def test_gradients_of_some_inputs_only(needed, recompute, device):
+    tensors, routing = make(9, 16, 24, 4, 2, dtype=torch.float16, device=device)
+    tensors = tuple(t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True))
+    check(tensors, routing, recompute=recompute)
+
+
+def test_layouts_of_every_operand(device):
+    tensors, routing = make(8, 16, 24, 4, 2, dtype=torch.float16, device=device)
+    for position, tensor in enumerate(tensors):
+        for name, strided in layouts(tensor.shape, tensor.dtype, device):
+            given = list(tensors)
+            given[position] = strided.mul_(0.25) if name != "expanded rows" else strided * 0.25
+            given[position].requires_grad_()
+            try:
+                check(given, routing)
+            except AssertionError as error:
+                raise AssertionError(f"operand {position}, {name}: {error}") from error
+
+
+def test_three_dimensions_and_a_gradient_of_any_layout(device):
+    (x, *others), routing = make(6, 8, 16, 4, 2, device=device)
+    x = x.detach().view(2, 3, 8).requires_grad_()
+    for dy in (torch.ones((), device=device).expand(2, 3, 8), torch.rand(8, 3, 2).to(device).mT.mT):
+        dy = dy if dy.shape == x.shape else dy.transpose(0, 2)
+        with use_backend("triton"):
+            ours = torch.autograd.grad(layer(routing)(x, *others), (x, *others), dy)
+        expected = torch.autograd.grad(reference(routing)(x, *others), (x, *others), dy)
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("how", ["random", "every second expert"])
+def test_gradcheck(how, activation):
+    tensors, routing = make(4, 3, 2, 4, 2, how, dtype=torch.float64)
+    check_gradients(layer(routing, activation=activation), tensors, operator="moe_mlp")
+
+
+@pytest.mark.parametrize("sizes", [(16, 24), (7, 9)], ids=str)
+def test_recomputed_bits_are_the_kept_ones(sizes, device):
+    tensors, routing = make(9, *sizes, 4, 2, dtype=torch.float16, device=device)
+
+    def run(recompute):
+        y = layer(routing, recompute=recompute)(*tensors)
+        return y, *torch.autograd.grad(y, tensors, torch.ones_like(y))
+
+    with use_backend("triton"):
+        for a, b in zip(run(False), run(True), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_two_backwards_of_one_graph_agree(recompute, device):
+    # Only the last one may write over what is kept.
+    tensors, routing = make(9, 16, 24, 4, 2, dtype=torch.float16, device=device)
+    with use_backend("triton"):
+        total = layer(routing, recompute=recompute)(*tensors).sum()
+        first = torch.autograd.grad(total, tensors, retain_graph=True)
+        for a, b in zip(first, torch.autograd.grad(total, tensors), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_many_output_gradients_at_once(device):
+    tensors, routing = make(5, 16, 24, 4, 2, dtype=torch.float16, device=device)
+    x = tensors[0]
+    dys = torch.rand(3, 5, 16, device=device, dtype=torch.float16)
+    with use_backend("triton"):
+        y = layer(routing)(*tensors)
+        (together,) = torch.autograd.grad(y, x, dys, is_grads_batched=True)
+        for dx, dy in zip(together, dys, strict=True):
+            assert torch.equal(dx, *torch.autograd.grad(layer(routing)(*tensors), x, dy))
+
+
+@pytest.mark.parametrize(("recompute", "numbers"), [(False, 6 * 16 + 12 * 48), (True, 6 * 16)])
+def test_bytes_kept_between_forward_and_backward(recompute, numbers, device):
+    tensors, routing = make(6, 16, 24, 4, 2, dtype=torch.float16, device=device)
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(routing, recompute=recompute)(*tensors)
+    for given in (*tensors[1:], *routing):
+        kept.pop(given.data_ptr(), None)
+    assert sum(kept.values()) == 2 * numbers
+    assert y.requires_grad
+
+
+def test_nothing_is_kept_where_no_gradient_is_needed(device, monkeypatch):
+    tensors, routing = make(6, 16, 24, 4, 2, dtype=torch.float16, device=device)
+    made, forward = [], functional.moe_mlp_forward
+
+    def spy(*args):
+        made.append(forward(*args))
+        return made[-1]
+
+    monkeypatch.setattr(functional, "moe_mlp_forward", spy)
+    with use_backend("triton"):
+        expected = layer(routing)(*tensors)
+        with torch.no_grad():
+            assert torch.equal(layer(routing)(*tensors), expected)
+    assert [gate_up.numel() for _, gate_up in made] == [12 * 48, 0]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiles(recompute, device):
+    tensors, routing = make(5, 16, 8, 4, 2, device=device)
+    check_compiles(layer(routing, recompute=recompute), tensors, operator="moe_mlp")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_opcheck(keep, device):
+    tensors, routing = make(5, 16, 8, 4, 2, device=device)
+    order, ops = (routing.offs, routing.permutation, routing.inverse), torch.ops.tilewright
+    torch.library.opcheck(ops.moe_mlp_forward.default, (*tensors, *order, "gelu", keep, False))
+    with torch.no_grad():
+        y, gate_up = ops.moe_mlp_forward(*tensors, *order, "gelu", keep, False)
+        for needed in ([True] * 4, [True, False, False, False], [False, False, True, True]):
+            torch.library.opcheck(
+                ops.moe_mlp_backward.default, (y, *tensors, gate_up, *order, "gelu", needed)
+            )
+
+
+@pytest.mark.parametrize("sizes", [(16, 136), (19, 23)], ids=str)
+@pytest.mark.parametrize("how", ["random", "every second expert"])
+def test_every_element_is_written_and_bits_repeat(how, sizes, device):
+    tensors, routing = make(37, *sizes, 6, 3, how, dtype=torch.float16, device=device)
+
+    def run():
+        y = layer(routing)(*tensors)
+        return y, *torch.autograd.grad(y, tensors, torch.ones_like(y))
+
+    with use_backend("triton"), poisoned_memory():
+        assert all(t.isfinite().all() for t in run())
+        check_deterministic(run)
+
+
+def test_inputs_are_left_alone(device):
+    tensors, routing = make(7, 16, 8, 4, 2, dtype=torch.float16, device=device)
+    before = [t.detach().clone() for t in (*tensors, *routing)]
+    with use_backend("triton"):
+        layer(routing)(*tensors).sum().backward()
+    for a, b in zip((*tensors, *routing), before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nans_stay_in_their_token(device):
+    tensors, routing = make(9, 16, 24, 4, 2, dtype=torch.float16, device=device)
+    sick = tensors[0].detach().clone()
+    sick[2, 3], sick[5, 0] = torch.nan, torch.inf
+    sick.requires_grad_()
+    healthy = [0, 1, 3, 4, 6, 7, 8]
+    with use_backend("triton"):
+        y, expected = layer(routing)(sick, *tensors[1:]), layer(routing)(*tensors)
+        (dx,) = torch.autograd.grad(y, sick, torch.ones_like(y))
+        (expected_dx,) = torch.autograd.grad(expected, tensors[0], torch.ones_like(y))
+    assert torch.equal(y[healthy], expected[healthy])
+    assert torch.equal(dx[healthy], expected_dx[healthy])
+    assert y[2].isnan().all()
+
+
+def test_no_tokens_and_nothing_between(device):
+    for tokens, width in ((0, 8), (3, 0)):
+        tensors, routing = make(tokens, 16, width, 4, 2, device=device)
+        with use_backend("triton"):
+            y = layer(routing)(*tensors)
+            grads = torch.autograd.grad(y, tensors, torch.ones_like(y))
+        assert not y.any()
+        for grad, tensor in zip(grads, tensors, strict=True):
+            assert grad.shape == tensor.shape
+            assert not grad.any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_autocast(backend, device):
+    tensors, routing = make(5, 16, 8, 4, 2, device=device)
+    with torch.autocast(device.type, torch.float16), use_backend(backend):
+        y = layer(routing)(*tensors)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), reference(routing)(*tensors), rtol=5e-3, atol=5e-3)
+
+
+def test_second_derivative_is_refused(device):
+    tensors, routing = make(3, 8, 4, 4, 2, device=device)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(layer(routing)(*tensors).sum(), tensors[0], create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (5, 9)}, r"w_gate_up has shape \(4, 16, 8\); with x \(5, 9\)"),
+        ({"x": (6, 8)}, r"route these 6 tokens, for which it is \[6, k\]"),
+        ({"x": ()}, "x is a scalar"),
+        ({"w_gate_up": (4, 15, 8)}, r"it must be \[E, 2I, hidden\]"),
+        ({"w_gate_up": (16, 8)}, r"it must be \[E, 2I, hidden\]"),
+        ({"w_down": (4, 8, 9)}, r"w_down has shape \(4, 8, 9\)"),
+        ({"w_down": (3, 8, 8)}, "routing to 4 experts"),
+    ],
+    ids=str,
+)
+def test_bad_shapes(change, message):
+    shapes = {"x": (5, 8), "w_gate_up": (4, 16, 8), "w_down": (4, 8, 8)} | change
+    with pytest.raises(ValueError, match=message):
+        moe_mlp(*(torch.ones(s) for s in shapes.values()), route(5, 4, 2))
+
+
+def test_bad_dtypes_and_names():
+    (x, w_gate_up, w_down, _), routing = make(5, 8, 8, 4, 2)
+    with pytest.raises(TypeError, match=r"give w_down\.to\(x\.dtype\)"):
+        moe_mlp(x, w_gate_up, w_down.half(), routing)
+    with pytest.raises(ValueError, match="choose from silu, gelu, relu"):
+        moe_mlp(x, w_gate_up, w_down, routing, activation="tanh")
+
+
+# Not float64: the oracle would be torch's product in float64, which is no better than ours.
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATING[1:], ids=str)
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("sizes", [(264, 520), (256, 512), (131, 67)], ids=str)
+def test_matches_float64_at_real_shapes(sizes, how, dtype):
+    check(*make(1000, *sizes, 8, 3, how, dtype, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", HOWS)
+def test_hopper_agrees_with_its_twin(how, monkeypatch):
+    tensors, routing = make(1500, 264, 520, 8, 3, how, torch.float16, "cuda")
+
+    def run():
+        y = layer(routing)(*tensors)
+        return y, *torch.autograd.grad(y, tensors, torch.ones_like(y))
+
+    with use_backend("triton"):
+        hopper = run()
+        monkeypatch.setattr(launches, "is_hopper", lambda _: False)
+        for a, b in zip(hopper, run(), strict=True):
+            error = (a.double() - b.double()).norm() / b.double().norm()
+            assert error < 2e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(256, 512), (131, 67)], ids=str)
+def test_graph_follows_the_routing(sizes):
+    # Captured with one routing, replayed with others: nothing has read it on the host.
+    tensors, routing = make(700, *sizes, 8, 2, dtype=torch.float16, device="cuda")
+    dy = torch.rand_like(tensors[0])
+
+    def run():
+        y = layer(routing)(*tensors)
+        return y, *torch.autograd.grad(y, tensors, dy)
+
+    with use_backend("triton"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), no_synchronization():
+            captured = run()
+        for how in HOWS:
+            other = route(700, 8, 2, how, device="cuda", seed=7)
+            with torch.no_grad():
+                for a, b in zip(routing, other, strict=True):
+                    a.copy_(b)
+            graph.replay()
+            torch.cuda.synchronize()
+            for a, b in zip(captured, run(), strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_less_memory_than_torchs_grouped_product(recompute):
+    tensors, routing = make(4096, 512, 512, 16, 4, dtype=torch.bfloat16, device="cuda")
+
+    def peak(backend, **options):
+        with use_backend(backend):
+            layer(routing, **options)(*tensors).sum().backward()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            layer(routing, **options)(*tensors).sum().backward()
+            return torch.cuda.max_memory_allocated() - before
+
+    assert peak("triton", recompute=recompute) < peak("torch")
