@@ -101,7 +101,8 @@ def moe_permutation(ids: Tensor, num_experts: int) -> Permutation:
         )
     if not PERMUTATION.uses_triton(ids):
         return moe_permutation_reference(ids, num_experts)
-    return Permutation(*moe_permutation_forward(ids.reshape(-1, k), num_experts), k)
+    counts, offs, indices, inverse = moe_permutation_forward(ids.reshape(-1, k), num_experts)
+    return Permutation(counts, offs, indices, inverse, k)
 
 
 def _check(
