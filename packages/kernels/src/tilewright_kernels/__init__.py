@@ -86,6 +86,7 @@ from tilewright_kernels.moe_losses import (
     router_z_loss,
     router_z_loss_reference,
 )
+from tilewright_kernels.moe_mlp import moe_mlp, moe_mlp_reference
 from tilewright_kernels.moe_route import (
     Permutation,
     Routing,
@@ -104,6 +105,10 @@ from tilewright_kernels.router_statistics import (
     RouterStatistics,
     router_statistics,
     router_statistics_reference,
+)
+from tilewright_kernels.sample_categorical import (
+    sample_categorical,
+    sample_categorical_reference,
 )
 from tilewright_kernels.skinny_linear import skinny_linear, skinny_linear_reference
 from tilewright_kernels.softmax import Softmax, softmax, softmax_reference
@@ -176,6 +181,8 @@ __all__ = [
     "log_softmax_reference",
     "matmul",
     "matmul_reference",
+    "moe_mlp",
+    "moe_mlp_reference",
     "moe_permutation",
     "moe_permutation_reference",
     "moe_route",
@@ -196,6 +203,8 @@ __all__ = [
     "router_statistics_reference",
     "router_z_loss",
     "router_z_loss_reference",
+    "sample_categorical",
+    "sample_categorical_reference",
     "scaled_dot_product_attention",
     "silu",
     "silu_reference",

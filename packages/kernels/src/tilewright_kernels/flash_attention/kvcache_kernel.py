@@ -21,8 +21,8 @@ def attention_with_kvcache_kernel(
     k_cache_batch_stride, k_cache_row_stride, k_cache_head_stride,
     v_cache_batch_stride, v_cache_row_stride, v_cache_head_stride, cos_row_stride, sin_row_stride,
     EPS: tl.constexpr, BEFORE: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
     OVERLAP: tl.constexpr, PREFETCH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All query heads of one key head over one split of its keys; grid (SPLITS · heads · batch).
@@ -139,6 +139,7 @@ def _turned(
     cols = tl.arange(0, BLOCK_D)[None, :]
     raw = tl.load(rows + cols, mask=there & (cols < D), other=0.0)
     x = raw.to(ACC)
+    r = x
     if norm_ptr is not None:
         r = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]
         weight = tl.load(norm_ptr + cols, mask=cols < D, other=0.0).to(ACC)

@@ -281,7 +281,9 @@ def _check_tables(
             f"R up to {width}"
         )
     check_floating("cos", cos)
-    return tuple(t if t.stride(1) == 1 else t.contiguous() for t in (cos, sin))
+    return cos if cos.stride(1) == 1 else cos.contiguous(), (
+        sin if sin.stride(1) == 1 else sin.contiguous()
+    )
 
 
 def _check_norms(q: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> None:
