@@ -45,7 +45,7 @@ class Oracle:
         ours = _evaluate(function, inputs, self._direction)
         tiny = torch.finfo(torch.float64).tiny
         errors = [
-            (a.double() - b).norm() / b.norm().clamp_min(tiny)
+            (a.double() - b.double()).norm() / b.double().norm().clamp_min(tiny)
             for a, b in zip(ours, self._expected, strict=True)
         ]
         return Verdict(
