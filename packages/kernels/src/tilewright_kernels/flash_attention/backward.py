@@ -32,6 +32,7 @@ from tilewright_kernels.flash_attention.backward_rows import (
     attention_backward_unpack_kernel,
 )
 from tilewright_kernels.flash_attention.backward_tiles import SCRATCH_ROWS
+from tilewright_kernels.flash_attention.forward import heads_together
 from tilewright_kernels.flash_attention.masks import Mask
 from tilewright_kernels.flash_attention.online_softmax import cap_of
 from tilewright_kernels.flash_attention.operands import (
@@ -59,6 +60,10 @@ Clearing and rounding the sums of dq costs the same for few keys as for many. H2
 6.22 ms, 2048 keys 1.58 against 1.73 ms, 1024 keys (a window) 0.96 against 0.91 ms. 32 heads of 64,
 2048 keys: 3.82 against 3.50 ms in a slow run, with dp started after s.
 """
+
+
+SPLIT_HOPPER = False
+"""Whether the two kernels of the deterministic mode have their own for Hopper."""
 
 
 class Tile(NamedTuple):
@@ -227,7 +232,8 @@ def launch_backward(
             "PRECISION": dot_precision(q.dtype),
         },
     )  # fmt: skip
-    if not deterministic and _hopper_takes(problem, dout, q, k, v):
+    adds_pay = not deterministic and _keys_seen(problem) >= HOPPER_KEYS[_hopper_width(problem)]
+    if adds_pay and _hopper_takes(problem, dout, q, k, v):
         _launch_rows(problem, out, dout, lse, dlse, None)
         _launch_hopper(problem, q, k, v, dout, dq, dk, dv, mask)
         return
@@ -236,8 +242,8 @@ def launch_backward(
         sums = q.new_empty((problem.widths["BLOCK_D"], num_rows), dtype=wide)
         _launch_rows(problem, out, dout, lse, dlse, sums)
     else:
-        _launch_queries(problem, q, k, v, dout, out, lse, dlse, dq)
-    _launch_keys(problem, q, k, v, dout, dk, dv, sums)
+        _launch_queries(problem, q, k, v, dout, out, lse, dlse, dq, mask)
+    _launch_keys(problem, q, k, v, dout, dk, dv, sums, mask)
     if sums is not None:
         _launch_finish(problem, sums, dq)
 
@@ -261,8 +267,11 @@ def _launch_rows(
 
 def _launch_keys(
     problem: _Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dk: Tensor, dv: Tensor,
-    sums: Tensor | None,
+    sums: Tensor | None, mask: Mask,
 ) -> None:  # fmt: skip
+    if SPLIT_HOPPER and sums is None and _hopper_takes(problem, q, k, v, dout):
+        _launch_keys_hopper(problem, q, k, v, dout, dk, dv, mask)
+        return
     tile = _tile(problem, "keys" if sums is None else "all", q)
     kv_heads = k.shape[2]
     widths = problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"]
@@ -283,8 +292,11 @@ def _launch_keys(
 
 def _launch_queries(
     problem: _Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor,
-    dlse: Tensor | None, dq: Tensor,
+    dlse: Tensor | None, dq: Tensor, mask: Mask,
 ) -> None:  # fmt: skip
+    if SPLIT_HOPPER and _hopper_takes(problem, q, k, v, dout):
+        _launch_queries_hopper(problem, q, k, v, dout, out, lse, dlse, dq, mask)
+        return
     tile = _tile(problem, "queries", q)
     heads = q.shape[2]
     widths = problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"]
@@ -296,6 +308,46 @@ def _launch_queries(
         *problem.lengths, heads, *problem.window, problem.rows[0],
         *strides(q, k, v, dout, out, dq), *lse.stride(), *_strides_of(dlse),
         **problem.flags, **problem.widths, TMA=tma, **tile._asdict(),
+    )  # fmt: skip
+
+
+def _launch_keys_hopper(
+    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dk: Tensor, dv: Tensor,
+    mask: Mask,
+) -> None:  # fmt: skip
+    # Imported here: Gluon is there where Triton is, and this file must not need it.
+    from tilewright_kernels.flash_attention.backward_keys_hopper import launch_backward_keys_hopper
+
+    _, cu_seqlens_q, cu_seqlens_k, scale, softcap, _ = problem.extras
+    kv_heads = k.shape[2] * problem.batch
+    bytes_per_query = (q.shape[3] + v.shape[3]) * q.element_size() * problem.flags["GROUP"]
+    together = heads_together(problem.lengths[0], bytes_per_query, 1)
+    launch_backward_keys_hopper(
+        problem.operator, q, k, v, dout, *problem.scratch, dk, dv, mask=mask,
+        scale=scale, softcap=softcap, cap=problem.flags["CAP"], together=min(together, kv_heads),
+        rows_per_head=problem.rows[0], batches=problem.batch, lengths=problem.lengths,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+    )  # fmt: skip
+
+
+def _launch_queries_hopper(
+    problem: _Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor,
+    dlse: Tensor | None, dq: Tensor, mask: Mask,
+) -> None:  # fmt: skip
+    # Imported here: Gluon is there where Triton is, and this file must not need it.
+    from tilewright_kernels.flash_attention.backward_queries_hopper import (
+        launch_backward_queries_hopper,
+    )
+
+    _, cu_seqlens_q, cu_seqlens_k, scale, softcap, _ = problem.extras
+    heads = q.shape[2] * problem.batch
+    bytes_per_key = (q.shape[3] + v.shape[3]) * q.element_size()
+    together = heads_together(problem.lengths[1], bytes_per_key, problem.flags["GROUP"])
+    launch_backward_queries_hopper(
+        problem.operator, q, k, v, dout, out, lse, dlse, *problem.scratch, dq, mask=mask,
+        scale=scale, softcap=softcap, cap=problem.flags["CAP"], together=min(together, heads),
+        rows_per_head=problem.rows[0], batches=problem.batch, lengths=problem.lengths,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
 
 
@@ -324,7 +376,6 @@ def _hopper_takes(problem: _Problem, *inputs: Tensor) -> bool:
         and HOPPER_WIDTHS[0] <= min(width, width_v)
         and max(width, width_v) <= HOPPER_WIDTHS[1]
         and not problem.flags["HAS_DROPOUT"]
-        and _keys_seen(problem) >= HOPPER_KEYS[_hopper_width(problem)]
         and describable(*inputs)
     )
 

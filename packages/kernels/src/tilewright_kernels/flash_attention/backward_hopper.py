@@ -17,7 +17,6 @@ Left to the other kernels: heads wider than 128, float32, dropout, and tensors t
 fits.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,14 +28,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewright_kernels._launch import cdiv
 from tilewright_kernels._operator import Operator
 from tilewright_kernels.flash_attention.backward_tiles import score_scales, scratch_row
+from tilewright_kernels.flash_attention.hopper_tasks import describe, describe_vector
 from tilewright_kernels.flash_attention.masks import query_blocks, shift_of, visible
 from tilewright_kernels.flash_attention.online_softmax import tanh
-from tilewright_kernels.flash_attention.operands import extents
 from tilewright_kernels.flash_attention.sequence_rows import sequence
 
 BLOCK_M, BLOCK_N, STAGES = 64, 128, 3
@@ -322,25 +320,12 @@ def launch_backward_hopper(
     together = min(max(1, CACHED_QUERIES // bytes_per_head), kv_heads * batch)
     operator.launch(
         attention_backward_hopper_kernel, (cdiv(len_k, BLOCK_N) * kv_heads * batch,),
-        _describe(q, BLOCK_M, block_d), _describe(k, BLOCK_N, block_d),
-        _describe(v, BLOCK_N, block_d), _describe(dout, BLOCK_M, block_d),
-        _describe_vector(lse2), _describe_vector(minus_delta), sums, dk, dv,
+        describe(q, BLOCK_M, block_d), describe(k, BLOCK_N, block_d),
+        describe(v, BLOCK_N, block_d), describe(dout, BLOCK_M, block_d),
+        describe_vector(lse2, BLOCK_M), describe_vector(minus_delta, BLOCK_M), sums, dk, dv,
         cu_seqlens_q, cu_seqlens_k, scale, softcap, len_q, len_k, kv_heads, batch, together,
         left, right, rows_per_head, *dk.stride()[:3], *dv.stride()[:3],
         GROUP=group, BOTTOM_RIGHT=bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
         CAP=cap, PACKED=cu_seqlens_q is not None, D=width, D_V=v.shape[3], BLOCK_D=block_d,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, EARLY=EARLY[block_d], num_warps=8,
     )  # fmt: skip
-
-
-def _describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
-    """A descriptor of [B, H, T, D] for tiles of one head, which lie in memory as wgmma wants."""
-    block = [1, 1, rows, width]
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(*extents(x), block, layout)
-
-
-def _describe_vector(x: Tensor) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([BLOCK_M], gl.float32)
-    return TensorDescriptor(x, list(x.shape), [1], [BLOCK_M], layout)

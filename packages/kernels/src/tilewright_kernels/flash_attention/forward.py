@@ -263,7 +263,7 @@ def launch_forward(
     group = heads // max(1, kv_heads)
     # Times tiles it stays within int32, as the grid does.
     together = min(
-        _heads_together(len_k, (width + width_v) * q.element_size(), group), heads * batches
+        heads_together(len_k, (width + width_v) * q.element_size(), group), heads * batches
     )
     if not dropout and len_q > HOPPER_QUERIES and _hopper_takes(q, k, v):
         # Imported here: Gluon is there where Triton is, and this file must not need it.
@@ -305,6 +305,6 @@ def _hopper_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _heads_together(len_k: int, bytes_per_key: int, group: int) -> int:
+def heads_together(len_k: int, bytes_per_key: int, group: int) -> int:
     """Query heads whose keys and values L2 holds at one time: a power of two, `group` share one."""
     return next_power_of_2(max(1, CACHED_KEYS // max(1, len_k * bytes_per_key))) * group

@@ -35,12 +35,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewright_kernels._launch import cdiv, num_programs
 from tilewright_kernels._operator import Operator
@@ -49,6 +47,8 @@ from tilewright_kernels.flash_attention.hopper_tasks import (
     ROWS,
     barriers,
     blocks_of,
+    clear_rows,
+    describe,
     load,
     place_of,
     tell,
@@ -56,7 +56,7 @@ from tilewright_kernels.flash_attention.hopper_tasks import (
 )
 from tilewright_kernels.flash_attention.masks import Mask, visible
 from tilewright_kernels.flash_attention.online_softmax import finish_rows, scores
-from tilewright_kernels.flash_attention.operands import extents, strides
+from tilewright_kernels.flash_attention.operands import strides
 
 BLOCK_N, STAGES = 128, {64: 4, 128: 2}
 """Keys of a tile, and how many tiles of keys and of values there is room for, by head dimension."""
@@ -147,22 +147,6 @@ def _partial_sums(p):
 def _scaled(x, factors):
     """Rows times factors, whatever the layouts of the two."""
     return x * gl.convert_layout(factors, gl.SliceLayout(1, x.type.layout))[:, None]
-
-
-@gluon.jit
-def _clear(v, rows, SLICE: gl.constexpr):
-    """Zeros in the rows of a buffer from `rows` on: there may be NaN, which 0 does not cancel.
-
-    Both warpgroups do it, to the same effect, and each reads the buffer after its own.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    row = gl.arange(0, SLICE, gl.SliceLayout(1, layout))[:, None]
-    for i in gl.static_range(v.shape[0] // SLICE):
-        if rows < (i + 1) * SLICE:
-            part = v.slice(i * SLICE, SLICE)
-            part.store(gl.where(i * SLICE + row < rows, part.load(layout), 0.0))
-    fence_async_shared()
-    gl.thread_barrier()
 
 
 @gluon.jit
@@ -284,7 +268,7 @@ def _attend(
         slot = step % STAGES
         mbarrier.wait(v_full.index(slot), step // STAGES & 1)
         if PACKED and end > len_k:
-            _clear(v_bufs.index(slot), len_k - (end - BLOCK_N), 32)
+            clear_rows(v_bufs.index(slot), len_k - (end - BLOCK_N), 32)
         acc = warpgroup_mma(p, v_bufs.index(slot), acc, is_async=True)
         step += 1
         turn += 1
@@ -406,8 +390,8 @@ def launch_forward_hopper(
     left, right = mask.window
     operator.launch(
         attention_forward_hopper_kernel, (min(tasks, programs),),
-        _describe(q, ROWS.value, width), _describe(k, BLOCK_N, width),
-        _describe(v, BLOCK_N, width), out, lse, counter, cu_seqlens_q, cu_seqlens_k,
+        describe(q, ROWS.value, width), describe(k, BLOCK_N, width),
+        describe(v, BLOCK_N, width), out, lse, counter, cu_seqlens_q, cu_seqlens_k,
         batches, heads, len_q, len_k, left, right, together, *strides(out), *lse.stride()[:2],
         BEFORE=before, FACTOR=factor, CAP=cap,
         # Weights of up to 2⁸⁰ are bfloat16, too, and no float16.
@@ -425,11 +409,3 @@ def _takes_turns(width: int, cap: str) -> bool:
     606, 615. D = 64 was measured with turns alone.
     """
     return cap != "" or width == 64
-
-
-def _describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
-    """A descriptor of [B, H, T, D] for tiles of one head, which lie in memory as wgmma wants."""
-    block = [1, 1, rows, width]
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(*extents(x), block, layout)

@@ -10,11 +10,15 @@ and the parity of that is the phase that a barrier is waited for.
 lengths as `forward` takes them, the window, and how many heads are worked on at one time.
 """
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewright_kernels.flash_attention.masks import key_blocks, shift_of
+from tilewright_kernels.flash_attention.operands import extents
 from tilewright_kernels.flash_attention.sequence_rows import sequence
 
 ROWS, GROUPS = gl.constexpr(64), gl.constexpr(2)
@@ -74,6 +78,22 @@ def load(desc, bufs, full, empty, step, index, head, row):
 
 
 @gluon.jit
+def clear_rows(buffer, rows, SLICE: gl.constexpr):
+    """Zeros in the rows of a buffer from `rows` on: there may be NaN, which 0 does not cancel.
+
+    Both warpgroups do it, to the same effect, and each reads the buffer after its own.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    row = gl.arange(0, SLICE, gl.SliceLayout(1, layout))[:, None]
+    for i in gl.static_range(buffer.shape[0] // SLICE):
+        if rows < (i + 1) * SLICE:
+            part = buffer.slice(i * SLICE, SLICE)
+            part.store(gl.where(i * SLICE + row < rows, part.load(layout), 0.0))
+    fence_async_shared()
+    gl.thread_barrier()
+
+
+@gluon.jit
 def tell(tile, batch, head, message, bars, turn):
     """Give the warpgroups a tile; one of -1 ends them."""
     zero = gl.full((1,), 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
@@ -94,3 +114,17 @@ def told(message, bars, turn):
     head = gl.sum(message.index(2).load(layout), 0)
     mbarrier.arrive(bars.index(1))
     return tile, batch, head
+
+
+def describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
+    """A descriptor of [B, H, T, D] for tiles of one head, which lie in memory as wgmma wants."""
+    block = [1, 1, rows, width]
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(*extents(x), block, layout)
+
+
+def describe_vector(x: Tensor, count: int) -> TensorDescriptor:
+    """A descriptor of float32 numbers that lie one after another, for `count` of them at a time."""
+    layout = gl.NVMMASharedLayout.get_default_for([count], gl.float32)
+    return TensorDescriptor(x, list(x.shape), [1], [count], layout)

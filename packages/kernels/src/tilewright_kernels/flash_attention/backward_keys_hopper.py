@@ -1,0 +1,338 @@
+# What Gluon's decorators and annotations say of themselves is not what they do.
+# pyrefly: ignore-errors
+"""The gradients of k and v for Hopper, in Gluon: backward_keys.py with a division of labour.
+
+    s = k · qᵀ      dp = v · doutᵀ - delta      dv += p · dout      dk += (p · dp) · q
+
+as keys by queries. As in forward_hopper.py one warp does nothing but fetch, a program takes one
+tile of 128 keys after another, and two warpgroups have 64 keys each. They share the queries that
+come by, and each leaves out those that none of its own keys is seen by.
+
+Left to `backward_keys`: heads wider than 128, float32, dropout, tensors that no descriptor fits,
+and dq: backward_hopper.py has that among its products.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from tilewright_kernels._launch import cdiv, num_programs
+from tilewright_kernels._operator import Operator
+from tilewright_kernels.flash_attention.backward_tiles import score_scales, scratch_row
+from tilewright_kernels.flash_attention.hopper_tasks import (
+    GROUPS,
+    ROWS,
+    barriers,
+    clear_rows,
+    describe,
+    describe_vector,
+    load,
+    place_of,
+    tell,
+    told,
+)
+from tilewright_kernels.flash_attention.masks import Mask, query_blocks, shift_of, visible
+from tilewright_kernels.flash_attention.online_softmax import tanh
+from tilewright_kernels.flash_attention.operands import strides
+from tilewright_kernels.flash_attention.sequence_rows import sequence
+
+BLOCK_M, STAGES = 64, {64: 6, 128: 3}
+"""Queries of a tile, and how many tiles of them there is room for, by head dimension."""
+
+
+@gluon.jit
+def _blocks_of(
+    first, count, batch, shape, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """Where the sequence lies, its shift, and the blocks of queries that see keys first …."""
+    len_q, len_k, left, right, cu_q_ptr, cu_k_ptr = shape[2:8]
+    place = sequence(batch, len_q, len_k, cu_q_ptr, cu_k_ptr)
+    _, _, len_q, _, len_k = place
+    shift = shift_of(len_q, len_k, BOTTOM_RIGHT)
+    last = gl.minimum(first + count, len_k) - 1
+    blocks = query_blocks(first, last, len_q, shift, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_M)
+    return place, shift, blocks
+
+
+@gluon.jit
+def _fetch(
+    q_desc, k_desc, v_desc, dout_desc, lse2_desc, minus_delta_desc, bufs, bars, message,
+    counter_ptr, tasks, shape, rows_per_head, GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """The one warp that fetches: keys and values of each tile, and a ring of queries."""
+    k_bufs, v_bufs, q_bufs, dout_bufs, lse2_bufs, minus_delta_bufs = bufs
+    k_full, k_empty, v_full, v_empty, full, empty, message_bars = bars
+    STAGES: gl.constexpr = q_bufs.shape[0]
+    BLOCK_M: gl.constexpr = q_bufs.shape[1]
+    rows: gl.constexpr = [1, 1, BLOCK_M, q_bufs.shape[2]]
+    turn, step, task = 0, 0, gl.program_id(0)
+    while task < tasks:
+        tile, batch, kv_head = _place(task, shape)
+        first = tile * (GROUPS * ROWS)
+        place, _, blocks = _blocks_of(
+            first, GROUPS * ROWS, batch, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, BLOCK_M
+        )
+        index, first_q, _, first_k, len_k = place
+        begin, _, _, end = blocks
+        if first < len_k:
+            tell(tile, batch, kv_head, message, message_bars, turn)
+            for i in gl.static_range(GROUPS):
+                row, slot = first_k + first + i * ROWS, turn * GROUPS + i
+                load(k_desc, k_bufs, k_full, k_empty, slot, index, kv_head, row)
+                load(v_desc, v_bufs, v_full, v_empty, slot, index, kv_head, row)
+            for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
+                scratch = scratch_row(batch, head, shape[1] * GROUP, first_q, rows_per_head, PACKED)
+                for j in range(begin, end, BLOCK_M):
+                    slot = step % STAGES
+                    bar = full.index(slot)
+                    mbarrier.wait(empty.index(slot), step // STAGES & 1 ^ 1)
+                    mbarrier.expect(bar, 4 * BLOCK_M * (q_bufs.shape[2] + 2))
+                    at = [index, head, first_q + j, 0]
+                    q = q_bufs.index(slot)._reinterpret(q_desc.dtype, rows, q_desc.layout)
+                    tma.async_copy_global_to_shared(q_desc, at, bar, q)
+                    dout = dout_bufs.index(slot)._reinterpret(q_desc.dtype, rows, q_desc.layout)
+                    tma.async_copy_global_to_shared(dout_desc, at, bar, dout)
+                    at = [scratch + j]
+                    lse2, minus_delta = lse2_bufs.index(slot), minus_delta_bufs.index(slot)
+                    tma.async_copy_global_to_shared(lse2_desc, at, bar, lse2)
+                    tma.async_copy_global_to_shared(minus_delta_desc, at, bar, minus_delta)
+                    step += 1
+            turn += 1
+        task = tasks
+        if counter_ptr is not None:
+            task = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
+    tell(-1, 0, 0, message, message_bars, turn)
+
+
+@gluon.jit
+def _place(task, shape):
+    """(tile, sequence, key head), the first keys first: under a causal mask most see them."""
+    batches, kv_heads, _, len_k = shape[:4]
+    by_keys = batches, kv_heads, len_k, 0, 0, 0, 0, 0, shape[8]
+    tile, batch, kv_head = place_of(task, by_keys)
+    return gl.cdiv(len_k, GROUPS * ROWS) - 1 - tile, batch, kv_head
+
+
+@gluon.jit
+def _write(x, pointer, strides, place, head, first, D: gl.constexpr):
+    """Rows of keys of a warpgroup."""
+    index, _, _, first_k, len_k = place
+    batch_stride, row_stride, head_stride = strides
+    BLOCK_D: gl.constexpr = x.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    col = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))[None, :]
+    pointer += index.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
+    x = gl.convert_layout(x.to(pointer.dtype.element_ty), layout)
+    to = pointer + (first_k + row).to(gl.int64) * row_stride + col
+    gl.store(to, x, mask=(row < len_k) & (col < D))
+
+
+@gluon.jit
+def _multiply(
+    WHICH: gl.constexpr, dk_ptr, dv_ptr, bufs, bars, message, shape, dk_strides, dv_strides,
+    scale, softcap, CAP: gl.constexpr, GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
+    D: gl.constexpr, D_V: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: keys WHICH · 64 … of each tile."""
+    k_bufs, v_bufs, q_bufs, dout_bufs, lse2_bufs, minus_delta_bufs = bufs
+    k_full, k_empty, v_full, v_empty, full, empty, message_bars = bars
+    left, right = shape[4], shape[5]
+    dtype: gl.constexpr = q_bufs.dtype
+    STAGES: gl.constexpr = q_bufs.shape[0]
+    BLOCK_M: gl.constexpr = q_bufs.shape[1]
+    BLOCK_D: gl.constexpr = q_bufs.shape[2]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
+    of_query: gl.constexpr = gl.SliceLayout(0, s_layout)
+    # A capped score of -2⁶³ has the probability 0 and a finite slope.
+    HIDDEN: gl.constexpr = -(2.0**63) if CAP != "" else 0.0
+    zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, s_layout)
+    inner, outer = score_scales(scale, softcap, CAP)
+    k, v = k_bufs.index(WHICH), v_bufs.index(WHICH)
+    turn, step = 0, 0
+    tile, batch, kv_head = told(message, message_bars, turn)
+    while tile >= 0:
+        first = tile * (GROUPS * ROWS)
+        place, shift, blocks = _blocks_of(
+            first, GROUPS * ROWS, batch, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, BLOCK_M
+        )
+        len_q, len_k = place[2], place[4]
+        begin, _, _, end = blocks
+        first += WHICH * ROWS
+        _, _, blocks = _blocks_of(
+            first, ROWS, batch, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, BLOCK_M
+        )
+        own_begin, full_begin, full_end, own_end = blocks
+        key = (first + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout)))[:, None]
+        dk = gl.zeros((ROWS, BLOCK_D), gl.float32, dk_layout)
+        dv = gl.zeros((ROWS, BLOCK_D), gl.float32, dk_layout)
+        mbarrier.wait(k_full.index(WHICH), turn & 1)
+        mbarrier.wait(v_full.index(WHICH), turn & 1)
+        row = begin
+        for _ in range((end - begin) // BLOCK_M * GROUP):
+            slot = step % STAGES
+            q, dout = q_bufs.index(slot), dout_bufs.index(slot)
+            mbarrier.wait(full.index(slot), step // STAGES & 1)
+            if (row >= own_begin) & (row < own_end):
+                if PACKED and row + BLOCK_M > len_q:
+                    clear_rows(q, len_q - row, 32)
+                    clear_rows(dout, len_q - row, 32)
+                s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+                lse2 = lse2_bufs.index(slot).load(of_query)[None, :]
+                s = warpgroup_mma_wait(1, deps=(s,))
+                t = tanh(s * inner, CAP) if CAP != "" else gl.exp2(s * inner - lse2)
+                if (row < full_begin) | (row >= full_end):
+                    query = (row + gl.arange(0, BLOCK_M, of_query))[None, :]
+                    seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
+                    t = gl.where(seen, t, HIDDEN)
+                if CAP != "":
+                    p = gl.exp2(t * outer - lse2)
+                    ds = p * (1.0 - t * t)
+                else:
+                    p, ds = t, t
+                p = gl.convert_layout(p.to(dtype), operand)
+                dv = warpgroup_mma(p, dout, dv, is_async=True)
+                minus_delta = minus_delta_bufs.index(slot).load(of_query)[None, :]
+                dp = warpgroup_mma_wait(1, deps=(dp,))
+                ds = gl.convert_layout((ds * (dp + minus_delta)).to(dtype), operand)
+                dk = warpgroup_mma(ds, q, dk, is_async=True)
+                dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+            mbarrier.arrive(empty.index(slot))
+            step += 1
+            row += BLOCK_M
+            row = gl.where(row == end, begin, row)
+        mbarrier.arrive(k_empty.index(WHICH))
+        mbarrier.arrive(v_empty.index(WHICH))
+        _write(dk * scale, dk_ptr, dk_strides, place, kv_head, first, D)
+        _write(dv, dv_ptr, dv_strides, place, kv_head, first, D_V)
+        turn += 1
+        tile, batch, kv_head = told(message, message_bars, turn)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "batches", "kv_heads", "len_q", "len_k", "left", "right", "together",
+    ]
+)  # fmt: skip
+def attention_backward_keys_hopper_kernel(
+    q_desc, k_desc, v_desc, dout_desc, lse2_desc, minus_delta_desc, dk_ptr, dv_ptr, counter_ptr,
+    cu_q_ptr, cu_k_ptr, scale, softcap, batches, kv_heads, len_q, len_k, left, right, together,
+    rows_per_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
+    CAP: gl.constexpr, GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of tiles of 128 keys of one key head; see `attention_forward_hopper_kernel`."""
+    dtype: gl.constexpr = q_desc.dtype
+    BLOCK_M: gl.constexpr = q_desc.block_type.shape[2]
+    BLOCK_D: gl.constexpr = q_desc.block_type.shape[3]
+    PACKED: gl.constexpr = gl.constexpr(cu_q_ptr is not None)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
+    bufs = (
+        gl.allocate_shared_memory(dtype, [GROUPS, ROWS, BLOCK_D], layout),
+        gl.allocate_shared_memory(dtype, [GROUPS, ROWS, BLOCK_D], layout),
+        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], layout),
+        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse2_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse2_desc.layout),
+    )
+    message = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    message_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(message_bars.index(0), count=1)
+    mbarrier.init(message_bars.index(1), count=GROUPS)
+    bars = (
+        barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(GROUPS, 1),
+        barriers(STAGES, 1), barriers(STAGES, GROUPS), message_bars,
+    )  # fmt: skip
+    shape = batches, kv_heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, together
+    dk_strides, dv_strides = (dk_batch, dk_row, dk_head), (dv_batch, dv_row, dv_head)
+    tasks = gl.cdiv(len_k, GROUPS * ROWS) * kv_heads * batches
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    0, dk_ptr, dv_ptr, bufs, bars, message, shape, dk_strides, dv_strides, scale,
+                    softcap, CAP, GROUP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, PACKED, D, D_V,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    1, dk_ptr, dv_ptr, bufs, bars, message, shape, dk_strides, dv_strides, scale,
+                    softcap, CAP, GROUP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, PACKED, D, D_V,
+                ),
+            ),
+            (
+                _fetch,
+                (
+                    q_desc, k_desc, v_desc, dout_desc, lse2_desc, minus_delta_desc, bufs, bars,
+                    message, counter_ptr, tasks, shape, rows_per_head, GROUP, BOTTOM_RIGHT,
+                    HAS_LEFT, HAS_RIGHT, PACKED,
+                ),
+            ),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
+def launch_backward_keys_hopper(
+    operator: Operator, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor,
+    minus_delta: Tensor, dk: Tensor, dv: Tensor, *, mask: Mask, scale: float, softcap: float,
+    cap: str, together: int, rows_per_head: int, batches: int, lengths: tuple[int, int],
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+) -> None:  # fmt: skip
+    """Write dk and dv.
+
+    Args:
+        operator: whose launch it is.
+        q: [B, T_q, H, D], packed ones with B = 1; like all others with adjacent columns.
+        k: [B, T_k, K, D].
+        v: [B, T_k, K, D_v].
+        dout: [B, T_q, H, D_v].
+        lse2: log-sum-exp in base 2, in rows of scratch memory.
+        minus_delta: likewise.
+        dk: like k.
+        dv: like v.
+        mask: what a query sees.
+        scale: of q·k.
+        softcap: c of c · tanh(s / c), 0 for none.
+        cap: of `cap_of`.
+        together: key heads whose queries stay in L2.
+        rows_per_head: of scratch memory.
+        batches: sequences.
+        lengths: (T_q, T_k), or those of the longest sequences.
+        cu_seqlens_q: where sequences are packed.
+        cu_seqlens_k: likewise.
+    """
+    (len_q, len_k), kv_heads = lengths, k.shape[2]
+    left, right = mask.window
+    width = 64 if max(q.shape[3], v.shape[3]) <= 64 else 128
+    tasks = cdiv(len_k, GROUPS.value * ROWS.value) * kv_heads * batches
+    programs = num_programs(q.device, per_sm=1)
+    counter = None if tasks <= programs else q.new_zeros((1,), dtype=torch.int32)
+    operator.launch(
+        attention_backward_keys_hopper_kernel, (min(tasks, programs),),
+        describe(q, BLOCK_M, width), describe(k, ROWS.value, width),
+        describe(v, ROWS.value, width), describe(dout, BLOCK_M, width),
+        describe_vector(lse2, BLOCK_M), describe_vector(minus_delta, BLOCK_M), dk, dv, counter,
+        cu_seqlens_q, cu_seqlens_k, scale, softcap, batches, kv_heads, len_q, len_k, left, right,
+        together, rows_per_head, *strides(dk, dv),
+        CAP=cap, GROUP=q.shape[2] // kv_heads, BOTTOM_RIGHT=mask.bottom_right,
+        HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, D=q.shape[3], D_V=v.shape[3],
+        STAGES=STAGES[width], num_warps=4, maxnreg=168,
+    )  # fmt: skip

@@ -1,0 +1,384 @@
+# What Gluon's decorators and annotations say of themselves is not what they do.
+# pyrefly: ignore-errors
+"""The gradient of q for Hopper, in Gluon: backward_queries.py with a division of labour.
+
+    s = q · kᵀ      dp = dout · vᵀ      ds = p · (dp - delta)      dq += ds · k
+
+As in forward_hopper.py one warp does nothing but fetch, two warpgroups have 64 queries each, and a
+program takes one tile of 128 queries after another. dp is multiplied while exponentials are taken
+of s, dq while s of the next keys is; for the rest one warpgroup multiplies while the other does
+arithmetic. Nothing is added up in memory: the same bits in every run.
+
+The kernel of the keys runs afterwards, and finds lse2 and -delta in scratch memory.
+
+Left to `backward_queries`: heads wider than 128, float32, dropout, and tensors that no descriptor
+fits.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from tilewright_kernels._launch import cdiv, num_programs
+from tilewright_kernels._operator import Operator
+from tilewright_kernels.flash_attention.backward_rows import row_terms
+from tilewright_kernels.flash_attention.backward_tiles import score_scales, scratch_row
+from tilewright_kernels.flash_attention.hopper_tasks import (
+    GROUPS,
+    ROWS,
+    barriers,
+    blocks_of,
+    clear_rows,
+    describe,
+    load,
+    place_of,
+    tell,
+    told,
+)
+from tilewright_kernels.flash_attention.masks import Mask, visible
+from tilewright_kernels.flash_attention.online_softmax import tanh
+from tilewright_kernels.flash_attention.operands import strides
+
+BLOCK_N, STAGES = 128, {64: 4, 128: 2}
+"""Keys of a tile, and how many tiles of keys and of values there is room for, by head dimension."""
+
+LATE = True
+"""Whether dp is started when dq is there, not before."""
+
+
+@gluon.jit
+def _fetch(
+    q_desc, k_desc, v_desc, dout_desc, bufs, bars, message, counter_ptr, tasks, shape,
+    GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """The one warp that fetches: q and dout of each tile, and a ring of keys and one of values."""
+    q_bufs, dout_bufs, k_bufs, v_bufs = bufs
+    q_full, q_empty, dout_full, dout_empty, k_full, k_empty, v_full, v_empty, message_bars = bars
+    BLOCK_N: gl.constexpr = k_bufs.shape[1]
+    turn, step, task = 0, 0, gl.program_id(0)
+    while task < tasks:
+        tile, batch, head = place_of(task, shape)
+        place, first, _, blocks = blocks_of(
+            tile, batch, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, BLOCK_N
+        )
+        index, first_q, len_q, first_k, _ = place
+        begin, _, _, end = blocks
+        if first < len_q:
+            tell(tile, batch, head, message, message_bars, turn)
+            kv_head = head // GROUP
+            for i in gl.static_range(GROUPS):
+                row, slot = first_q + first + i * ROWS, turn * GROUPS + i
+                load(q_desc, q_bufs, q_full, q_empty, slot, index, head, row)
+            load(k_desc, k_bufs, k_full, k_empty, step, index, kv_head, first_k + begin)
+            for i in gl.static_range(GROUPS):
+                row, slot = first_q + first + i * ROWS, turn * GROUPS + i
+                load(dout_desc, dout_bufs, dout_full, dout_empty, slot, index, head, row)
+            for j in range(begin, end, BLOCK_N):
+                load(v_desc, v_bufs, v_full, v_empty, step, index, kv_head, first_k + j)
+                step += 1
+                if j + BLOCK_N < end:
+                    row = first_k + j + BLOCK_N
+                    load(k_desc, k_bufs, k_full, k_empty, step, index, kv_head, row)
+            turn += 1
+        task = tasks
+        if counter_ptr is not None:
+            task = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
+    tell(-1, 0, 0, message, message_bars, turn)
+
+
+@gluon.jit
+def _row_terms(
+    dout, pointers, strides, place, batch, head, heads, first, rows_per_head,
+    D_V: gl.constexpr, PACKED: gl.constexpr, rows_of: gl.constexpr,
+):  # fmt: skip
+    """`row_terms` of a warpgroup's rows, for itself and for the kernel of the keys."""
+    out_ptr, lse_ptr, dlse_ptr, lse2_ptr, minus_delta_ptr = pointers
+    out_strides, lse_strides, dlse_strides = strides
+    batch_stride, row_stride, head_stride = out_strides
+    index, first_q, len_q, _, _ = place
+    BLOCK_D: gl.constexpr = dout.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    cols = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))[None, :]
+    out_ptr += index.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
+    at = out_ptr + (first_q + rows).to(gl.int64)[:, None] * row_stride + cols
+    out = gl.load(at, mask=(rows < len_q)[:, None] & (cols < D_V), other=0.0)
+    lse2, minus_delta = row_terms(
+        out, dout.load(layout), lse_ptr, dlse_ptr, index, head, first_q, rows, len_q,
+        lse_strides, dlse_strides, gl.float32,
+    )  # fmt: skip
+    to = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED).to(gl.int64) + rows
+    gl.store(lse2_ptr + to, lse2)
+    gl.store(minus_delta_ptr + to, minus_delta)
+    lse2 = gl.convert_layout(lse2, rows_of)[:, None]
+    return lse2, gl.convert_layout(minus_delta, rows_of)[:, None]
+
+
+@gluon.jit
+def _probabilities(
+    s, lse2, inner, query, j, len_k, shift, window, blocks, CAP: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """p of the keys at j, 0 where hidden; with a softcap what the scores are times its c."""
+    # A capped score of -2⁶³ has the probability 0 and a finite slope.
+    HIDDEN: gl.constexpr = -(2.0**63) if CAP != "" else 0.0
+    left, right = window
+    _, full_begin, full_end, _ = blocks
+    p = tanh(s * inner, CAP) if CAP != "" else gl.exp2(s * inner - lse2)
+    if (j < full_begin) | (j >= full_end):
+        key = (j + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout)))[None, :]
+        seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
+        p = gl.where(seen, p, HIDDEN)
+    return p
+
+
+@gluon.jit
+def _operand(p, dp, lse2, outer, CAP: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
+    """ds = p · dp times the slope of the softcap, as the next product takes it."""
+    ds = gl.exp2(p * outer - lse2) * (1.0 - p * p) if CAP != "" else p
+    return gl.convert_layout((ds * dp).to(dtype), layout)
+
+
+@gluon.jit
+def _write(dq, dq_ptr, dq_strides, place, head, first, D: gl.constexpr):
+    """dq of a warpgroup's rows."""
+    index, first_q, len_q, _, _ = place
+    batch_stride, row_stride, head_stride = dq_strides
+    BLOCK_D: gl.constexpr = dq.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
+    col = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))[None, :]
+    dq_ptr += index.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
+    dq = gl.convert_layout(dq.to(dq_ptr.dtype.element_ty), layout)
+    to = dq_ptr + (first_q + row).to(gl.int64) * row_stride + col
+    gl.store(to, dq, mask=(row < len_q) & (col < D))
+
+
+@gluon.jit
+def _multiply(
+    WHICH: gl.constexpr, pointers, dq_ptr, bufs, bars, message, shape, strides, dq_strides,
+    rows_per_head, scale, softcap, CAP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr,
+    LATE: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup: rows WHICH · 64 … of each tile."""
+    q_bufs, dout_bufs, k_bufs, v_bufs = bufs
+    q_full, q_empty, dout_full, dout_empty, k_full, k_empty, v_full, v_empty, message_bars = bars
+    heads = shape[1]
+    window = shape[4], shape[5]
+    dtype: gl.constexpr = k_bufs.dtype
+    STAGES: gl.constexpr = k_bufs.shape[0]
+    BLOCK_N: gl.constexpr = k_bufs.shape[1]
+    BLOCK_D: gl.constexpr = k_bufs.shape[2]
+    PACKED: gl.constexpr = gl.constexpr(shape[6] is not None)
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    ds_layout: gl.constexpr = gl.DotOperandLayout(0, dq_layout, 2)
+    rows_of: gl.constexpr = gl.SliceLayout(1, s_layout)
+    zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, s_layout)
+    inner, outer = score_scales(scale, softcap, CAP)
+    q, dout = q_bufs.index(WHICH), dout_bufs.index(WHICH)
+    turn, step = 0, 0
+    tile, batch, head = told(message, message_bars, turn)
+    while tile >= 0:
+        place, first, shift, blocks = blocks_of(
+            tile, batch, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, BLOCK_N
+        )
+        len_k = place[4]
+        begin, _, _, end = blocks
+        first += WHICH * ROWS
+        query = (first + gl.arange(0, ROWS, rows_of))[:, None]
+        mbarrier.wait(dout_full.index(WHICH), turn & 1)
+        lse2, minus_delta = _row_terms(
+            dout, pointers, strides, place, batch, head, heads, first, rows_per_head, D_V,
+            PACKED, rows_of,
+        )  # fmt: skip
+        slot, phase = step % STAGES, step // STAGES & 1
+        mbarrier.wait(q_full.index(WHICH), turn & 1)
+        mbarrier.wait(k_full.index(slot), phase)
+        k, v = k_bufs.index(slot), v_bufs.index(slot)
+        s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(slot), phase)
+        if PACKED and begin + BLOCK_N > len_k:
+            clear_rows(k, len_k - begin, 32)
+            clear_rows(v, len_k - begin, 32)
+        dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        p = _probabilities(
+            s, lse2, inner, query, begin, len_k, shift, window, blocks, CAP, HAS_LEFT, HAS_RIGHT
+        )
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        mbarrier.arrive(v_empty.index(slot))
+        ds = _operand(p, dp + minus_delta, lse2, outer, CAP, dtype, ds_layout)
+        dq = gl.zeros((ROWS, BLOCK_D), gl.float32, dq_layout)
+        for j in range(begin + BLOCK_N, end, BLOCK_N):
+            before, slot, phase = step % STAGES, (step + 1) % STAGES, (step + 1) // STAGES & 1
+            k, v = k_bufs.index(slot), v_bufs.index(slot)
+            mbarrier.wait(k_full.index(slot), phase)
+            s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dq = warpgroup_mma(ds, k_bufs.index(before), dq, is_async=True)
+            if not LATE:
+                mbarrier.wait(v_full.index(slot), phase)
+            if LATE:
+                s, dq = warpgroup_mma_wait(0, deps=(s, dq))
+                mbarrier.arrive(k_empty.index(before))
+                mbarrier.wait(v_full.index(slot), phase)
+            if PACKED and j + BLOCK_N > len_k:
+                clear_rows(k, len_k - j, 32)
+                clear_rows(v, len_k - j, 32)
+            dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            if not LATE:
+                s = warpgroup_mma_wait(2, deps=(s,))
+            p = _probabilities(
+                s, lse2, inner, query, j, len_k, shift, window, blocks, CAP, HAS_LEFT, HAS_RIGHT
+            )
+            if not LATE:
+                dq = warpgroup_mma_wait(1, deps=(dq,))
+                mbarrier.arrive(k_empty.index(before))
+            dp = warpgroup_mma_wait(0, deps=(dp,))
+            mbarrier.arrive(v_empty.index(slot))
+            ds = _operand(p, dp + minus_delta, lse2, outer, CAP, dtype, ds_layout)
+            step += 1
+        mbarrier.arrive(q_empty.index(WHICH))
+        mbarrier.arrive(dout_empty.index(WHICH))
+        slot = step % STAGES
+        dq = warpgroup_mma(ds, k_bufs.index(slot), dq, is_async=True)
+        turn += 1
+        tile, batch, next_head = told(message, message_bars, turn)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        mbarrier.arrive(k_empty.index(slot))
+        step += 1
+        _write(dq * scale, dq_ptr, dq_strides, place, head, first, D)
+        head = next_head
+
+
+@gluon.jit(
+    do_not_specialize=[
+        *("batches", "heads", "len_q", "len_k", "left", "right", "together"),
+        *("lse_batch", "lse_head", "dlse_batch", "dlse_head"),
+    ]
+)
+def attention_backward_queries_hopper_kernel(
+    q_desc, k_desc, v_desc, dout_desc, out_ptr, lse_ptr, dlse_ptr, lse2_ptr, minus_delta_ptr,
+    dq_ptr, counter_ptr, cu_q_ptr, cu_k_ptr, scale, softcap,
+    batches, heads, len_q, len_k, left, right, together, rows_per_head,
+    out_batch, out_row, out_head, dq_batch, dq_row, dq_head,
+    lse_batch, lse_head, lse_row, dlse_batch, dlse_head, dlse_row,
+    CAP: gl.constexpr, GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr, D: gl.constexpr, D_V: gl.constexpr, STAGES: gl.constexpr,
+    LATE: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """dq, and `row_terms`, of tiles of 128 queries; see `attention_forward_hopper_kernel`."""
+    dtype: gl.constexpr = k_desc.dtype
+    BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
+    BLOCK_D: gl.constexpr = k_desc.block_type.shape[3]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
+    bufs = (
+        gl.allocate_shared_memory(dtype, [GROUPS, ROWS, BLOCK_D], layout),
+        gl.allocate_shared_memory(dtype, [GROUPS, ROWS, BLOCK_D], layout),
+        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], layout),
+        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], layout),
+    )
+    message = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    message_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(message_bars.index(0), count=1)
+    mbarrier.init(message_bars.index(1), count=GROUPS)
+    bars = (
+        barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(GROUPS, 1),
+        barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(STAGES, 1),
+        barriers(STAGES, GROUPS), message_bars,
+    )  # fmt: skip
+    shape = batches, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, together
+    pointers = out_ptr, lse_ptr, dlse_ptr, lse2_ptr, minus_delta_ptr
+    strides = (
+        (out_batch, out_row, out_head), (lse_batch, lse_head, lse_row),
+        (dlse_batch, dlse_head, dlse_row),
+    )  # fmt: skip
+    dq_strides = dq_batch, dq_row, dq_head
+    tasks = gl.cdiv(len_q, GROUPS * ROWS) * heads * batches
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    0, pointers, dq_ptr, bufs, bars, message, shape, strides, dq_strides,
+                    rows_per_head, scale, softcap, CAP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D, D_V,
+                    LATE,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    1, pointers, dq_ptr, bufs, bars, message, shape, strides, dq_strides,
+                    rows_per_head, scale, softcap, CAP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, D, D_V,
+                    LATE,
+                ),
+            ),
+            (
+                _fetch,
+                (
+                    q_desc, k_desc, v_desc, dout_desc, bufs, bars, message, counter_ptr, tasks,
+                    shape, GROUP, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT,
+                ),
+            ),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
+def launch_backward_queries_hopper(
+    operator: Operator, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor,
+    dlse: Tensor | None, lse2: Tensor, minus_delta: Tensor, dq: Tensor, *, mask: Mask,
+    scale: float, softcap: float, cap: str, together: int, rows_per_head: int, batches: int,
+    lengths: tuple[int, int], cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+) -> None:  # fmt: skip
+    """Write dq, lse2 and minus_delta.
+
+    Args:
+        operator: whose launch it is.
+        q: [B, T_q, H, D], packed ones with B = 1; like all others with adjacent columns.
+        k: [B, T_k, K, D].
+        v: [B, T_k, K, D_v].
+        dout: [B, T_q, H, D_v].
+        out: likewise.
+        lse: [B, H, T_q], in base e.
+        dlse: gradient of lse, like it, or None.
+        lse2: to be written, in rows of scratch memory: log-sum-exp in base 2.
+        minus_delta: likewise.
+        dq: like q.
+        mask: what a query sees.
+        scale: of q·k.
+        softcap: c of c · tanh(s / c), 0 for none.
+        cap: of `cap_of`.
+        together: heads whose keys and values stay in L2.
+        rows_per_head: of scratch memory.
+        batches: sequences.
+        lengths: (T_q, T_k), or those of the longest sequences.
+        cu_seqlens_q: where sequences are packed.
+        cu_seqlens_k: likewise.
+    """
+    (len_q, len_k), heads = lengths, q.shape[2]
+    left, right = mask.window
+    width = 64 if max(q.shape[3], v.shape[3]) <= 64 else 128
+    tasks = cdiv(len_q, GROUPS.value * ROWS.value) * heads * batches
+    programs = num_programs(q.device, per_sm=1)
+    counter = None if tasks <= programs else q.new_zeros((1,), dtype=torch.int32)
+    operator.launch(
+        attention_backward_queries_hopper_kernel, (min(tasks, programs),),
+        describe(q, ROWS.value, width), describe(k, BLOCK_N, width), describe(v, BLOCK_N, width),
+        describe(dout, ROWS.value, width), out, lse, dlse, lse2, minus_delta, dq, counter,
+        cu_seqlens_q, cu_seqlens_k, scale, softcap, batches, heads, len_q, len_k, left, right,
+        together, rows_per_head, *strides(out, dq), *lse.stride(),
+        *((0, 0, 0) if dlse is None else dlse.stride()),
+        CAP=cap, GROUP=heads // k.shape[2], BOTTOM_RIGHT=mask.bottom_right, HAS_LEFT=left >= 0,
+        HAS_RIGHT=right >= 0, D=q.shape[3], D_V=v.shape[3], STAGES=STAGES[width], LATE=LATE,
+        num_warps=4, maxnreg=168,
+    )  # fmt: skip
