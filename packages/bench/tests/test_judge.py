@@ -119,6 +119,16 @@ def test_a_rate_is_beside_that_of_another_operator_or_case(row):
     assert judge([bar(**wanted)], rows)[0].met is None
 
 
+def test_a_part_is_of_the_time_elsewhere(row):
+    there = {"operator": "swiglu", "case": "8x8-bf16"}
+    rows = [row(3), row(1, "torch"), row(100, **there), row(10, "torch", **there)]
+    wanted = {"quantity": "part", "than": ("swiglu", "8x8-bf16")}
+    for limit, met in ((0.031, True), (0.029, False)):
+        (verdict,) = judge([bar(limit=limit, **wanted)], rows)
+        assert (verdict.value, verdict.met) == (pytest.approx(0.03), met)
+    assert judge([bar(limit=0.03, **wanted)], rows[:2])[0].met is None
+
+
 @pytest.fixture
 def products(row):
     """Eight cases at 0.8, 0.9, … 1.5 times the speed of torch, forward and backward in turns."""
@@ -177,8 +187,9 @@ def test_verdicts_of_one_place_stand_together(row):
         ({"over": "all"}, "over 'all' is none of 'each', 'least', 'mean', 'quarter'"),
         ({"quantity": "speed"}, r"'speed' needs peers, and \(\) are given"),
         ({"quantity": "share", "peers": ("torch",)}, "'share' needs no peers, and .*torch"),
-        ({"quantity": "rate"}, "'rate' needs than, and others none: 'rate', None"),
-        ({"peers": ("torch",), "than": ("a", "b")}, "'rate' needs than, and others none: 'speed'"),
+        ({"quantity": "rate"}, "'rate' and 'part' need than, and others none: 'rate', None"),
+        ({"quantity": "part"}, "'rate' and 'part' need than, and others none: 'part', None"),
+        ({"peers": ("torch",), "than": ("a", "b")}, "need than, and others none: 'speed'"),
         ({"peers": ("torch",), "over": "mean", "noise": True}, "over 'mean' .* without noise"),
         ({"quantity": "host", "peers": ("torch",), "over": "least"}, "over 'least' is for"),
     ],

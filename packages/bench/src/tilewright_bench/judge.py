@@ -13,11 +13,11 @@ from typing import Literal, get_args
 from tilewright_bench.case import Direction
 from tilewright_bench.rows import OURS, Row, groups_of
 
-Quantity = Literal["share", "speed", "host", "memory", "rate", "runs"]
+Quantity = Literal["share", "speed", "host", "memory", "rate", "part", "runs"]
 Over = Literal["each", "least", "mean", "quarter"]
 Group = tuple[str, str, str]
 
-AT_MOST: tuple[Quantity, ...] = ("host", "memory")
+AT_MOST: tuple[Quantity, ...] = ("host", "memory", "part")
 """Quantities that a bar bounds from above."""
 
 QUARTER = 0.25
@@ -43,11 +43,12 @@ class Bar:
         directions: which of them.
         quantity: "share" of the ceiling; "speed", "host" time of a call or "memory" beyond inputs
             and results, each ÷ that of the best peer; "rate", operations a second ÷ those of the
-            same provider at another place; "runs" asks for a measurement alone.
-        limit: the least value, the greatest of "host" and "memory".
+            same provider at another place; "part", time ÷ that of the same provider there; "runs"
+            asks for a measurement alone.
+        limit: the least value, the greatest of "host", "memory" and "part".
         provider: whose figures are held against the limit.
         peers: providers that it is compared with. All must have been measured.
-        than: operator and case that a rate is compared with, in the same direction.
+        than: operator and case that a rate or a part is of, in the same direction.
         over: "each" case; the "least" of all cases, their geometric "mean", or a "quarter" of them.
         noise: whether a value that misses by less than its spread counts as equal.
     """
@@ -73,8 +74,10 @@ class Bar:
         needed = "" if self.quantity in _COSTS else "no "
         if bool(self.peers) != (self.quantity in _COSTS):
             raise ValueError(f"{self.quantity!r} needs {needed}peers, and {self.peers} are given")
-        if (self.than is not None) != (self.quantity == "rate"):
-            raise ValueError(f"'rate' needs than, and others none: {self.quantity!r}, {self.than}")
+        if (self.than is not None) != (self.quantity in ("rate", "part")):
+            raise ValueError(
+                f"'rate' and 'part' need than, and others none: {self.quantity!r}, {self.than}"
+            )
         if self.over != "each" and (self.quantity in AT_MOST or self.noise):
             raise ValueError(f"over {self.over!r} is for shares and speeds, without noise")
 
@@ -187,7 +190,7 @@ def _figure(bar: Bar, groups: Mapping[Group, Sequence[Row]], place: Group) -> Fi
         value = ours.share if bar.quantity == "share" else ours.median
         return Figure(value=value, spread=max(ours.spread, RUN_TO_RUN), beside=ours.ceiling)
     if bar.than is not None:
-        return _rate(ours, groups.get((*bar.than, place[2]), ()))
+        return _elsewhere(bar, ours, groups.get((*bar.than, place[2]), ()))
     costs = {name: _COSTS[bar.quantity](rows[name]) for name in (bar.provider, *bar.peers)}
     known = {name: cost for name, cost in costs.items() if cost is not None}
     if len(known) < len(costs):
@@ -198,12 +201,13 @@ def _figure(bar: Bar, groups: Mapping[Group, Sequence[Row]], place: Group) -> Fi
     return Figure(value=_ratio(known[over], known[under]), spread=spread, beside=best)
 
 
-def _rate(ours: Row, there: Iterable[Row]) -> Figure | None:
-    """Operations a second beside those of the same provider elsewhere."""
+def _elsewhere(bar: Bar, ours: Row, there: Iterable[Row]) -> Figure | None:
+    """Operations a second, or the time, beside those of the same provider elsewhere."""
     for other in there:
         if other.provider == ours.provider:
+            rate = ours.tflop_per_s / other.tflop_per_s
             return Figure(
-                value=ours.tflop_per_s / other.tflop_per_s,
+                value=rate if bar.quantity == "rate" else ours.median / other.median,
                 spread=max(ours.spread, other.spread, RUN_TO_RUN),
                 beside=ours.provider,
             )

@@ -123,7 +123,10 @@ def _bar_text(bar: Bar) -> str:
         return "runs"
     if bar.than is not None:
         operator, case = bar.than
-        return f"TFLOP/s ≥ {bar.limit:g}× `{operator}` {case_text(case)}"
+        there = f"`{operator}` {case_text(case)}"
+        if bar.quantity == "part":
+            return f"≤ {bar.limit * 100:g} % of the time of {there}"
+        return f"TFLOP/s ≥ {bar.limit:g}× {there}"
     peers = [NAMES.get(peer, peer) for peer in bar.peers]
     beside = f"× {peers[0]}" if len(peers) == 1 else f"× the best of {', '.join(peers)}"
     text = {
@@ -153,6 +156,8 @@ def _measured_text(verdict: Verdict) -> str:
     beside = verdict.figures[0].beside
     if bar.quantity == "share":
         text = f"{_rounded(value * 100, 1, bar)} % of {beside}"
+    elif bar.quantity == "part":
+        text = f"{_rounded(value * 100, 1, bar)} %"
     else:
         text = f"{_rounded(value, 3 if bar.noise else 2, bar)}×"
         text += f" {NAMES.get(beside, beside)}" if len(bar.peers) > 1 else ""
