@@ -152,8 +152,9 @@ def _grads(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 10
     needed = list(ctx.needs_input_grad[:4])
-    gate_up = ctx.saved_tensors[4]
-    arguments = (dy, *ctx.saved_tensors, ctx.activation, needed)
+    saved: Any = ctx.saved_tensors  # read once: recomputation hands each out once
+    gate_up = saved[4]
+    arguments: Any = (dy, *saved, ctx.activation, needed)
     if ctx.overwrite and _may_overwrite(gate_up, dy):
         grads = _backward(*arguments, overwrite=True)
         torch.autograd.graph.increment_version(gate_up)

@@ -32,6 +32,9 @@ def torch_moe_mlp(
     x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: Routing, activation: GatedActivation
 ) -> Tensor:
     """The definition on torch's grouped product where it takes the operands, else the loop."""
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        # torch 2.11 can neither trace its grouped product in other dtypes nor the loop's lengths.
+        return _every_expert(x, w_gate_up, w_down, routing, activation)
     rows = _rows_of(x, routing)
     widths_fit = w_down.shape[2] % (16 // x.element_size()) == 0
     if not widths_fit or not all(torch_takes(t) for t in (rows, w_gate_up, w_down)):
@@ -39,6 +42,19 @@ def torch_moe_mlp(
     gate, up = F.grouped_mm(rows, w_gate_up.mT, offs=routing.offs).chunk(2, dim=-1)
     h = getattr(F, activation)(gate) * up
     return _combined(F.grouped_mm(h, w_down.mT, offs=routing.offs), x, routing)
+
+
+def _every_expert(
+    x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: Routing, activation: GatedActivation
+) -> Tensor:
+    """The definition with every expert over all tokens: E / k times the work, no lengths."""
+    tokens = x.reshape(-1, x.shape[-1])
+    y = torch.zeros_like(tokens, dtype=routing.weights.dtype)
+    for e in range(w_down.shape[0]):
+        gate, up = F.linear(tokens, w_gate_up[e]).chunk(2, dim=-1)
+        share = (routing.weights * (routing.ids == e)).sum(-1, keepdim=True)
+        y = y + share * F.linear(getattr(F, activation)(gate) * up, w_down[e])
+    return y.to(x.dtype).view(x.shape)
 
 
 def _rows_of(x: Tensor, routing: Routing) -> Tensor:
