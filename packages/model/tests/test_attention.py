@@ -84,7 +84,9 @@ def test_only_distances_matter() -> None:
     cos, sin = rotary_tables(4, 16, 10000.0)
     shifted = attention(x, Positions(cos[9:14], sin[9:14]))
     # Angles in float32 near 13 carry 1e-6.
-    torch.testing.assert_close(shifted, attention(x, Positions(cos[:5], sin[:5])), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        shifted, attention(x, Positions(cos[:5], sin[:5])), rtol=1e-5, atol=1e-6
+    )
     # ... and they do matter: without rotation the result is another.
     still = attention(x, Positions(torch.ones_like(cos[:5]), torch.zeros_like(sin[:5])))
     assert (shifted - still).abs().max() > 1e-3

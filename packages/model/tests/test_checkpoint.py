@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tilewright_model import CausalLM, ModelConfig
+from tilewright_model.checkpoint import MAX_SHARD_BYTES, _shards
 
 CONFIG = ModelConfig(
     vocab_size=40,
@@ -53,6 +54,7 @@ def test_device_and_dtype_may_be_chosen(device: torch.device, tmp_path: Path) ->
     restored = CausalLM.from_pretrained(tmp_path, device=device, dtype=torch.bfloat16)
     assert_same(restored, build().to(torch.bfloat16))
     assert {t.device.type for t in (*restored.parameters(), *restored.buffers())} == {device.type}
+    assert restored.rotary is not None
     assert restored.rotary.cos.dtype == torch.float32
 
 
@@ -208,3 +210,56 @@ def test_a_config_error_names_the_file(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"silu"', '"gelu"'))
     with pytest.raises(ValueError, match=r"config\.json: hidden_act is 'gelu'"):
         CausalLM.from_pretrained(tmp_path)
+
+
+def test_large_weights_are_split_and_a_small_save_removes_the_parts(tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path, max_shard_bytes=8000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    sizes = [sum(t.nbytes for t in load_file(tmp_path / file).values()) for file in files]
+    assert max(sizes) <= 8000  # no single tensor is larger
+    assert sum(sizes) == index["metadata"]["total_size"]
+    assert not (tmp_path / "model.safetensors").exists()
+    assert_same(CausalLM.from_pretrained(tmp_path), model)
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert_same(CausalLM.from_pretrained(tmp_path), model)
+
+
+def test_five_gigabytes_are_one_file_and_more_are_two() -> None:
+    # On the meta device nothing is held.
+    gigabyte = torch.empty(10**9, dtype=torch.uint8, device="meta")
+    assert list(_shards({str(i): gigabyte for i in range(5)}, MAX_SHARD_BYTES)) == [
+        "model.safetensors"
+    ]
+    six = _shards({str(i): gigabyte for i in range(6)}, MAX_SHARD_BYTES)
+    assert list(six) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert six["model-00002-of-00002.safetensors"] == ["5"]
+
+
+def test_a_shard_that_is_not_there_is_named(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path, max_shard_bytes=8000)
+    next(iter(sorted(tmp_path.glob("model-00002-*")))).unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-.* is missing"):
+        CausalLM.from_pretrained(tmp_path)
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path / "first")
+    for name, text in (("tokenizer.json", "{}"), ("chat_template.jinja", "{{ x }}"), ("x.py", "")):
+        (tmp_path / "first" / name).write_text(text)
+    path = tmp_path / "first" / "config.json"
+    path.write_text(path.read_text().replace('"eos_token_id": null', '"eos_token_id": 7'))
+    CausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    names = sorted(p.name for p in (tmp_path / "second").iterdir())
+    assert names == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+    assert (tmp_path / "second" / "chat_template.jinja").read_text() == "{{ x }}"
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["eos_token_id"] == 7
+
+
+def test_max_shard_bytes_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_shard_bytes is 0"):
+        build().save_pretrained(tmp_path, max_shard_bytes=0)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tilewright_model import CausalLM, ModelConfig
-from tilewright_model.hugging_face import from_hugging_face, tensors_on_disk, to_hugging_face
+from tilewright_model import CausalLM, ModelConfig, RopeScaling
+from tilewright_model.hugging_face import (
+    family_of,
+    from_hugging_face,
+    tensors_on_disk,
+    to_hugging_face,
+)
 
 CONFIG = ModelConfig(
     vocab_size=40,
@@ -89,17 +95,6 @@ def test_logits_equal_an_independent_llamas(config: ModelConfig, tmp_path: Path)
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_tensors_on_disk_tile_the_parameters(config: ModelConfig) -> None:
-    state = CausalLM(config).state_dict()
-    covered = {name: torch.zeros(parameter.shape) for name, parameter in state.items()}
-    for name, place in tensors_on_disk(config).items():
-        rows = covered[place.parameter].narrow(0, place.start, place.shape[0])
-        assert rows.shape == place.shape, name
-        rows += 1
-    for name, count in covered.items():
-        assert (count == 1).all(), name
-
-
 def test_names_are_those_of_llama() -> None:
     names = list(tensors_on_disk(dataclasses.replace(CONFIG, tie_word_embeddings=False)))
     assert len(names) == 1 + 2 * 9 + 2
@@ -121,6 +116,95 @@ def test_names_are_those_of_llama() -> None:
 def test_configuration_round_trip(config: ModelConfig) -> None:
     values = json.loads(json.dumps(to_hugging_face(config, torch.bfloat16)))
     assert from_hugging_face(values) == config
+
+
+MOE = dataclasses.replace(CONFIG, num_experts=4, num_experts_per_tok=2)
+QWEN3 = dataclasses.replace(CONFIG, qk_norm=True)
+YARN = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=4)
+FAMILIES = {
+    "llama": dataclasses.replace(CONFIG, rope_scaling=YARN),
+    "mistral": dataclasses.replace(CONFIG, sliding_window=3),
+    "qwen3": dataclasses.replace(
+        QWEN3, sliding_window=3, layer_types=("full_attention", "sliding_attention")
+    ),
+    "mixtral": dataclasses.replace(MOE, rope_scaling=RopeScaling(rope_type="linear", factor=2.0)),
+    "qwen3_moe": dataclasses.replace(
+        MOE, qk_norm=True, moe_intermediate_size=8, norm_topk_prob=False, mlp_only_layers=(1,)
+    ),
+    "tilewright": dataclasses.replace(
+        MOE,
+        position_embedding="learned",
+        num_shared_experts=1,
+        router_scoring="sigmoid",
+        final_logit_softcapping=30.0,
+        sliding_window=3,
+        layer_types=("sliding_attention", "full_attention"),
+        first_k_dense_replace=1,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_comes_back(family: str, tmp_path: Path) -> None:
+    config = FAMILIES[family]
+    assert family_of(config) == family
+    values = json.loads(json.dumps(to_hugging_face(config, torch.float32)))
+    assert values["model_type"] == family
+    assert from_hugging_face(values) == config
+    torch.manual_seed(0)
+    model, ids = CausalLM(config).eval(), torch.randint(config.vocab_size, (2, 9))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(CausalLM.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_of_each_family_tile_its_parameters(family: str) -> None:
+    state = CausalLM(FAMILIES[family]).state_dict()
+    covered = {name: torch.zeros(parameter.shape) for name, parameter in state.items()}
+    for name, place in tensors_on_disk(FAMILIES[family]).items():
+        assert place.of(covered[place.parameter]).shape == place.shape, name
+        place.of(covered[place.parameter]).add_(1)
+    for name, count in covered.items():
+        assert (count == 1).all(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "family"),
+    [
+        ({"attn_logit_softcapping": 20.0}, "tilewright"),
+        ({"position_embedding": "none"}, "tilewright"),
+        ({"logits_scaling": 8.0}, "tilewright"),
+        ({"residual_dropout": 0.1}, "tilewright"),
+        ({"num_experts": 4, "norm_topk_prob": False}, "tilewright"),
+        ({"num_experts": 4, "mlp_only_layers": (0,)}, "tilewright"),
+        ({"num_experts": 4, "qk_norm": True, "first_k_dense_replace": 1}, "qwen3_moe"),
+        # transformers' Llama refuses a width that its heads do not divide; Mistral is the same.
+        ({"hidden_size": 20, "head_dim": 4}, "mistral"),
+    ],
+    ids=str,
+)
+def test_the_family_is_one_that_computes_the_same(change: dict, family: str) -> None:
+    assert family_of(dataclasses.replace(CONFIG, **change)) == family
+
+
+def test_ntk_is_written_as_the_base_that_it_amounts_to() -> None:
+    config = dataclasses.replace(
+        CONFIG, head_dim=8, rope_scaling=RopeScaling(rope_type="ntk", factor=4.0)
+    )
+    again = from_hugging_face(to_hugging_face(config, torch.float32))
+    assert again.rope_scaling is None
+    assert again.rope_theta == pytest.approx(500.0 * 4 ** (8 / 6))
+
+
+def test_yarns_length_and_factor_are_derived_where_left_out() -> None:
+    values = to_hugging_face(CONFIG, torch.float32)
+    del values["rope_parameters"]
+    scaled = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+    scaling = from_hugging_face({**values, "rope_scaling": scaled}).rope_scaling
+    assert scaling is not None
+    assert scaling.original_max_position_embeddings == CONFIG.max_position_embeddings
+    log = 0.1 * math.log(4.0)
+    assert scaling.attention_factor == pytest.approx((log + 1) / (0.5 * log + 1))
 
 
 def test_both_spellings_are_written() -> None:
@@ -155,11 +239,28 @@ def test_what_is_left_out_has_the_defaults_of_llama() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen3"}, "model_type is 'qwen3': only 'llama'"),
+        (
+            {"model_type": "gpt2"},
+            "model_type is 'gpt2': known are llama, mistral, qwen3, mixtral, qwen3_moe, tilewright",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu': only 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling is"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0}}, "rope_parameters is"),
+        (
+            {"rope_scaling": {"type": "yarn"}},
+            "rope_parameters says 'default', rope_scaling 'yarn'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0}},
+            "rope_type is 'llama3' and its factor is missing",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
+            "rope_type is 'longrope': computed here are default, linear, yarn, llama3",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5",
+        ),
         ({"rope_theta": 10000.0}, "rope_parameters says rope_theta 500.0, config.json 10000.0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
         ({"num_key_value_heads": 4}, "num_key_value_heads 4"),

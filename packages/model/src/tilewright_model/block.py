@@ -52,6 +52,7 @@ class Block(nn.Module):
     def _mlp(self, x_BTC: Tensor) -> tuple[Tensor, RouterOutput | None]:
         if self.recompute_mlp:
             y = torch.utils.checkpoint.checkpoint(self.mlp, x_BTC, use_reentrant=False)
+            assert y is not None
         else:
             y = self.mlp(x_BTC)
         return (y, None) if isinstance(y, Tensor) else y

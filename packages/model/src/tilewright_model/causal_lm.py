@@ -12,15 +12,27 @@ chooses. Shapes: B batch, T tokens, C hidden_size, V vocab_size.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Literal, NamedTuple, Self, cast, get_args
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from tilewright_kernels import Dropout, Linear, RMSNorm, linear
+from tilewright_kernels import (
+    Dropout,
+    Linear,
+    RMSNorm,
+    linear,
+    load_balancing_loss,
+    router_z_loss,
+)
 from tilewright_model.block import Block
-from tilewright_model.checkpoint import read_config, read_weights, write_checkpoint
+from tilewright_model.checkpoint import (
+    MAX_SHARD_BYTES,
+    read_config,
+    read_weights,
+    write_checkpoint,
+)
 from tilewright_model.config import ModelConfig
 from tilewright_model.inputs import check_labels, check_tokens, sequences
 from tilewright_model.kv_cache import KVCache
@@ -28,7 +40,6 @@ from tilewright_model.loss import IGNORE_INDEX, linear_loss, logits_loss, next_t
 from tilewright_model.moe import Experts, RouterOutput
 from tilewright_model.positions import Positions, SinusoidalPositions
 from tilewright_model.rotary import RotaryTables
-from tilewright_model.router_losses import balance_loss, router_z_loss
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -63,11 +74,15 @@ class CausalLM(nn.Module):
 
     Args:
         config: the model's shape.
+
+    Attributes:
+        origin: the folder that it was read from, or None.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.origin: Path | None = None
         device = torch.get_default_device()
         with torch.device("meta"):  # drawn once, below, and by no constructor
             self._build(config)
@@ -130,7 +145,7 @@ class CausalLM(nn.Module):
             )
         self._recompute: Recompute = value
         for block in self.layers:
-            block.recompute_mlp = value == "selective"
+            cast(Block, block).recompute_mlp = value == "selective"
 
     def forward(
         self,
@@ -177,9 +192,7 @@ class CausalLM(nn.Module):
             input_ids, position_ids, cu_seqlens, max_seqlen, attention_mask, cache
         )
         hidden_BTC, routers = self._decode(input_ids, positions, cache)
-        aux_loss = None
-        if routers:
-            aux_loss = balance_loss(routers, attention_mask, self.config.router_scoring)
+        aux_loss = self._balance_loss(routers, attention_mask) if routers else None
         logits_BTV = self.project_logits(hidden_BTC) if keep_logits else None
         if labels is None:
             return CausalLMOutput(logits=logits_BTV, aux_loss=aux_loss)
@@ -256,9 +269,10 @@ class CausalLM(nn.Module):
         routers = []
         for block, layer_cache in zip(self.layers, caches, strict=True):
             if self.recompute == "full" and torch.is_grad_enabled():
-                h_BTC, router = torch.utils.checkpoint.checkpoint(
+                recomputed = torch.utils.checkpoint.checkpoint(
                     block, h_BTC, positions, use_reentrant=False
                 )
+                h_BTC, router = cast(tuple[Tensor, RouterOutput | None], recomputed)
             else:
                 h_BTC, router = block(h_BTC, positions, layer_cache)
             if router is not None:
@@ -290,6 +304,18 @@ class CausalLM(nn.Module):
             self._scaled(hidden_BTC), self._head(), targets_BT, num_items, softcap=cap
         )
 
+    def _balance_loss(
+        self, routers: Sequence[RouterOutput], attention_mask: Tensor | None
+    ) -> Tensor:
+        counts = [router.tokens_per_expert for router in routers]
+        return load_balancing_loss(
+            [router.logits for router in routers],
+            self.config.num_experts_per_tok,
+            attention_mask=attention_mask,
+            tokens_per_expert=counts if attention_mask is None else None,
+            layers=self.config.router_aux_loss_layers,
+        )
+
     def _router_loss(
         self,
         routers: Sequence[RouterOutput],
@@ -301,21 +327,32 @@ class CausalLM(nn.Module):
         """Weighted sum of the router's losses, by this batch's share of num_items."""
         loss = self.config.router_aux_loss_coef * aux_loss
         if self.config.router_z_loss_coef:
-            z_loss = router_z_loss(routers, attention_mask)
+            logits = [router.logits for router in routers]
+            z_loss = router_z_loss(logits, attention_mask=attention_mask)
             loss = loss + self.config.router_z_loss_coef * z_loss
         if num_items is not None:
             loss = loss * ((targets_BT != IGNORE_INDEX).sum() / num_items)
         return loss
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` in Hugging Face's layout for Llama.
+    def save_pretrained(
+        self, directory: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        """Write `config.json` and weights as Hugging Face lays out the family of this model.
 
-        Each file is written beside its place and renamed. Missing folders are created.
+        Each file is written beside its place and renamed. Missing folders are created. The
+        tokenizer's files of the folder that the model was read from come along.
+
+        Args:
+            directory: where to.
+            max_shard_bytes: weights beyond so many bytes are split into several files.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        write_checkpoint(directory, self.config, self.state_dict())
+        weights = self.state_dict()
+        write_checkpoint(
+            *(directory, self.config, weights), max_shard_bytes=max_shard_bytes, origin=self.origin
+        )
 
     @classmethod
     def from_pretrained(
@@ -325,7 +362,7 @@ class CausalLM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """A model from a folder that `save_pretrained`, or transformers for a Llama, has written.
+        """A model from a folder that `save_pretrained` or transformers has written.
 
         Args:
             directory: holds `config.json` and `model.safetensors`, or its shards and their index.
@@ -343,6 +380,7 @@ class CausalLM(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(weights, assign=True)
+        model.origin = Path(directory)
         for module in (model.rotary, model.embed_positions):
             if module is not None and not any(True for _ in module.parameters()):
                 module.to_empty(device=target)  # its table follows from the configuration

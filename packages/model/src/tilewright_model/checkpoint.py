@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import json
 import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,45 +21,130 @@ from torch import Tensor
 
 from tilewright_model.config import ModelConfig
 from tilewright_model.hugging_face import (
-    TensorOnDisk,
+    TOKEN_IDS,
     from_hugging_face,
     tensors_on_disk,
     to_hugging_face,
 )
+from tilewright_model.hugging_face_tensors import TensorOnDisk
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
+MAX_SHARD_BYTES = 5_000_000_000
+"""Weights beyond so many bytes are written in several files and an index."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What lies beside a model in Hugging Face's layout and is not the model's."""
+
+
 def write_checkpoint(
-    directory: str | Path, config: ModelConfig, weights: Mapping[str, Tensor]
+    directory: str | Path,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    origin: Path | None = None,
 ) -> None:
     """Write a model's configuration and weights into `directory`, created where missing.
 
     Args:
-        directory: files of the two names there are replaced, others are left alone.
+        directory: files of these names there are replaced, other shards of weights removed, and
+            the rest is left alone.
         config: of the model.
         weights: its state_dict, on any device; written in the dtype they have.
+        max_shard_bytes: more are split into several files and an index.
+        origin: the folder that the model came from, whose tokenizer comes along.
 
     Raises:
         OSError: the directory cannot be written; what was there before is intact.
+        ValueError: max_shard_bytes is below 1.
     """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}: give 1 or more")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, place in tensors_on_disk(config).items():
-        rows = weights[place.parameter].narrow(0, place.start, place.shape[0])
-        tensors[name] = rows.detach().contiguous().cpu()
+    tensors = {
+        name: place.of(weights[place.parameter]).detach()
+        for name, place in tensors_on_disk(config).items()
+    }
+    shards = _shards(tensors, max_shard_bytes)
     dtype = weights["embed_tokens.weight"].dtype
-    text = json.dumps(to_hugging_face(config, dtype), indent=2, sort_keys=True) + "\n"
-    with _replacing(directory / WEIGHTS_NAME) as path:
+    values = to_hugging_face(config, dtype, read_token_ids(origin))
+    for file, names in shards.items():
+        _write_tensors(directory / file, {name: tensors[name] for name in names})
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / INDEX_NAME, index)
+    _write_json(directory / CONFIG_NAME, values)
+    _remove_others(directory, [*shards, *([INDEX_NAME] if len(shards) > 1 else [])])
+    if origin is not None and origin.resolve() != directory.resolve():
+        for name in TOKENIZER_FILES:
+            if (origin / name).is_file():
+                with _replacing(directory / name) as path:
+                    shutil.copyfile(origin / name, path)
+
+
+def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> dict[str, list[str]]:
+    """Names of the tensors of each file, in their order."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return {WEIGHTS_NAME: groups[0]}
+    count = len(groups)
+    return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups)}
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    on_host = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    with _replacing(file) as path:
         try:
-            save_file(tensors, path, metadata={"format": "pt"})
+            save_file(on_host, path, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"cannot write {directory / WEIGHTS_NAME}: {error}") from error
-    with _replacing(directory / CONFIG_NAME) as path:
+            raise OSError(f"cannot write {file}: {error}") from error
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    with _replacing(file) as path:
         path.write_text(text, encoding="utf-8")
+
+
+def _remove_others(directory: Path, written: Collection[str]) -> None:
+    """Remove weights of an earlier save, which a reader could take for this one's."""
+    old = [directory / WEIGHTS_NAME, directory / INDEX_NAME]
+    old += directory.glob("model-?????-of-?????.safetensors")
+    for path in old:
+        if path.name not in written:
+            path.unlink(missing_ok=True)
+
+
+def read_token_ids(directory: Path | None) -> dict[str, Any]:
+    """Ids of special tokens in a folder's `config.json`; none where there is no such file."""
+    if directory is None or not (directory / CONFIG_NAME).is_file():
+        return {}
+    values = _read_json(directory / CONFIG_NAME)
+    return {key: values[key] for key in TOKEN_IDS if key in values}
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -126,11 +212,14 @@ def _join(
     tensors = {name: source[name].get_tensor(name) for name in pieces}
     if dtype is None:
         dtype = next(iter(tensors.values())).dtype
-    shapes = [place.shape for place in pieces.values()]
-    shape = (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+    places = pieces.values()
+    rows = max(place.start + place.shape[0] for place in places)
+    shape = rows, *next(iter(places)).shape[1:]
+    if experts := [place.expert for place in places if place.expert is not None]:
+        shape = max(experts) + 1, *shape
     parameter = torch.empty(shape, dtype=dtype, device=device)
     for name, place in pieces.items():
-        parameter.narrow(0, place.start, place.shape[0]).copy_(tensors[name])
+        place.of(parameter).copy_(tensors[name])
     return parameter
 
 

@@ -13,6 +13,7 @@ from tilewright_model.rope_scaling import RopeScaling
 
 PositionEmbedding = Literal["rope", "learned", "sinusoidal", "none"]
 LayerType = Literal["full_attention", "sliding_attention"]
+RouterLossLayers = Literal["together", "sum", "mean"]
 RouterScoring = Literal["softmax", "sigmoid"]
 
 
@@ -122,6 +123,10 @@ class ModelConfig:
 
     router_aux_loss_coef: float = 0.001
     """Weight of the load-balancing loss in training."""
+
+    router_aux_loss_layers: RouterLossLayers = "together"
+    """Over what that loss is: the tokens of all layers together, as Hugging Face has it, or the
+    sum or mean of each layer's own, which no layer can even out for another."""
 
     router_z_loss_coef: float = 0.0
     """Weight of the mean squared log-sum-exp of router logits in training (ST-MoE)."""

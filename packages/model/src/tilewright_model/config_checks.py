@@ -35,6 +35,7 @@ _BOOLS = ("tie_word_embeddings", "qk_norm", "norm_topk_prob")
 _CHOICES = {
     "position_embedding": ("rope", "learned", "sinusoidal", "none"),
     "router_scoring": ("softmax", "sigmoid"),
+    "router_aux_loss_layers": ("together", "sum", "mean"),
 }
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 

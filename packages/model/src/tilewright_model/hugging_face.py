@@ -1,39 +1,43 @@
-"""Hugging Face's layout of a Llama: names of the tensors on disk and the keys of `config.json`.
+"""Configurations of Hugging Face's families: which one a model belongs to, and its `config.json`.
 
-Pure data: no file is touched here. In memory q, k, v and gate, up are rows of one matrix each, on
-disk they are separate tensors; everything else differs by the prefix `model.` only.
+    llama      dense
+    mistral    dense with a sliding window in every layer
+    qwen3      dense with qk-norm, sliding windows layer by layer
+    mixtral    every layer sparse, softmax router, weights normalized
+    qwen3_moe  sparse layers among dense ones, qk-norm
+    tilewright anything else that `ModelConfig` describes; transformers does not know it
+
+Pure data: no file is touched here.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from tilewright_model.config import ModelConfig
+from tilewright_model.hugging_face_tensors import (
+    MIXTRAL_NAMES,
+    QWEN3_MOE_NAMES,
+    TensorOnDisk,
+)
+from tilewright_model.hugging_face_tensors import tensors_on_disk as _tensors_on_disk
+from tilewright_model.rope_scaling import RopeScaling, RopeType, ntk_theta
 
-# What a Llama configuration may say besides the fields of ModelConfig, and the one value of each
-# that this model computes. All are written; on reading, another value is refused, not ignored.
-_FIXED: Mapping[str, Any] = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "rope_scaling": None,
+ARCHITECTURES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "tilewright": "TilewrightForCausalLM",
 }
+"""Known families by their `model_type`, and the class that transformers has for each."""
 
-# Facts about training and text that do not change what is computed. Null ids: transformers would
-# otherwise take 1 and 2 for the special tokens.
-_INFORMATIVE: Mapping[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "initializer_range": 0.02,
-    "pretraining_tp": 1,
-    "use_cache": True,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys that belong to the tokenizer and travel through a model untouched."""
 
 _REQUIRED = (
     "vocab_size",
@@ -43,91 +47,215 @@ _REQUIRED = (
     "intermediate_size",
 )
 
+# What a configuration may say besides the fields of ModelConfig, and the one value of each that
+# this model computes. All are written; on reading, another value is refused, not ignored.
+_FIXED: Mapping[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
-@dataclass(frozen=True)
-class TensorOnDisk:
-    """Where one tensor of the file lives in the module: rows of a parameter."""
+# What a family takes for a key that config.json leaves out (transformers 5.23), where it is not
+# what ModelConfig takes. All but ours leave embeddings untied.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "mixtral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+    },
+}
 
-    parameter: str
-    """Name in the module's state_dict."""
-    start: int
-    """First of its rows there."""
-    shape: tuple[int, ...]
-    """Its own shape; shape[0] rows."""
+_ROUTER_LOSS_KEYS = ("router_aux_loss_coef", "router_aux_loss_layers", "router_z_loss_coef")
+
+_DEFAULT_THETA: Mapping[str, float] = {"mixtral": 1e6}
+"""Of families where it is not 10000."""
+
+_SCALING_KEYS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "truncate",
+    ),
+    "llama3": (
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+    ),
+}
+
+
+def family_of(config: ModelConfig) -> str:
+    """The `model_type` that computes what `config` describes: a key of `ARCHITECTURES`."""
+    plain = (
+        config.position_embedding == "rope"
+        and config.attn_logit_softcapping is None
+        and config.final_logit_softcapping is None
+        and config.logits_scaling == 1
+        and config.residual_dropout == 0
+        and config.num_shared_experts == 0
+        and config.router_scoring == "softmax"
+        and config.routed_scaling_factor == 1
+    )
+    windows = {config.window(layer) for layer in range(config.num_hidden_layers)}
+    one_window = len(windows) == 1
+    if not plain:
+        return "tilewright"
+    if config.num_experts == 0:
+        if config.qk_norm:
+            return "qwen3"
+        # transformers' Llama refuses a hidden_size that its heads do not divide.
+        divides = config.hidden_size % config.num_attention_heads == 0
+        if windows == {None} and divides:
+            return "llama"
+        return "mistral" if one_window else "tilewright"
+    if config.qk_norm:
+        return "qwen3_moe" if one_window else "tilewright"
+    everywhere = len(config.sparse_layers) == config.num_hidden_layers
+    return "mixtral" if everywhere and config.norm_topk_prob and one_window else "tilewright"
 
 
 def tensors_on_disk(config: ModelConfig) -> dict[str, TensorOnDisk]:
-    """Every tensor of a checkpoint by its Hugging Face name, in the order of the model."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    q_rows = config.num_attention_heads * config.attention_head_dim
-    kv_rows = config.num_key_value_heads * config.attention_head_dim
-    tensors: dict[str, TensorOnDisk] = {}
-
-    def add(parameter: str, *shape: int, prefix: str = "model.") -> None:
-        tensors[f"{prefix}{parameter}.weight"] = TensorOnDisk(f"{parameter}.weight", 0, shape)
-
-    def add_rows(fused: str, columns: int, **rows: int) -> None:
-        start, parent = 0, fused.rpartition(".")[0]
-        for name, count in rows.items():
-            tensors[f"model.{parent}.{name}.weight"] = TensorOnDisk(
-                f"{fused}.weight", start, (count, columns)
-            )
-            start += count
-
-    add("embed_tokens", config.vocab_size, hidden)
-    for layer in (f"layers.{index}" for index in range(config.num_hidden_layers)):
-        add(f"{layer}.input_layernorm", hidden)
-        add_rows(
-            f"{layer}.self_attn.qkv_proj", hidden, q_proj=q_rows, k_proj=kv_rows, v_proj=kv_rows
-        )
-        add(f"{layer}.self_attn.o_proj", hidden, q_rows)
-        add(f"{layer}.post_attention_layernorm", hidden)
-        add_rows(f"{layer}.mlp.gate_up_proj", hidden, gate_proj=intermediate, up_proj=intermediate)
-        add(f"{layer}.mlp.down_proj", hidden, intermediate)
-    add("norm", hidden)
-    if not config.tie_word_embeddings:
-        add("lm_head", config.vocab_size, hidden, prefix="")
-    return tensors
+    """Every tensor of a checkpoint by the name that its family gives it."""
+    names = MIXTRAL_NAMES if family_of(config) == "mixtral" else QWEN3_MOE_NAMES
+    return _tensors_on_disk(config, names)
 
 
-def to_hugging_face(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def to_hugging_face(
+    config: ModelConfig, dtype: torch.dtype, token_ids: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The contents of `config.json`, every default written out.
 
-    Both spellings of the rotary base and of the dtype are there: transformers before 5 reads
-    `rope_theta` and `torch_dtype`, later ones `rope_parameters` and `dtype`, and a reader that
-    finds neither of its own silently takes theta 10000.
+    Both spellings of the rotary constants and of the dtype are there: transformers before 5 reads
+    `rope_theta`, `rope_scaling` and `torch_dtype`, later ones `rope_parameters` and `dtype`, and a
+    reader that finds neither of its own silently takes theta 10000. NTK-aware scaling, which they
+    have not, is written as the base that it amounts to.
+
+    Args:
+        config: of the model.
+        dtype: of the weights.
+        token_ids: `TOKEN_IDS` of the tokenizer. Left out they are null: transformers would
+            otherwise take 1 and 2.
     """
-    dtype_name = str(dtype).removeprefix("torch.")
-    return {
-        **_INFORMATIVE,
-        **_FIXED,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.attention_head_dim,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_word_embeddings,
+    family, dtype_name = family_of(config), str(dtype).removeprefix("torch.")
+    values: dict[str, Any] = {
+        "model_type": family,
+        "architectures": [ARCHITECTURES[family]],
+        "pretraining_tp": 1,
+        "use_cache": True,
         "torch_dtype": dtype_name,
         "dtype": dtype_name,
+        **dict.fromkeys(TOKEN_IDS),
+        **(token_ids or {}),
+        **_FIXED,
+    }
+    shared = (*_REQUIRED, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+    shared += ("tie_word_embeddings", "initializer_range", "attention_dropout")
+    values |= {name: getattr(config, name) for name in shared}
+    values |= {"head_dim": config.attention_head_dim, **_rope_keys(config)}
+    if family == "tilewright":
+        ours = dataclasses.asdict(config)
+        del ours["rope_theta"], ours["rope_scaling"]
+        ours["head_dim"] = config.attention_head_dim
+        return values | ours
+    values |= _window_keys(config, family)
+    if config.num_experts:
+        values |= _expert_keys(config, family)
+    return values
+
+
+def _rope_keys(config: ModelConfig) -> dict[str, Any]:
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if scaling is not None and scaling.rope_type == "ntk":
+        theta, scaling = ntk_theta(config.attention_head_dim, theta, scaling.factor), None
+    constants: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        constants = {"rope_type": scaling.rope_type}
+        for key in _SCALING_KEYS[scaling.rope_type]:
+            if getattr(scaling, key) is not None:
+                constants[key] = getattr(scaling, key)
+    return {
+        "rope_theta": theta,
+        "rope_scaling": None if scaling is None else constants,
+        "rope_parameters": {**constants, "rope_theta": theta},
+    }
+
+
+def _window_keys(config: ModelConfig, family: str) -> dict[str, Any]:
+    layers = range(config.num_hidden_layers)
+    windows = [config.window(layer) for layer in layers]
+    window = next((w for w in windows if w is not None), None)
+    if family in ("mistral", "mixtral"):
+        return {"sliding_window": window}
+    if family == "qwen3":
+        kinds = ["full_attention" if w is None else "sliding_attention" for w in windows]
+        return {
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "max_window_layers": kinds.index("sliding_attention") if window else len(kinds),
+            "layer_types": kinds,
+        }
+    if family == "qwen3_moe":
+        return {"use_sliding_window": window is not None, "sliding_window": window}
+    return {}
+
+
+def _expert_keys(config: ModelConfig, family: str) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "output_router_logits": False,
+        **{key: getattr(config, key) for key in _ROUTER_LOSS_KEYS},
+    }
+    if family == "mixtral":
+        return values | {
+            "num_local_experts": config.num_experts,
+            "intermediate_size": config.expert_size,
+        }
+    step = config.decoder_sparse_step
+    dense = [
+        layer
+        for layer in range(config.num_hidden_layers)
+        if (layer + 1) % step == 0 and not config.is_sparse(layer)
+    ]
+    return values | {
+        "num_experts": config.num_experts,
+        "num_local_experts": config.num_experts,  # transformers 5.23 and later
+        "moe_intermediate_size": config.expert_size,
+        "norm_topk_prob": config.norm_topk_prob,
+        "decoder_sparse_step": step,
+        "mlp_only_layers": dense,
     }
 
 
 def from_hugging_face(values: Mapping[str, Any]) -> ModelConfig:
     """The configuration that a `config.json` describes.
 
-    What it leaves out takes the default of transformers' LlamaConfig, not ours: in particular
-    embeddings are then not tied.
+    What it leaves out takes the default of transformers' class for its family, not ours: in
+    particular embeddings are then not tied.
 
     Raises:
-        ValueError: a key is missing, or asks for something that this model does not compute.
+        ValueError: an unknown family (the message lists the known), a missing key, or something
+            that this model does not compute.
         TypeError: a value of the wrong type.
     """
+    family = values.get("model_type", "llama")
+    if family not in ARCHITECTURES:
+        raise ValueError(f"model_type is {family!r}: known are {', '.join(ARCHITECTURES)}")
     for key in _REQUIRED:
         if key not in values:
             raise ValueError(f"{key} is missing")
@@ -136,28 +264,127 @@ def from_hugging_face(values: Mapping[str, Any]) -> ModelConfig:
             raise ValueError(f"{key} is {values[key]!r}: only {expected!r} is computed here")
     if values.get("quantization_config") is not None:
         raise ValueError("quantization_config is set: only unquantized weights are read")
+    values = {**_DEFAULTS.get(family, {}), **values}
+    if family == "tilewright":
+        return _from_ours(values)
     head_dim, heads = values.get("head_dim"), values["num_attention_heads"]
-    if isinstance(head_dim, int) and head_dim * heads == values["hidden_size"]:
-        head_dim = None  # follows from the others, and may follow them in dataclasses.replace
+    fields = {key: values[key] for key in _REQUIRED}
+    fields |= _optional(values, "rms_norm_eps", "initializer_range", "attention_dropout")
     return ModelConfig(
-        **{key: values[key] for key in _REQUIRED},
+        **fields,
         num_key_value_heads=values.get("num_key_value_heads") or heads,
-        max_position_embeddings=values.get("max_position_embeddings", 2048),
-        head_dim=head_dim,
-        rms_norm_eps=values.get("rms_norm_eps", 1e-6),
-        rope_theta=_rope_theta(values),
+        max_position_embeddings=values["max_position_embeddings"],
+        head_dim=_derived_head_dim(values["hidden_size"], heads, head_dim),
         tie_word_embeddings=values.get("tie_word_embeddings", False),
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        **_rope_fields(values),
+        **_window_fields(values, family),
+        **_expert_fields(values, family),
     )
 
 
-def _rope_theta(values: Mapping[str, Any]) -> float:
-    parameters = values.get("rope_parameters") or {}
-    unknown = set(parameters) - {"rope_type", "rope_theta"}
-    if unknown or parameters.get("rope_type", "default") != "default":
+def _from_ours(values: Mapping[str, Any]) -> ModelConfig:
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
+    fields = {key: values[key] for key in names if key in values} | _rope_fields(values)
+    for key in ("layer_types", "mlp_only_layers"):
+        if isinstance(fields.get(key), list):
+            fields[key] = tuple(fields[key])
+    fields["head_dim"] = _derived_head_dim(
+        values["hidden_size"], values["num_attention_heads"], values.get("head_dim")
+    )
+    return ModelConfig(**fields)
+
+
+def _derived_head_dim(hidden: int, heads: int, head_dim: int | None) -> int | None:
+    """None where head_dim follows from the others, and may follow them in dataclasses.replace."""
+    return None if isinstance(head_dim, int) and head_dim * heads == hidden else head_dim
+
+
+def _optional(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: values[key] for key in keys if key in values}
+
+
+def _window_fields(values: Mapping[str, Any], family: str) -> dict[str, Any]:
+    window = values.get("sliding_window")
+    if family in ("mistral", "mixtral"):
+        return {"sliding_window": window}
+    if family == "llama" or not values.get("use_sliding_window", False):
+        return {}
+    if family == "qwen3_moe":
+        return {"sliding_window": values.get("sliding_window", 4096)}
+    window, layers = values.get("sliding_window", 4096), values["num_hidden_layers"]
+    kinds = values.get("layer_types")
+    if kinds is None:
+        first = values.get("max_window_layers", 28)
+        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    if set(kinds) == {"full_attention"}:
+        return {}
+    every = set(kinds) == {"sliding_attention"}
+    return {"sliding_window": window, "layer_types": None if every else tuple(kinds)}
+
+
+def _expert_fields(values: Mapping[str, Any], family: str) -> dict[str, Any]:
+    if family not in ("mixtral", "qwen3_moe"):
+        return {}
+    fields = _optional(values, "num_experts_per_tok", *_ROUTER_LOSS_KEYS)
+    default = 8 if family == "mixtral" else 128
+    fields["num_experts"] = values.get("num_experts", values.get("num_local_experts", default))
+    if family == "mixtral":
+        return fields
+    return {
+        **fields,
+        "norm_topk_prob": values["norm_topk_prob"],
+        "moe_intermediate_size": values["moe_intermediate_size"],
+        "decoder_sparse_step": values.get("decoder_sparse_step", 1),
+        "mlp_only_layers": tuple(values.get("mlp_only_layers") or ()),
+    }
+
+
+def _rope_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling from either spelling, or from both where they agree."""
+    newer, older = values.get("rope_parameters"), values.get("rope_scaling")
+    parameters = newer or older or {}
+    kind = _rope_type(parameters)
+    if newer and older and _rope_type(older) != kind:
+        raise ValueError(f"rope_parameters says {kind!r}, rope_scaling {_rope_type(older)!r}")
+    if kind != "default" and kind not in _SCALING_KEYS:
         raise ValueError(
-            f"rope_parameters is {parameters!r}: only rope_type 'default' is computed here"
+            f"rope_type is {kind!r}: computed here are default, {', '.join(_SCALING_KEYS)}"
+        )
+    if kind != "default" and "factor" not in parameters:
+        raise ValueError(f"rope_type is {kind!r} and its factor is missing")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"partial_rotary_factor is {parameters['partial_rotary_factor']}: only whole heads turn"
         )
     found = [source["rope_theta"] for source in (parameters, values) if "rope_theta" in source]
     if len(set(found)) > 1:
         raise ValueError(f"rope_parameters says rope_theta {found[0]}, config.json {found[1]}")
-    return found[0] if found else 10000.0
+    default = _DEFAULT_THETA.get(values.get("model_type", "llama"), 10000.0)
+    theta = found[0] if found else default
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    constants = {key: parameters[key] for key in _SCALING_KEYS[kind] if key in parameters}
+    if kind == "yarn":
+        constants = _yarn_constants(values, parameters, constants)
+    return {
+        "rope_theta": theta,
+        "rope_scaling": RopeScaling(rope_type=cast(RopeType, kind), **constants),
+    }
+
+
+def _rope_type(parameters: Mapping[str, Any]) -> Any:
+    return parameters.get("rope_type", parameters.get("type", "default"))
+
+
+def _yarn_constants(
+    values: Mapping[str, Any], parameters: Mapping[str, Any], constants: dict[str, Any]
+) -> dict[str, Any]:
+    """With the length and the factor of scores that transformers derives where they are missing."""
+    length = parameters.get("original_max_position_embeddings")
+    constants["original_max_position_embeddings"] = length or values["max_position_embeddings"]
+    scale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if constants.get("attention_factor") is None and scale and all_dim:
+        log = 0.1 * math.log(parameters["factor"])
+        constants["attention_factor"] = (scale * log + 1) / (all_dim * log + 1)
+    return {key: value for key, value in constants.items() if value is not None}

@@ -11,18 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tilewright_kernels import Linear, Routing, gated_mlp_reference, moe_route
+from tilewright_kernels import Linear, moe_mlp, moe_route
 from tilewright_model.config import ModelConfig
 from tilewright_model.mlp import MLP
 
 
 class RouterOutput(NamedTuple):
-    """What a sparse layer tells the losses of its router; N tokens, E experts, k chosen."""
+    """What a sparse layer tells the losses of its router; N tokens, E experts."""
 
     logits: Tensor
     """[N, E]."""
-    ids: Tensor
-    """[N, k], the experts chosen."""
     tokens_per_expert: Tensor
     """[E] int32."""
 
@@ -81,13 +79,4 @@ class MoE(nn.Module):
         y_BTC = y_NC.view_as(x_BTC)
         if self.shared_experts is not None:
             y_BTC = y_BTC + self.shared_experts(x_BTC)
-        return y_BTC, RouterOutput(logits_NE, routing.ids, routing.tokens_per_expert)
-
-
-def moe_mlp(x_NC: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: Routing) -> Tensor:
-    """Σ_e g_e · Expert_e(x), every expert over all tokens."""
-    y_NC = torch.zeros_like(x_NC)
-    for e, (gate_up, down) in enumerate(zip(w_gate_up, w_down, strict=True)):
-        share_N = (routing.weights * (routing.ids == e)).sum(-1).to(x_NC.dtype)
-        y_NC = y_NC + share_N[:, None] * gated_mlp_reference(x_NC, gate_up, down)
-    return y_NC
+        return y_BTC, RouterOutput(logits_NE, routing.tokens_per_expert)
