@@ -23,15 +23,15 @@ from torch import Tensor
 from tilewright_optim._arguments import obstacle
 from tilewright_optim._kinds import Kind
 from tilewright_optim._states import as_one
-from tilewright_optim._tables import addresses
+from tilewright_optim._tables import addresses, lie_at
 
 _GRAD, _DTYPE = attrgetter("grad"), attrgetter("dtype")
 
 KEPT = 2**25
 """Elements of a group whose plan is kept: 128 MiB of float32 gradients."""
 
-_SAMPLE = 16
-"""Of so many states one is asked for its address."""
+_SAMPLE = 128
+"""Of so many states one is asked for its address, for they move together if at all."""
 
 STATES = (
     "exp_avg",
@@ -82,8 +82,9 @@ class Launch:
         self.kind = kind
         self.obstacle = obstacle(columns.params)
         self.capturable = capturable
-        samples = [tensors[::_SAMPLE] for tensors in columns[2:9] if tensors]
-        self._samples = [(tensors, addresses(tensors)) for tensors in samples]
+        sample = [tensor for tensors in columns[2:9] for tensor in tensors[::_SAMPLE]]
+        self._sample = sample, addresses(sample)
+        self._indices = list(range(len(columns.params)))
         walked = (columns.params, columns.grads, *columns[2:6])
         self.contiguous = all(all(map(Tensor.is_contiguous, column)) for column in walked)
         self.sizes = list(map(Tensor.numel, columns.params))
@@ -100,9 +101,11 @@ class Launch:
         params = self.columns.params
         grads: list[Any] = list(map(_GRAD, params))
         try:
-            if not self._take(grads) or addresses(params) != self.places[0]:
-                return False
-            return all(addresses(tensors) == places for tensors, places in self._samples)
+            return (
+                self._take(grads)
+                and lie_at(params, self.places[0], self._indices)
+                and addresses(self._sample[0]) == self._sample[1]
+            )
         except (TypeError, RuntimeError):  # a gradient of None, or one without an address
             return False
 
@@ -111,11 +114,13 @@ class Launch:
         self.columns = self.columns._replace(grads=[])
 
     def _take(self, grads: list[Tensor]) -> bool:
-        before, places = self.columns.grads, addresses(grads)
-        if places != self.grad_places:
-            self.grad_places = places
-        elif before and all(map(is_, grads, before)):
+        before = self.columns.grads
+        same = bool(before) and all(map(is_, grads, before))
+        if same and lie_at(grads, self.grad_places, self._indices):
             return True
+        places = addresses(grads)
+        if places != self.grad_places:  # a list that is itself is not compared again
+            self.grad_places = places
         self.columns = self.columns._replace(grads=grads)
         return (
             set(map(type, grads)) == {Tensor}
