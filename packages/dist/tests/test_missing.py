@@ -108,3 +108,43 @@ def test_sparse_gradients_are_refused_by_name(one_rank_group):
     wrapper = DistributedDataParallel(nn.Embedding(3, 2, sparse=True))
     with pytest.raises(TypeError, match=r"gradient of 'weight' has layout torch\.sparse_coo"):
         wrapper(torch.tensor([1])).sum().backward()
+
+
+class Looked(nn.Module):
+    """An embedding whose gradient is sparse, or not, before a linear layer."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        self.table = nn.Embedding(3, 2, sparse=sparse)
+        self.head = nn.Linear(2, 1, bias=False)
+
+    def forward(self, tokens):
+        return self.head(self.table(tokens))
+
+
+def be_sparse_on_rank_0(rank):
+    gradients = {}
+    strategies: list[Any] = ["naive", "per_parameter", "bucketed"]
+    for strategy in strategies:
+        torch.manual_seed(0)
+        wrapper = DistributedDataParallel(Looked(rank == 0), strategy=strategy)
+        loss = wrapper(torch.tensor([rank])).sum()
+        if rank == 0:
+            with pytest.raises(TypeError, match=r"gradient of 'table\.weight' has layout"):
+                loss.backward()
+        else:
+            loss.backward()
+            gradients[strategy] = wrapper.module.table.weight.grad.clone()
+        # What follows meets as well.
+        wrapper.zero_grad()
+        wrapper.module.table.sparse = False
+        wrapper(torch.tensor([rank])).sum().backward()
+    return gradients
+
+
+def test_a_sparse_gradient_on_one_rank_leaves_no_other_waiting():
+    _, gradients = run_ranks(be_sparse_on_rank_0)
+    for gradient in gradients.values():
+        # Row 1 is rank 1's; rank 0 counts as zeros.
+        assert gradient[1].abs().sum() > 0
+        assert gradient[[0, 2]].abs().sum() == 0

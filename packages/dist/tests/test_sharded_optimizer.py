@@ -310,9 +310,9 @@ def test_what_the_whole_module_waits_for_is_gathered_first(one_rank_group, monke
     gathered: list[set[str]] = []
     gather = Shard.gather
 
-    def recording(shard, group):
+    def recording(shard, *peers):
         gathered.append(set(shard.names()))
-        return gather(shard, group)
+        return gather(shard, *peers)
 
     monkeypatch.setattr(Shard, "gather", recording)
     train(wrapper, optimizer, 0, steps=2)

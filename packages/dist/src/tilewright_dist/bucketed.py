@@ -6,15 +6,15 @@ last layer to the first, at first by the order of registration and after the fir
 order in which gradients arrived on rank 0.
 
 `.grad` is a view of its bucket. A gradient that backward allocated (after zero_grad) is copied in
-once, which costs less than zeroing the bucket and adding to it; one that is there already (in
-accumulation) is added to in place.
+once, with all others of its bucket when that starts, which costs less than zeroing the bucket and
+adding to it; one that is there already (in accumulation) is added to in place.
 
 A sharded optimizer may `attach`: its buckets are then divided among the ranks (layout.Partition),
 and each rank receives the averages of its piece only.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from tilewright_dist.buckets import Bucket, allocate, describe
 from tilewright_dist.channel import Exchange
 from tilewright_dist.comm_hook import CommHook, GradBucket, HookHandle
 from tilewright_dist.layout import Partition, fingerprint, plan_buckets
-from tilewright_dist.missing import give_missing, refuse_sparse
+from tilewright_dist.missing import give_missing, lacks
 from tilewright_dist.options import ReducerOptions
 from tilewright_dist.overlapped_reducer import OverlappedReducer
 from tilewright_dist.peers import SCRATCH_BYTES, GPUPeers, PeerBuffer, Peers
@@ -80,36 +80,32 @@ class BucketedReducer(OverlappedReducer):
 
     @torch.no_grad()
     def gradient_arrived(self, name: str, process_group: dist.ProcessGroup | None) -> None:
-        """Put a gradient into its bucket, start what may start; without a group (no_sync) nothing.
+        """Start what may start; without a group (no_sync) put the gradient into its bucket.
 
         Raises:
-            TypeError: The gradient is sparse.
             RuntimeError: It arrived too often, or on top of one that was scattered.
         """
         self._enter_backward()
         self._refuse_scattered(name)
-        self._put(name)
-        if process_group is not None:
-            for unit in self._queue.arrived(name):
-                self._start(unit, process_group)
+        if process_group is None:
+            self._put([name])
+            return
+        for unit in self._queue.arrived(name):
+            self._start(unit, process_group)
 
     @torch.no_grad()
     def finish(self, process_group: dist.ProcessGroup) -> None:
         """Start the rest and wait for all; after the first time, rebuild the buckets.
 
         Raises:
+            TypeError: A gradient is sparse.
             RuntimeError: A gradient is missing, without find_unused_parameters; or all of this
                 window are averaged and scattered already.
         """
         if any(self._is_in_bucket(name) for name in self._scattered):
             raise RuntimeError("gradients have been scattered already: call zero_grad() first")
-        missing = {n: self._views[n] for n, p in self._parameters.items() if p.grad is None}
+        missing = {n: self._views[n] for n, p in self._parameters.items() if lacks(p.grad)}
         for unit in self._queue.rest():
-            for name in self._buckets[unit].views:
-                if name in missing:
-                    missing[name].zero_()
-                else:
-                    self._put(name)
             self._start(unit, process_group)
         anywhere = self._ask_for_missing(process_group)
         counts = self._queue.counts
@@ -189,8 +185,7 @@ class BucketedReducer(OverlappedReducer):
         shared = self._peers if self._wire is None else None
         self._buckets = allocate(layouts, specs, self._device, shared)
         self._views = {n: view for bucket in self._buckets for n, view in bucket.views.items()}
-        for name in kept:
-            self._put(name)
+        self._put(kept)
         self._learns = learns
         self._set_queue(None)
 
@@ -207,28 +202,37 @@ class BucketedReducer(OverlappedReducer):
         if order != [name for bucket in self._buckets for name in bucket.views]:
             self._build(order, process_group, learns=self._learns)
 
-    def _put(self, name: str) -> None:
-        """Make the bucket hold the parameter's gradient."""
-        parameter, view = self._parameters[name], self._views[name]
-        gradient = parameter.grad
-        assert gradient is not None
-        refuse_sparse(name, gradient)
-        if gradient.data_ptr() == view.data_ptr():
+    def _put(self, names: Iterable[str]) -> None:
+        """Make buckets hold parameters' gradients, zeros where there is none."""
+        found: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
+        for name in names:
+            parameter, view = self._parameters[name], self._views[name]
+            gradient = parameter.grad
+            if gradient is None or lacks(gradient):
+                view.zero_()
+            elif gradient.data_ptr() != view.data_ptr():
+                found.append((parameter, gradient, view))
+        if not found:
             return
-        view.copy_(gradient)
-        # One that is part of a graph (create_graph) has to stay what it is.
-        if self._options.gradient_as_bucket_view and not gradient.requires_grad:
-            parameter.grad = view
+        _, gradients, views = zip(*found, strict=True)
+        torch._foreach_copy_(views, gradients)
+        for parameter, gradient, view in found:
+            # One that is part of a graph (create_graph) has to stay what it is.
+            if self._options.gradient_as_bucket_view and not gradient.requires_grad:
+                parameter.grad = view
 
     def _copy_back(self) -> None:
         """Give the averages to the gradients that are not views of their bucket."""
         for name, view in self._views.items():
             gradient = self._parameters[name].grad
-            if gradient is not None and gradient.data_ptr() != view.data_ptr():
+            if gradient is None or lacks(gradient):
+                continue
+            if gradient.data_ptr() != view.data_ptr():
                 gradient.detach().copy_(view)
 
     def _start(self, unit: int, process_group: dist.ProcessGroup) -> None:
         bucket = self._buckets[unit]
+        self._put(bucket.views)
         if self._hook is not None:
             state, hook = self._hook
             is_last = unit == len(self._buckets) - 1
@@ -262,7 +266,9 @@ class BucketedReducer(OverlappedReducer):
 
     def _is_in_bucket(self, name: str) -> bool:
         gradient = self._parameters[name].grad
-        return gradient is not None and gradient.data_ptr() == self._views[name].data_ptr()
+        if gradient is None or lacks(gradient):
+            return False
+        return gradient.data_ptr() == self._views[name].data_ptr()
 
     def _refuse_scattered(self, name: str) -> None:
         """Accept a gradient after scattering only if it was not added to what was scattered."""

@@ -22,9 +22,10 @@ from torch import nn
 from torch.autograd import Variable
 
 from tilewright_dist.bucketed import BucketedReducer
+from tilewright_dist.channel import CollectiveError
 from tilewright_dist.comm_hook import CommHook
 from tilewright_dist.failure import NonFiniteGradients, naming_the_missing
-from tilewright_dist.missing import MissingGradientError
+from tilewright_dist.missing import MissingGradientError, SparseGradientError
 from tilewright_dist.module_state import (
     broadcast_buffers,
     broadcast_module_state,
@@ -161,6 +162,7 @@ class DistributedDataParallel(nn.Module):
         self._synchronize_after_backward = True
         self._has_arrived = False
         self._has_run = False
+        self._finishes_task = -1
         self._steps = 0
         self._inspected: NonFiniteGradients | None = None
         self._register_gradient_hooks(trainable)
@@ -296,11 +298,16 @@ class DistributedDataParallel(nn.Module):
         if not self._synchronize_after_backward:
             self._reducer.gradient_arrived(name, None)
             return
-        with self._naming_the_missing():
+        try:
             self._reducer.gradient_arrived(name, self.process_group)
-        if not self._static_graph:
-            # Queued for every gradient, and only the first call has anything to do. A flag «queued
-            # already» would outlive a backward that raised and silence all that follow.
+        except (CollectiveError, dist.DistError):
+            with self._naming_the_missing():
+                raise
+        task = torch._C._current_graph_task_id()
+        if not self._static_graph and task != self._finishes_task:
+            # Once a backward pass. Its number tells them apart: a flag «queued already» would
+            # outlive one that raised and silence all that follow.
+            self._finishes_task = task
             Variable._execution_engine.queue_callback(self.finish_if_arrived)
 
     def _finish_after_backward_of(self, outputs: Any) -> None:
@@ -333,7 +340,7 @@ class DistributedDataParallel(nn.Module):
         with self._naming_the_missing():
             try:
                 self._reducer.finish(self.process_group)
-            except MissingGradientError:
+            except (MissingGradientError, SparseGradientError):
                 # The other ranks compare notes: so does this one, before it says what it lacks.
                 self._report_nonfinite()
                 raise

@@ -5,6 +5,9 @@ none is left waiting. What happens then is the wrapper's `find_unused_parameters
 rank that lacks a gradient raises an error that names the parameters; with it one more collective, a
 byte a parameter, tells which have a gradient on any rank, and the others keep None, so that an
 optimizer passes over them as it would in a single process.
+
+A sparse gradient cannot be averaged: it counts as missing, and its rank raises when all collectives
+are over.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,13 +23,20 @@ class MissingGradientError(RuntimeError):
     """A gradient is missing on this rank; the averages of all others are in place."""
 
 
-def refuse_sparse(name: str, gradient: torch.Tensor) -> None:
-    """Raise a TypeError for a gradient that is not strided."""
-    if gradient.layout != torch.strided:
-        raise TypeError(
-            f"the gradient of {name!r} has layout {gradient.layout}, which cannot be averaged: "
-            "build its module with sparse=False"
-        )
+class SparseGradientError(TypeError):
+    """A gradient of this rank is sparse; the averages of all others are in place."""
+
+
+def lacks(gradient: torch.Tensor | None) -> bool:
+    """Whether there is nothing to average."""
+    return gradient is None or gradient.layout != torch.strided
+
+
+def _refuse_sparse(name: str, gradient: torch.Tensor) -> None:
+    raise SparseGradientError(
+        f"the gradient of {name!r} has layout {gradient.layout}, which cannot be averaged: "
+        "build its module with sparse=False"
+    )
 
 
 def presence(parameters: Mapping[str, nn.Parameter]) -> torch.Tensor:
@@ -57,8 +67,13 @@ def give_missing(
         anywhere: What `presence_anywhere` made; None without find_unused_parameters.
 
     Raises:
+        SparseGradientError: A gradient is there, but not strided.
         MissingGradientError: A gradient is missing and `anywhere` is None.
     """
+    for name in averages:
+        gradient = parameters[name].grad
+        if gradient is not None:
+            _refuse_sparse(name, gradient)
     if not averages:
         return
     if anywhere is None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tilewright_dist.channel import Channel
-from tilewright_dist.missing import give_missing, presence, presence_anywhere, refuse_sparse
+from tilewright_dist.missing import give_missing, lacks, presence, presence_anywhere
 from tilewright_dist.options import ReducerOptions
 from tilewright_dist.wire import all_reduce_any_layout
 
@@ -54,9 +54,6 @@ class NaiveReducer:
             TypeError: A gradient is sparse.
             RuntimeError: A gradient is missing, without find_unused_parameters.
         """
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                refuse_sparse(name, parameter.grad)
         anywhere = None
         if self._options.find_unused_parameters:
             anywhere = presence(self._parameters)
@@ -64,7 +61,7 @@ class NaiveReducer:
         filled: dict[str, torch.Tensor] = {}
         for name, parameter in self._parameters.items():
             gradient = parameter.grad
-            if gradient is None:
+            if gradient is None or lacks(gradient):
                 gradient = filled[name] = torch.zeros_like(parameter)
             average = all_reduce_any_layout(gradient, process_group, self._options.reduce_dtype)
             self._channel.start(average).wait()

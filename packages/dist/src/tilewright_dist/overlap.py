@@ -4,11 +4,12 @@ A step starts to gather all buckets and returns. A block (an element of a Module
 waits for its own parameters when it is called, so the first layers compute while the later ones'
 parameters are on their way. What lies outside of blocks may be read by anything (a head that is the
 embedding's weight, a loss that takes the head's), so the whole module waits for it before it
-begins, and it is gathered first; the blocks follow in the order of the forward pass. The module
-also waits for blocks that are compiled, as a hook would be part of the compiled code.
+begins, and it is gathered first; the blocks follow in the order of the forward pass. Of a block
+that is compiled a hook would be part of the compiled code, so there it is the call of that code
+that waits first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,7 @@ class LateGather:
         self._blocks = _blocks_of(module)
         self._needs: dict[nn.Module, set[int]] = {}
         self._hooks: dict[nn.Module, RemovableHandle] = {}
+        self._waiting_calls: dict[nn.Module, Callable[..., Any]] = {}
         inside: set[str] = set()
         for prefix, block in self._blocks.items():
             names = {f"{prefix}.{name}" for name, _ in block.named_parameters()}
@@ -73,12 +75,24 @@ class LateGather:
 
     def _before_module(self, _: nn.Module, __: Any) -> None:
         for block in self._blocks.values():
-            if block in self._hooks and block._compiled_call_impl is not None:
-                self._hooks.pop(block).remove()
-                self._always |= self._needs[block]
+            compiled = block._compiled_call_impl
+            if compiled is not None and compiled is not self._waiting_calls.get(block):
+                self._wait_outside(block, compiled)
         if self._handles:
             for bucket in sorted(self._always):
                 self._wait(bucket)
+
+    def _wait_outside(self, block: nn.Module, compiled: Callable[..., Any]) -> None:
+        """Wait before a block's compiled code is called, not in it."""
+        if block in self._hooks:
+            self._hooks.pop(block).remove()
+
+        def waiting_call(*args: Any, **kwargs: Any) -> Any:
+            self._before_block(block, None)
+            return compiled(*args, **kwargs)
+
+        self._waiting_calls[block] = waiting_call
+        block._compiled_call_impl = waiting_call
 
     def _before_state_dict(self, *_: Any) -> None:
         self.wait_all()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tilewright_dist.missing import give_missing, refuse_sparse
+from tilewright_dist.missing import give_missing, lacks
 from tilewright_dist.options import ReducerOptions
 from tilewright_dist.overlapped_reducer import OverlappedReducer
 from tilewright_dist.readiness import ReadyQueue
@@ -47,12 +47,8 @@ class PerParameterReducer(OverlappedReducer):
         """Start what may start; without a group (no_sync) nothing.
 
         Raises:
-            TypeError: The gradient is sparse.
             RuntimeError: It arrived too often in one backward.
         """
-        gradient = self._parameters[name].grad
-        assert gradient is not None
-        refuse_sparse(name, gradient)
         if process_group is None:
             return
         self._enter_backward()
@@ -64,6 +60,7 @@ class PerParameterReducer(OverlappedReducer):
         """Start the rest and wait for all.
 
         Raises:
+            TypeError: A gradient is sparse.
             RuntimeError: A gradient is missing, without find_unused_parameters.
         """
         for unit in self._queue.rest():
@@ -78,6 +75,6 @@ class PerParameterReducer(OverlappedReducer):
     def _start(self, name: str, process_group: dist.ProcessGroup) -> None:
         parameter = self._parameters[name]
         gradient = parameter.grad
-        if gradient is None:
+        if gradient is None or lacks(gradient):
             gradient = self._filled[name] = torch.zeros_like(parameter)
         self._send(all_reduce_any_layout(gradient, process_group, self._options.reduce_dtype))
