@@ -11,6 +11,7 @@ what it would change. Kinds of markers, with operators as in `Case.operator`:
     convergence                     docs/images/newton_schulz_convergence.svg, of singular values
     losses: optimizers              docs/images/<name>_losses.svg, of the training runs compared in
                                     baselines/training/<device>-<name>.json
+    loads: experts                  docs/images/<name>_loads.svg, of the loads recorded there
 
 An operator that has a benchmark but no baseline yet is said to be not measured yet.
 """
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tilewright_bench import curves, plots, roofline
+from tilewright_bench import curves, expert_loads, plots, roofline
 from tilewright_bench.bars import BARS
 from tilewright_bench.discovery import operators_in
 from tilewright_bench.judge import judge
@@ -96,6 +97,7 @@ class Figures:
             "roofline": self._roofline,
             "convergence": self._convergence,
             "losses": self._losses,
+            "loads": self._loads,
         }
         if marker.kind not in kinds:
             raise marker.error(f"{marker.kind!r} is none of {', '.join(kinds)}")
@@ -104,7 +106,7 @@ class Figures:
             if marker.kind != "bars":
                 what = f"operator, as in {marker.kind}: rms_norm"
             raise marker.error(f"name at least one {what}")
-        for item in marker.items if marker.kind != "losses" else ():
+        for item in marker.items if marker.kind not in ("losses", "loads") else ():
             self._check_name(marker, item.split("/")[0])
         return kinds[marker.kind](marker)
 
@@ -194,18 +196,33 @@ class Figures:
         return _image("What Newton–Schulz steps make of singular values", path, marker.page)
 
     def _losses(self, marker: Marker) -> str:
+        return self._trained(
+            marker, "Validation losses by optimizer", curves.losses, curves.losses_table
+        )
+
+    def _loads(self, marker: Marker) -> str:
+        return self._trained(
+            marker, "Loads of experts in training", expert_loads.loads, expert_loads.loads_table
+        )
+
+    def _trained(
+        self,
+        marker: Marker,
+        title: str,
+        plot: Callable[[Mapping[str, Any]], curves.Curves],
+        table: Callable[[Mapping[str, Any]], str],
+    ) -> str:
+        """Image, table and origin of each record of training runs that a marker names."""
         parts = []
         for name in marker.items:
-            comparison = curves.load_comparison(self._root, f"{self._device}-{name}")
-            if comparison is None:
+            record = curves.load_comparison(self._root, f"{self._device}-{name}")
+            if record is None:
                 parts.append(NOT_MEASURED)
                 continue
-            path = IMAGES / f"{name}_losses.svg"
-            self.plots[path] = curves.losses(comparison)
-            image = _image("Validation losses by optimizer", path, marker.page)
-            parts.append(
-                f"{image}\n\n{curves.losses_table(comparison)}\n\n{_trained_with(comparison)}"
-            )
+            path = IMAGES / f"{name}_{marker.kind}.svg"
+            self.plots[path] = plot(record)
+            image = _image(title, path, marker.page)
+            parts.append(f"{image}\n\n{table(record)}\n\n{_trained_with(record)}")
         return "\n\n".join(parts)
 
     def _gpu(self, source: Source) -> str:
