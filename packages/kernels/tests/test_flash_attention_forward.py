@@ -253,6 +253,16 @@ def test_other_lengths_compile_nothing(monkeypatch, device):
     assert constants[0] == constants[1] == constants[2]
 
 
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+def test_other_scales_compile_nothing(softcap, monkeypatch, device):
+    constants = []
+    monkeypatch.setattr(OPERATOR, "launch", lambda *args, **meta: constants.append(meta))
+    inputs = make((20, 33), (1, 1, 1), 16, torch.float32, device)
+    for factor in (1.0, 0.3, 2.0):
+        attend(*inputs, mask=CAUSAL, scale=factor, softcap=factor * softcap)
+    assert constants[0] == constants[1] == constants[2]
+
+
 @triton.jit
 def operand_kernel(x_ptr, y_ptr, N: tl.constexpr):
     at = tl.arange(0, N)

@@ -66,12 +66,16 @@ MAX_SPLITS = 256
 
 @triton.jit
 def attention_decode_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, lse_ptr, tokens, kv_heads, splits, window,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, lse_ptr,
+    # float64, so that they are exact there.
+    # pyrefly: ignore[not-a-type]
+    before: tl.float64, factor: tl.float64,
+    tokens, kv_heads, splits, window,
     q_batch_stride, q_row_stride, q_head_stride, k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride,
     out_batch_stride, out_row_stride, out_head_stride, out_split_stride,
     lse_batch_stride, lse_head_stride, lse_split_stride,
-    BEFORE: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -101,6 +105,8 @@ def attention_decode_kernel(
         q_ptr + q_rows[:, None] + cols, mask=there[:, None] & (cols < D), other=0.0
     )  # fmt: skip
 
+    before = tl.full((), before, ACC) if HAS_BEFORE else None
+    factor = tl.full((), factor, ACC)
     m = tl.full((ROWS,), float("-inf"), dtype=ACC)
     l = tl.zeros((ROWS,), dtype=ACC)
     acc = tl.zeros((ROWS, BLOCK_DV), dtype=ACC)
@@ -110,11 +116,11 @@ def attention_decode_kernel(
         k = load_rows(
             k_ptr, batch, kv_head, 0, j, length, k_strides, D, BLOCK_N, BLOCK_D, False, False
         )
-        s = scores(tl.dot(q, k.T, input_precision="ieee", out_dtype=ACC), BEFORE, CAP)
+        s = scores(tl.dot(q, k.T, input_precision="ieee", out_dtype=ACC), before, CAP)
         key = (j + tl.arange(0, BLOCK_N))[None, :]
         seen = visible(token[:, None], key, length, length - tokens, window, 0, HAS_WINDOW, True)
         s = tl.where(seen, s, float("-inf"))
-        p, m, l, alpha = take_piece(s, m, l, FACTOR, True)
+        p, m, l, alpha = take_piece(s, m, l, factor, True)
         v = load_rows(
             v_ptr, batch, kv_head, 0, j, length, v_strides, D_V, BLOCK_N, BLOCK_DV, False, False
         )
@@ -238,10 +244,11 @@ def launch_decode(
     before, factor = score_factors(scale, softcap)
     operator.launch(
         attention_decode_kernel, (splits * kv_heads * batch, row_tiles),
-        q, k_cache, v_cache, lengths, parts, part_lse, tokens, kv_heads, splits, max(0, window),
+        q, k_cache, v_cache, lengths, parts, part_lse, 1.0 if before is None else before, factor,
+        tokens, kv_heads, splits, max(0, window),
         *strides(q, k_cache, v_cache, one_parts), split_strides[0],
         *one_lse.stride()[:2], split_strides[1],
-        BEFORE=before, FACTOR=factor, CAP=cap_of(softcap, q), HAS_WINDOW=window >= 0, GROUP=group,
+        HAS_BEFORE=before is not None, CAP=cap_of(softcap, q), HAS_WINDOW=window >= 0, GROUP=group,
         D=width, D_V=width_v, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
         ACC=accumulator(q.dtype), ROWS=rows, **tile._asdict(),
     )  # fmt: skip

@@ -76,8 +76,8 @@ TFLOP/s on an H200 at T = 4096, 16 heads of 128: 407; with 16 MiB 402, 8 MiB 394
 @triton.jit
 def _walk(
     q, k, v, m, l, acc, begin, end, index, kv_head, first_k, query, len_k, shift, left, right,
-    k_strides, v_strides, seed, drop_head, len_q_max, len_k_max, kept,
-    BEFORE: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr,
+    k_strides, v_strides, seed, drop_head, len_q_max, len_k_max, kept, before, factor,
+    CAP: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr,
     DROPOUT: tl.constexpr, CLEAR: tl.constexpr, TMA: tl.constexpr,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -89,12 +89,12 @@ def _walk(
             k, index, kv_head, first_k, j, len_k, k_strides, D, BLOCK_N, BLOCK_D, TMA, False
         )
         products = tl.dot(q, k_tile.T, input_precision=PRECISION, out_dtype=ACC)
-        s = scores(products, BEFORE, CAP)
+        s = scores(products, before, CAP)
         key = (j + tl.arange(0, BLOCK_N))[None, :]
         if MASKED:
             seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
             s = tl.where(seen, s, float("-inf"))
-        p, m, l, alpha = take_piece(s, m, l, FACTOR, MASKED)
+        p, m, l, alpha = take_piece(s, m, l, factor, MASKED)
         if DROPOUT:
             p = tl.where(keep(seed, drop_head, query, key, len_q_max, len_k_max, kept), p, 0.0)
         v_tile = load_rows(
@@ -133,11 +133,14 @@ def _place(program, tiles, heads, together):
 )
 def attention_forward_kernel(
     q, k, v, out_ptr, lse_ptr, seed_ptr, cu_q_ptr, cu_k_ptr,
+    # float64, so that they are exact there.
+    # pyrefly: ignore[not-a-type]
+    before: tl.float64, factor: tl.float64,
     batches, heads, len_q_max, len_k_max, left, right, kept, together,
     q_batch_stride, q_row_stride, q_head_stride, k_batch_stride, k_row_stride, k_head_stride,
     v_batch_stride, v_row_stride, v_head_stride, out_batch_stride, out_row_stride, out_head_stride,
     lse_batch_stride, lse_head_stride,
-    BEFORE: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr, GROUP: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, CAP: tl.constexpr, GROUP: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     DROPOUT: tl.constexpr, TMA: tl.constexpr,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -172,6 +175,8 @@ def attention_forward_kernel(
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
+    before = tl.full((), before, ACC) if HAS_BEFORE else None
+    factor = tl.full((), factor, ACC)
     m = tl.full((BLOCK_M,), float("-inf"), dtype=ACC)
     l = tl.zeros((BLOCK_M,), dtype=ACC)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), dtype=ACC)
@@ -186,8 +191,8 @@ def attention_forward_kernel(
             m, l, acc = _walk(
                 q_tile, k, v, m, l, acc, part_begin, part_end, index, head // GROUP, first_k,
                 query, len_k, shift, left, right, k_strides, v_strides,
-                seed, batch_head, len_q_max, len_k_max, kept,
-                BEFORE, FACTOR, CAP, HAS_LEFT, HAS_RIGHT, part != 1, DROPOUT, PACKED, TMA,
+                seed, batch_head, len_q_max, len_k_max, kept, before, factor,
+                CAP, HAS_LEFT, HAS_RIGHT, part != 1, DROPOUT, PACKED, TMA,
                 D, D_V, BLOCK_D, BLOCK_DV, ACC, PRECISION, BLOCK_N,
             )  # fmt: skip
 
@@ -285,9 +290,10 @@ def launch_forward(
     operator.launch(
         attention_forward_kernel, (cdiv(len_q, tile.BLOCK_M) * heads * batches,),
         q_source, k_source, v_source, out, lse, seed, cu_seqlens_q, cu_seqlens_k,
+        1.0 if before is None else before, factor,
         batches, heads, len_q, len_k, left, right, kept if dropout else 0, together,
         *strides(q, k, v, out), *lse.stride()[:2],
-        BEFORE=before, FACTOR=factor, CAP=cap_of(softcap, q), GROUP=group,
+        HAS_BEFORE=before is not None, CAP=cap_of(softcap, q), GROUP=group,
         BOTTOM_RIGHT=mask.bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
         DROPOUT=dropout, TMA=tma, D=width, D_V=width_v, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
         ACC=accumulator(q.dtype), PRECISION=precision, **tile._asdict(),

@@ -18,9 +18,9 @@ _LOG2_E = 1.4426950408889634
 
 
 def score_factors(scale: float, softcap: float) -> tuple[float | None, float]:
-    """(BEFORE, FACTOR) for the kernels: `scores` · FACTOR are the scores in base 2.
+    """(before, factor) for the kernels: `scores` · factor are the scores in base 2.
 
-    FACTOR is positive, so that the largest score stays the largest.
+    factor is positive, so that the largest score stays the largest.
 
     Args:
         scale: of q·k.
@@ -62,35 +62,35 @@ def tanh(x, CAP: tl.constexpr):
 
 
 @triton.jit
-def scores(products, BEFORE: tl.constexpr, CAP: tl.constexpr):
-    """Scores, less FACTOR, from q·k."""
+def scores(products, before, CAP: tl.constexpr):
+    """Scores, less factor, from q·k."""
     s = products
-    if BEFORE is not None:
-        s = products * BEFORE
+    if before is not None:
+        s = products * before
     if CAP != "":
         s = tanh(s, CAP)
     return s
 
 
 @triton.jit
-def take_piece(s, m, l, FACTOR: tl.constexpr, MASKED: tl.constexpr):
+def take_piece(s, m, l, factor, MASKED: tl.constexpr):
     """One piece of each row: its exp(s - m_new), and the row's new state.
 
     Args:
         s: [rows, keys] from `scores`, -inf where a key is hidden.
         m: [rows], -inf before the first visible key.
         l: [rows].
-        FACTOR: from `score_factors`.
+        factor: from `score_factors`.
         MASKED: whether s may be -inf; without it a row may not be wholly hidden.
 
     Returns:
         p, m_new, l_new, and alpha, which acc is to be multiplied by.
     """
-    m_new = tl.maximum(m, tl.max(s, 1) * FACTOR)
+    m_new = tl.maximum(m, tl.max(s, 1) * factor)
     base = m_new
     if MASKED:  # -inf - -inf is NaN
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s * FACTOR - base[:, None])
+    p = tl.exp2(s * factor - base[:, None])
     alpha = tl.exp2(m - base)
     return p, m_new, l * alpha + tl.sum(p, 1), alpha
 
