@@ -127,17 +127,18 @@ def be_sparse_on_rank_0(rank):
     strategies: list[Any] = ["naive", "per_parameter", "bucketed"]
     for strategy in strategies:
         torch.manual_seed(0)
-        wrapper = DistributedDataParallel(Looked(rank == 0), strategy=strategy)
+        model: Any = Looked(rank == 0)
+        wrapper = DistributedDataParallel(model, strategy=strategy)
         loss = wrapper(torch.tensor([rank])).sum()
         if rank == 0:
             with pytest.raises(TypeError, match=r"gradient of 'table\.weight' has layout"):
                 loss.backward()
         else:
             loss.backward()
-            gradients[strategy] = wrapper.module.table.weight.grad.clone()
+            gradients[strategy] = model.table.weight.grad.clone()
         # What follows meets as well.
         wrapper.zero_grad()
-        wrapper.module.table.sparse = False
+        model.table.sparse = False
         wrapper(torch.tensor([rank])).sum().backward()
     return gradients
 

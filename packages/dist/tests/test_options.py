@@ -16,6 +16,7 @@ from tilewright_dist.testing import run_ranks
         ({"bucket_cap_mb": 0}, "bucket_cap_mb must be positive, not 0"),
         ({"first_bucket_mb": -1.0}, "first_bucket_mb must be positive"),
         ({"reduce_dtype": torch.int32}, "floating-point dtype, not torch.int32"),
+        ({"transport": "pigeon"}, "unknown transport 'pigeon'; valid: 'collective', 'copy'"),
     ],
 )
 def test_options_out_of_range(one_rank_group, options, message):
@@ -43,12 +44,19 @@ def test_static_graph_needs_tensors_in_the_output(one_rank_group):
 
 
 def differ(rank):
-    with pytest.raises(ValueError, match="laid out in buckets differs between ranks") as differs:
-        DistributedDataParallel(nn.Linear(2, 1), bucket_cap_mb=1.0 + rank)
-    return str(differs.value)
+    strategies: list[Any] = ["naive", "per_parameter", "bucketed"]
+    messages = []
+    for strategy in strategies:
+        with pytest.raises(ValueError, match="averaged differs between ranks") as differs:
+            DistributedDataParallel(nn.Linear(2, 1), strategy=strategy, bucket_cap_mb=1.0 + rank)
+        messages.append(str(differs.value))
+    with pytest.raises(ValueError, match=r"naive .* on ranks 0; bucketed .* on ranks 1"):
+        DistributedDataParallel(nn.Linear(2, 1), strategy=strategies[2 * rank])
+    return messages
 
 
 def test_options_that_differ_are_named():
-    for differs in run_ranks(differ):
-        assert "bucket_cap_mb=2.0" in differs
-        assert differs.endswith("on ranks 1. Pass the same on every rank")
+    for messages in run_ranks(differ):
+        for differs in messages:
+            assert "bucket_cap_mb=2.0" in differs
+            assert differs.endswith("on ranks 1. Pass the same on every rank")

@@ -13,7 +13,6 @@ A sharded optimizer may `attach`: its buckets are then divided among the ranks (
 and each rank receives the averages of its piece only.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -50,7 +49,7 @@ class BucketedReducer(OverlappedReducer):
         process_group: dist.ProcessGroup,
         options: ReducerOptions,
     ) -> None:
-        super().__init__(parameters, options)
+        super().__init__(parameters, process_group, options)
         self._hook: tuple[Any, CommHook] | None = None
         self._partitions: dict[str, Partition] = {}
         self._is_final = False
@@ -175,9 +174,8 @@ class BucketedReducer(OverlappedReducer):
             first_cap_bytes=self._options.first_cap_bytes,
         )
         digest = fingerprint(specs, layouts)[:12]
-        settings = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(self._options).items())
         what = "how gradients are laid out in buckets"
-        verify_agreement(what, f"{digest} ({settings})", process_group, self._device)
+        verify_agreement(what, f"{digest} ({self._options})", process_group, self._device)
         kept = [name for name in self._views if self._is_in_bucket(name)]
         # Of the former buckets only those stay, until they are copied, that hold gradients.
         self._buckets, self._views = [], {}

@@ -12,7 +12,7 @@ device:
 """
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
 
 import torch
@@ -38,9 +38,13 @@ class Channel:
 
     Args:
         device: Where the tensors are.
+        watch: On CUDA called with an event after every exchange.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, watch: Callable[[torch.cuda.Event], None] | None = None
+    ) -> None:
+        self._watch = watch
         # High priority: casts and sums between collectives are few blocks, and a collective waits
         # for them, so they should not queue behind a product's thousands.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
@@ -56,6 +60,8 @@ class Channel:
                     work.wait()
             event = torch.cuda.Event()
             event.record(self._stream)
+            if self._watch is not None and not torch.cuda.is_current_stream_capturing():
+                self._watch(event)
             return _StreamHandle(event, self._stream.device)
 
 

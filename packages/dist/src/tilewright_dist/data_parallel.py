@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 
+from tilewright_dist.agreement import verify_agreement
 from tilewright_dist.bucketed import BucketedReducer
 from tilewright_dist.channel import CollectiveError
 from tilewright_dist.comm_hook import CommHook
@@ -98,8 +99,7 @@ class DistributedDataParallel(nn.Module):
         ValueError: An unknown strategy or an option out of range; no process group, or one that
             this rank is not part of or that cannot move tensors of the module's device; a module
             without trainable parameters, with parameters on several devices or on the meta device;
-            modules, or options of the bucketed strategy, that differ between ranks (raised on
-            every rank, with the ranks);
+            modules or options that differ between ranks (raised on every rank, with the ranks);
             reduce_dtype for a module with complex parameters; transport="copy" for another strategy
             or for ranks that are not GPUs of one host.
     """
@@ -139,7 +139,7 @@ class DistributedDataParallel(nn.Module):
                 f"transport='copy' moves buckets, strategy {strategy!r} has none: use 'bucketed'"
             )
         self.module = module
-        self.strategy = strategy
+        self.strategy: Strategy = strategy
 
         process_group = checked_process_group(process_group)
         # Compared first: from here on all ranks pass or fail the same checks, none is left waiting.
@@ -147,6 +147,8 @@ class DistributedDataParallel(nn.Module):
         trainable = _trainable_parameters(module)
         _refuse_complex(trainable, reduce_dtype)
         device = _common_device(trainable, process_group)
+        chosen = f"{strategy} ({options})"
+        verify_agreement("how gradients are averaged", chosen, process_group, device)
         broadcast_module_state(module, process_group, device)
 
         # Weakly: gloo's threads end with the last reference to their group. Were one kept until

@@ -85,6 +85,10 @@ def absent_ranks(process_group: dist.ProcessGroup, seconds: float = ROLL_CALL_SE
         store.set(f"alive after a failure: {dist.get_rank()}", "")
     except RuntimeError:
         return [0]
+    if dist.get_backend(process_group) == "gloo":
+        # Closes connections. In a ring only the neighbours of a rank that died see it: this tells
+        # theirs, which would sign too late and be named with it.
+        process_group._get_backend(torch.device("cpu")).abort()
     absent = set(ranks) - {dist.get_rank()}
     deadline = time.monotonic() + seconds
     while absent and time.monotonic() < deadline:

@@ -15,6 +15,7 @@ from torch import nn
 from tilewright_dist.channel import Channel
 from tilewright_dist.missing import give_missing, lacks, presence, presence_anywhere
 from tilewright_dist.options import ReducerOptions
+from tilewright_dist.watchdog import watchdog_of
 from tilewright_dist.wire import all_reduce_any_layout
 
 
@@ -38,7 +39,9 @@ class NaiveReducer:
     ) -> None:
         self._parameters = parameters
         self._options = options
-        self._channel = Channel(next(iter(parameters.values())).device)
+        device = next(iter(parameters.values())).device
+        watchdog = watchdog_of(process_group, device)
+        self._channel = Channel(device, watchdog.watch if watchdog else None)
 
     def gradient_arrived(self, name: str, process_group: dist.ProcessGroup | None) -> None:
         """Nothing: all is done at the end."""

@@ -1,6 +1,6 @@
 """What a user of DistributedDataParallel chooses, checked once and handed to its strategy."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 import torch
@@ -39,6 +39,9 @@ class ReducerOptions:
             raise ValueError(
                 f"reduce_dtype must be a floating-point dtype, not {self.reduce_dtype}"
             )
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in asdict(self).items())
 
     @property
     def cap_bytes(self) -> int:

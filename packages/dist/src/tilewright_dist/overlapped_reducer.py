@@ -15,6 +15,7 @@ from tilewright_dist.channel import Channel, Exchange, Handle
 from tilewright_dist.missing import presence, presence_anywhere
 from tilewright_dist.options import ReducerOptions
 from tilewright_dist.readiness import ReadyQueue
+from tilewright_dist.watchdog import watchdog_of
 
 
 class OverlappedReducer:
@@ -22,16 +23,23 @@ class OverlappedReducer:
 
     Args:
         parameters: Trainable parameters by name, the same on all ranks, on one device.
+        process_group: The ranks; not kept.
         options: Those of the wrapper.
     """
 
     _queue: ReadyQueue
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], options: ReducerOptions) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        process_group: dist.ProcessGroup,
+        options: ReducerOptions,
+    ) -> None:
         self._parameters = parameters
         self._options = options
         self._device = next(iter(parameters.values())).device
-        self._channel = Channel(self._device)
+        watchdog = watchdog_of(process_group, self._device)
+        self._channel = Channel(self._device, watchdog.watch if watchdog else None)
         self._handles: list[Handle] = []
         self._task = -1
 

@@ -37,7 +37,7 @@ class PerParameterReducer(OverlappedReducer):
         process_group: dist.ProcessGroup,
         options: ReducerOptions,
     ) -> None:
-        super().__init__(parameters, options)
+        super().__init__(parameters, process_group, options)
         self._filled: dict[str, torch.Tensor] = {}
         self._names = list(reversed(list(parameters)))
         self._queue = ReadyQueue([[n] for n in self._names], learns=options.static_graph)

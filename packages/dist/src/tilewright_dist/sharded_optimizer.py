@@ -25,13 +25,14 @@ from torch import nn
 from tilewright_dist import sharded_state
 from tilewright_dist.bucketed import BucketedReducer
 from tilewright_dist.buckets import describe, shared_memory
-from tilewright_dist.channel import Channel
+from tilewright_dist.channel import Channel, collective_errors
 from tilewright_dist.data_parallel import DistributedDataParallel, checked_process_group
 from tilewright_dist.failure import naming_the_missing
 from tilewright_dist.layout import Partition, Segment, plan_buckets
 from tilewright_dist.overlap import LateGather
 from tilewright_dist.param_groups import named_groups, options_of, unnamed
 from tilewright_dist.shards import Shard
+from tilewright_dist.watchdog import watchdog_of
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -176,7 +177,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._parameters = {n: p for group in groups for n, p in group["params"]}
         device = next(iter(self._parameters.values())).device
         self._device = device
-        self._channel = Channel(device)
+        watchdog = watchdog_of(self._group, device)
+        self._channel = Channel(device, watchdog.watch if watchdog else None)
         self._peers = self._reducer.more_peers(self._group) if self._reducer is not None else None
         self._shards = self._make_shards(groups)
         self._inner = make_inner([self._inner_group(group) for group in groups])
@@ -456,7 +458,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if gradients:
             norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
             squares = torch.stack(list(norms)).square().sum()
-        dist.all_reduce(squares, group=self._group)
+        with naming_the_missing(self._group, "the norm of all gradients"), collective_errors():
+            dist.all_reduce(squares, group=self._group)
         return squares.sqrt()
 
     def _push_options(self) -> None:
