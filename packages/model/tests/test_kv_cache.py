@@ -41,6 +41,69 @@ def test_starts_over_after_reset() -> None:
         torch.testing.assert_close(again, model(second[:, :3]).logits)
 
 
+def test_sequences_of_unequal_lengths_go_on_from_their_ends() -> None:
+    torch.manual_seed(0)
+    model, cache = CausalLM(CONFIG), KVCache(CONFIG, 2, 12)
+    padded, more, one = (torch.randint(32, (2, n)) for n in (6, 3, 1))
+    with torch.no_grad():
+        model(padded, cache=cache)
+        cache.truncate([6, 2])
+        assert (cache.position, cache.ragged, cache.lengths.tolist()) == (6, True, [6, 2])
+        several = model(more, cache=cache).logits
+        single = model(one, cache=cache).logits
+        assert cache.lengths.tolist() == [10, 6]
+        for row, length in enumerate((6, 2)):
+            ids = torch.cat([padded[row, :length], more[row], one[row]])[None]
+            expected = model(ids).logits
+            assert several is not None
+            assert single is not None
+            assert expected is not None
+            torch.testing.assert_close(several[row], expected[0, length : length + 3])
+            torch.testing.assert_close(single[row], expected[0, length + 3 :])
+
+
+def test_equal_lengths_are_not_ragged() -> None:
+    cache = KVCache(CONFIG, 2, 12)
+    cache.advance(7)
+    assert cache.truncate([5, 5]).position_ids(2) is None
+    cache.truncate([5, 3])
+    assert cache.ragged
+    ids = cache.position_ids(2)
+    assert ids is not None
+    assert ids.tolist() == [[5, 6], [3, 4]]
+    cache.reset()
+    assert (cache.position, cache.ragged, cache.lengths.tolist()) == (0, False, [0, 0])
+
+
+def test_a_part_shares_the_memory_and_not_the_lengths() -> None:
+    cache = KVCache(CONFIG, 3, 8)
+    part = cache.first(2)
+    part.keys += 1
+    part.advance(4)
+    assert part.batch_size == 2
+    assert (cache.keys[:, :2] == 1).all()
+    assert (cache.keys[:, 2:] == 0).all()
+    assert cache.lengths.tolist() == [0, 0, 0]
+    assert cache.nbytes == 2 * 2 * 3 * 8 * 2 * 4 * 4
+    with pytest.raises(ValueError, match="batch_size 4 of a cache of 3"):
+        cache.first(4)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([5], "1 lengths for 2 sequences"),
+        ([5, 8], "length 8 of a sequence of 7 tokens: give 0 to 7"),
+        ([-1, 5], "length -1"),
+    ],
+)
+def test_impossible_lengths_are_refused(lengths: list[int], message: str) -> None:
+    cache = KVCache(CONFIG, 2, 12)
+    cache.advance(7)
+    with pytest.raises(ValueError, match=message):
+        cache.truncate(lengths)
+
+
 def test_overflow_names_the_lengths_and_writes_nothing() -> None:
     model, cache = CausalLM(CONFIG), KVCache(CONFIG, 1, 6)
     with torch.no_grad():

@@ -108,9 +108,9 @@ class Attention(nn.Module):
         self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, cache: LayerCache
     ) -> Tensor:
         k_BSKD, v_BSKD = cache.append(k_BTKD, v_BTKD)
-        if q_BTHD.shape[1] > 1:
+        if q_BTHD.shape[1] > 1 and cache.rows is None:
             return self._attend(q_BTHD, k_BSKD, v_BSKD)
-        # All of the cache, so that one compiled kernel serves every length.
+        # All of the cache, so that one compiled kernel serves every length, and unequal ones.
         return flash_attn_decode(
             *(q_BTHD, cache.keys, cache.values, cache.lengths),
             window_size=self.window_size,

@@ -234,6 +234,8 @@ class CausalLM(nn.Module):
     ) -> Positions:
         start = cache.position if cache is not None else 0
         check_tokens(self.config, input_ids)
+        if cache is not None and position_ids is None:
+            position_ids = cache.position_ids(input_ids.shape[1])
         ids, cu_seqlens, longest = sequences(
             *(self.config, input_ids),
             position_ids=position_ids,

@@ -1,9 +1,14 @@
 """Keys and values of the tokens already seen, in memory that is allocated once.
 
+Rows are written where each sequence ends, so sequences of unequal lengths share one allocation, and
+what the device has to know of lengths lies on the device: a step can be captured in a CUDA graph.
+The alternative, concatenation, copies all earlier rows for every new one.
+
 Shapes: L layers, B batch, S capacity in tokens, T new tokens, K key/value heads, D head dimension.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -19,12 +24,18 @@ class LayerCache(NamedTuple):
     values: Tensor
     """[B, S, K, D]."""
     position: int
-    """Tokens already there; the next one goes to this row."""
+    """Tokens that the longest sequence has; without `rows` the next one goes to this row."""
     lengths: Tensor
     """[B] int32: tokens there once this step's are written, where kernels read it."""
+    rows: Tensor | None = None
+    """[B, T] int64, where each new token goes if sequences have unequal lengths."""
 
     def append(self, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Write T new tokens and return all keys and values so far, [B, position + T, K, D] views.
+        """Write T new tokens.
+
+        Returns:
+            All keys and values so far, [B, position + T, K, D] views. Those of unequal lengths are
+            the whole cache, of which `lengths` says how much is there.
 
         Raises:
             TypeError: the cache holds another dtype than the model computes in.
@@ -34,6 +45,11 @@ class LayerCache(NamedTuple):
                 f"the cache holds {self.keys.dtype} and the model computes {k_BTKD.dtype}: "
                 f"build it with dtype={k_BTKD.dtype}"
             )
+        if self.rows is not None:
+            sequence = torch.arange(len(self.rows), device=self.rows.device)[:, None]
+            self.keys[sequence, self.rows] = k_BTKD
+            self.values[sequence, self.rows] = v_BTKD
+            return self.keys, self.values
         end = self.position + k_BTKD.shape[1]
         self.keys[:, self.position : end] = k_BTKD
         self.values[:, self.position : end] = v_BTKD
@@ -41,10 +57,16 @@ class LayerCache(NamedTuple):
 
 
 class KVCache:
-    """Room for `max_length` tokens of `batch_size` sequences of one length.
+    """Room for `max_length` tokens in each of `batch_size` sequences.
 
-    `CausalLM.forward(..., cache=cache)` writes the new tokens' keys and values at `position` and
-    moves it on. `reset()` starts over without allocating.
+    `CausalLM.forward(..., cache=cache)` writes the new tokens' keys and values behind those of each
+    sequence and counts them. Prompts of unequal lengths are padded at the end, read together, and
+    cut to their lengths:
+
+        model(padded_BT, cache=cache)
+        cache.truncate([5, 9, 2])
+
+    `reset()` starts over without allocating.
 
     Args:
         config: of the model that will use it.
@@ -77,12 +99,17 @@ class KVCache:
             )
         heads, head_dim = config.num_key_value_heads, config.attention_head_dim
         shape = (config.num_hidden_layers, batch_size, max_length, heads, head_dim)
+        # Zeros, since some of torch's attention multiplies what it hides by zero.
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         """[L, B, S, K, D]."""
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         """[L, B, S, K, D]."""
+        self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=self.keys.device)
+        """[B] int32: tokens that each sequence has, on the device."""
         self.position = 0
-        """Tokens held so far."""
+        """Tokens that the longest sequence has."""
+        self.ragged = False
+        """Whether the sequences may have unequal lengths."""
 
     @property
     def batch_size(self) -> int:
@@ -94,15 +121,34 @@ class KVCache:
         """S, tokens that fit."""
         return self.keys.shape[2]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def first(self, batch_size: int) -> "KVCache":
+        """An empty cache in the memory of the first `batch_size` sequences of this one."""
+        if not 1 <= batch_size <= self.batch_size:
+            raise ValueError(f"batch_size {batch_size} of a cache of {self.batch_size} sequences")
+        part = object.__new__(KVCache)
+        part.keys, part.values = self.keys[:, :batch_size], self.values[:, :batch_size]
+        part.lengths = torch.zeros_like(self.lengths[:batch_size])
+        part.position, part.ragged = 0, False
+        return part
+
     def layers(self, length: int) -> list[LayerCache]:
         """Views for a step of `length` new tokens, one a block."""
-        lengths = torch.full(
-            (self.batch_size,), self.position + length, dtype=torch.int32, device=self.keys.device
-        )
+        lengths, rows = self.lengths + length, self.position_ids(length)
         return [
-            LayerCache(keys, values, self.position, lengths)
+            LayerCache(keys, values, self.position, lengths, rows)
             for keys, values in zip(self.keys, self.values, strict=True)
         ]
+
+    def position_ids(self, length: int) -> Tensor | None:
+        """[B, length] int64: where new tokens stand; None if at `position` in every sequence."""
+        if not self.ragged:
+            return None
+        return self.lengths[:, None].long() + torch.arange(length, device=self.lengths.device)
 
     def check_room(self, batch_size: int, length: int) -> None:
         """Fail before anything is written if [batch_size, length] tokens do not fit.
@@ -124,7 +170,35 @@ class KVCache:
     def advance(self, length: int) -> None:
         """Count `length` tokens as held, once every layer has written them."""
         self.position += length
+        self.lengths += length
+
+    def truncate(self, lengths: Sequence[int]) -> Self:
+        """Forget what each sequence has beyond its length; the memory stays.
+
+        Args:
+            lengths: one a sequence, from 0 to what it has. The host knows the longest's alone:
+                that a shorter one has as many is the caller's to know.
+
+        Raises:
+            ValueError: another number of lengths, or one out of range.
+        """
+        if len(lengths) != self.batch_size:
+            raise ValueError(
+                f"{len(lengths)} lengths for {self.batch_size} sequences: give one each"
+            )
+        for length in lengths:
+            if not 0 <= length <= self.position:
+                raise ValueError(
+                    f"length {length} of a sequence of {self.position} tokens: give 0 to "
+                    f"{self.position}"
+                )
+        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self.position = max(lengths)
+        self.ragged = min(lengths) != self.position
+        return self
 
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
         self.position = 0
+        self.ragged = False
+        self.lengths.zero_()

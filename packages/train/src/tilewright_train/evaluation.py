@@ -6,13 +6,14 @@ from tokenizers import Tokenizer
 
 from tilewright_dist import DistributedEnvironment
 from tilewright_model import CausalLM, generate
+from tilewright_train.data import ValidationRows
 from tilewright_train.tokenizer import decode, end_token
 
 
 @torch.no_grad()
 def validation_loss(
     model: CausalLM,
-    rows: torch.Tensor,
+    rows: ValidationRows,
     *,
     batch_size: int,
     environment: DistributedEnvironment,
@@ -22,21 +23,20 @@ def validation_loss(
 
     Args:
         model: Without wrappers.
-        rows: [R, T] int64 on the CPU, the same in every process.
+        rows: The same in every process.
         batch_size: Rows that are computed together.
         environment: Of this process.
         autocast: Precision of the forward pass.
     """
     total = torch.zeros((), dtype=torch.float64, device=environment.device)
-    mine = rows[environment.rank :: environment.world_size]
-    for chunk in mine.split(batch_size):
-        chunk = chunk.to(environment.device)
+    shares = {"rank": environment.rank, "world_size": environment.world_size}
+    for batch in rows.batches(batch_size, **shares):
         with autocast:
-            loss = model(chunk, labels=chunk, num_items=1).loss
+            loss = model(**batch.to(environment.device).inputs, num_items=1).loss
         total += loss.double()
     if environment.process_group is not None:
         dist.all_reduce(total, group=environment.process_group)
-    return float(total) / (rows.shape[0] * (rows.shape[1] - 1))
+    return float(total) / rows.targets
 
 
 def draw_sample(
@@ -70,7 +70,7 @@ def draw_sample(
             temperature=0.8,
             top_k=50,
             eos_token_id=end,
-            generator=torch.Generator(device).manual_seed(seed),
+            seed=seed,
         )
     written = drawn[0].tolist()[len(start) :]
     if end in written:

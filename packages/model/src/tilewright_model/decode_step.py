@@ -1,0 +1,146 @@
+"""One new token for every sequence: the forward of `CausalLM` for T = 1, in five launches a block.
+
+    q, k, v   ← W_qkv · RMSNorm(h)
+    y         ← attention of turned q to the cache, which gets turned k and v
+    h         ← h + W_o · y
+    z         ← silu(W_gate · RMSNorm(h)) ∘ (W_up · RMSNorm(h))
+    h         ← h + W_down · z
+
+At this size every launch is a wait, and the time between them, in which no weights are read, is
+most of what a decoder's step costs. So norms, rotation, cache, gate and sums are parts of the
+products and of the attention (`skinny_linear`, `flash_attn_with_kvcache`), each of which fetches
+its weights while the one before still runs. A mixture of experts is called as a module.
+
+Shapes: B batch, C hidden_size, V vocab_size, H query heads, K key/value heads, D head dimension.
+"""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tilewright_kernels import flash_attn_with_kvcache, rms_norm, skinny_linear
+from tilewright_model.attention import Attention
+from tilewright_model.block import Block
+from tilewright_model.causal_lm import CausalLM
+from tilewright_model.kv_cache import KVCache
+from tilewright_model.mlp import MLP
+
+
+def decodes_in_one_dtype(model: CausalLM) -> bool:
+    """Whether `decode_step` computes what the model's forward would.
+
+    It knows neither autocast nor weights of several dtypes nor dropout; the forward itself does.
+    """
+    weight = model.embed_tokens.weight
+    config = model.config
+    drops = model.training and (config.attention_dropout > 0 or config.residual_dropout > 0)
+    return (
+        not torch.is_autocast_enabled(weight.device.type)
+        and not drops
+        and all(p.dtype == weight.dtype for p in model.parameters())
+    )
+
+
+def counters_for(model: CausalLM, batch_size: int) -> Tensor:
+    """The zeros that the launches of a step count in, for all of them one after another."""
+    config = model.config
+    widest = max(
+        config.vocab_size,
+        2 * config.intermediate_size,
+        (config.num_attention_heads + 2 * config.num_key_value_heads) * config.attention_head_dim,
+        config.hidden_size,
+    )
+    size = max(widest // 16 + 1, batch_size * config.num_key_value_heads)
+    return torch.zeros(size, dtype=torch.int32, device=model.embed_tokens.weight.device)
+
+
+def decode_step(
+    model: CausalLM, tokens_B: Tensor, cache: KVCache, counters: Tensor | None = None
+) -> Tensor:
+    """Logits of the token after each of `tokens_B`, whose keys and values go to the cache.
+
+    The cache does not count them: `cache.advance(1)` does, on the host and on the device. Nothing
+    waits for the device and no shape depends on lengths, so the step can be captured in a graph.
+
+    Args:
+        model: of which `decodes_in_one_dtype` is true.
+        tokens_B: int64, the newest token of each sequence.
+        cache: with room for one token more; unequal lengths are all the same to it.
+        counters: from `counters_for`; None lets each launch make its own.
+
+    Returns:
+        [B, V].
+    """
+    h_BC = F.embedding(tokens_B, model.embed_tokens.weight)
+    if model.embed_positions is not None:
+        h_BC = h_BC + model.embed_positions(cache.lengths.long()).to(h_BC.dtype)
+    cos, sin = (None, None) if model.rotary is None else (model.rotary.cos, model.rotary.sin)
+    for module, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
+        block = cast(Block, module)
+        norm = block.input_layernorm
+        qkv_BN = skinny_linear(
+            h_BC, block.self_attn.qkv_proj.weight,
+            norm_weight=norm.weight, eps=norm.eps, counters=counters, prefetch_weight=True,
+        )  # fmt: skip
+        y_BC = _attend(block.self_attn, qkv_BN, keys, values, cache.lengths, cos, sin, counters)
+        h_BC = skinny_linear(
+            y_BC, block.self_attn.o_proj.weight,
+            residual=h_BC, counters=counters, prefetch_weight=True,
+        )  # fmt: skip
+        h_BC = _feed_forward(block, h_BC, counters)
+    return _logits(model, h_BC, counters)
+
+
+def _attend(
+    attention: Attention, qkv_BN: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
+    cos: Tensor | None, sin: Tensor | None, counters: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """[B, H·D] from the joint projection of one token a sequence."""
+    heads, kv_heads = attention.heads, attention.kv_heads
+    qkv = qkv_BN.view(len(qkv_BN), 1, -1, attention.head_dim)
+    q_B1HD, k_B1KD, v_B1KD = qkv.split([heads, kv_heads, kv_heads], dim=2)
+    q_norm, k_norm = attention.q_norm, attention.k_norm
+    eps = 0.0 if q_norm is None or q_norm.eps is None else q_norm.eps
+    y_B1HD = flash_attn_with_kvcache(
+        *(q_B1HD, keys, values, k_B1KD, v_B1KD, lengths),
+        cos=cos,
+        sin=sin,
+        q_norm_weight=None if q_norm is None else q_norm.weight,
+        k_norm_weight=None if k_norm is None else k_norm.weight,
+        norm_eps=eps,
+        softcap=attention.softcap,
+        window_size=attention.window_size,
+        counters=counters,
+        prefetch_cache=True,
+    )
+    return y_B1HD.flatten(1)
+
+
+def _feed_forward(block: Block, h_BC: Tensor, counters: Tensor | None) -> Tensor:
+    """h + MLP(RMSNorm(h))."""
+    norm, mlp = block.post_attention_layernorm, block.mlp
+    if not isinstance(mlp, MLP):
+        x_BC = rms_norm(h_BC, h_BC.shape[-1:], norm.weight, norm.eps)
+        return h_BC + mlp(x_BC)[0]
+    z_BI = skinny_linear(
+        h_BC, mlp.gate_up_proj.weight, gated=True,
+        norm_weight=norm.weight, eps=norm.eps, counters=counters, prefetch_weight=True,
+    )  # fmt: skip
+    return skinny_linear(
+        z_BI, mlp.down_proj.weight, residual=h_BC, counters=counters, prefetch_weight=True
+    )
+
+
+def _logits(model: CausalLM, h_BC: Tensor, counters: Tensor | None) -> Tensor:
+    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    logits_BV = skinny_linear(
+        h_BC, head.weight,
+        norm_weight=model.norm.weight, eps=model.norm.eps, counters=counters, prefetch_weight=True,
+    )  # fmt: skip
+    if model.config.logits_scaling != 1:
+        logits_BV = logits_BV / model.config.logits_scaling
+    if (cap := model.config.final_logit_softcapping) is not None:
+        logits_BV = cap * torch.tanh(logits_BV / cap)
+    return logits_BV
