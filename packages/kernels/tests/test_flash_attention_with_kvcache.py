@@ -139,6 +139,7 @@ def test_a_step_after_another_is_the_whole_attention(device):
 
 def test_a_full_cache_is_left_alone(device):
     args, options = make([12, 5], (2, 2), 16, torch.float32, device, capacity=12)
+    args[5] += torch.tensor([3, 0], dtype=torch.int32, device=device)
     before = [t.clone() for t in args[1:3]]
     with use_backend("triton"):
         out = flash_attn_with_kvcache(*args, **options)

@@ -171,8 +171,7 @@ class Engine:
         longest = max(request.max_new_tokens for request in requests)
         for count in range(1, longest + 1):
             if count < longest:
-                with torch.no_grad(), uncompiled():
-                    step.run()
+                step.run()
                 readback.send(step.result)
             result = readback.receive()
             ids = result[0].tolist()

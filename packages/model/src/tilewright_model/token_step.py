@@ -11,6 +11,7 @@ from torch import Tensor
 from tilewright_model.causal_lm import CausalLM
 from tilewright_model.decode_step import counters_for, decode_step, decodes_in_one_dtype
 from tilewright_model.kv_cache import KVCache
+from tilewright_model.prefill import uncompiled
 from tilewright_model.sampling import Sampler
 
 
@@ -18,7 +19,7 @@ class TokenStep:
     """From the newest token of each sequence to the next.
 
     Args:
-        model: under no_grad.
+        model: of the cache.
         cache: B sequences, each with a token to come.
         sampler: of B rows.
         graph: whether to capture the step in a CUDA graph, where the model is on a GPU.
@@ -49,12 +50,15 @@ class TokenStep:
 
     def run(self) -> None:
         """Put the next tokens in place of the newest; the host does not wait for them."""
-        if self._wants_graph and self._graph is None:
-            self._graph = self._capture()
-        if self._graph is None:
-            self._step()
-        else:
+        if self._graph is not None:
             self._graph.replay()
+        else:
+            with torch.no_grad(), uncompiled():
+                if self._wants_graph:
+                    self._graph = self._capture()
+                    self._graph.replay()
+                else:
+                    self._step()
         self.cache.position = min(self.cache.position + 1, self.cache.max_length)
 
     def _step(self) -> None:

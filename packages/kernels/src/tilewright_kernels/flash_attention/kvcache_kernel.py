@@ -38,12 +38,13 @@ def attention_with_kvcache_kernel(
     if not PREFETCH:
         await_previous_launch(OVERLAP)
     length = tl.load(lengths_ptr + batch)
+    held = tl.minimum(length, capacity)
     begin = length * 0
     if HAS_WINDOW:
-        begin = tl.maximum(length - window, 0)
-    stretch = tl.cdiv(tl.cdiv(length - begin, BLOCK_N), SPLITS) * BLOCK_N
+        begin = tl.minimum(tl.maximum(length - window, 0), held)
+    stretch = tl.cdiv(tl.cdiv(held - begin, BLOCK_N), SPLITS) * BLOCK_N
     begin += split * stretch
-    end = tl.minimum(begin + stretch, length)
+    end = tl.minimum(begin + stretch, held)
     if PREFETCH:
         # The first block. More would push out of L2 what the launches before still read.
         key = tl.minimum(begin + tl.arange(0, BLOCK_N), capacity - 1).to(tl.int64)[:, None]

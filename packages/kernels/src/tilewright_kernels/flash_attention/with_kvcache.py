@@ -179,8 +179,8 @@ def flash_attn_with_kvcache(
         k: [B, 1, K, D] of q's dtype, the new keys as they leave their projection.
         v: [B, 1, K, D], likewise.
         cache_seqlens: [B] int32 on q's device: keys of each sequence, the new one not counted,
-            below S. That is not checked, since the host does not read them; a sequence that is full
-            attends to its new key too, and keeps nothing of it.
+            below S. That is not checked, since the host does not read them; to a sequence that is
+            full nothing is written, and what comes of it means nothing.
         cos: [P, R / 2] float32 tables of the rotation, R ≤ D dimensions in halves, whose row
             cache_seqlens[b] is the new token's; None for no rotation.
         sin: as cos.
