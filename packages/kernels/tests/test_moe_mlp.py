@@ -51,14 +51,17 @@ def make(
     tokens, hidden, width, experts, k, how="random", dtype=torch.float32, device="cpu", seed=0
 ):
     """x, both matrices, the router's weights, and the routing."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    routing = route(tokens, experts, k, how, wide, device, seed)
+    routing = route(tokens, experts, k, how, dtype, device, seed)
     x = randn(tokens, hidden, dtype=dtype, device=device, seed=seed)
     w_gate_up = randn(experts, 2 * width, hidden, dtype=dtype, device=device, seed=seed + 1)
     w_down = randn(experts, hidden, width, dtype=dtype, device=device, seed=seed + 2)
     w_gate_up, w_down = w_gate_up * hidden**-0.5, w_down * max(width, 1) ** -0.5
     tensors = (x.requires_grad_(), w_gate_up.requires_grad_(), w_down.requires_grad_())
     return (*tensors, routing.weights), routing
+
+
+def weights_of(tensors):
+    return tensors[3]
 
 
 def layer(routing, **options):
@@ -88,19 +91,32 @@ HOWS = ("random", "all to the last", "skewed", "every second expert")
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize(("experts", "k"), [(2, 1), (6, 3), (16, 8)])
-def test_matches_float64(experts, k, how, dtype, device):
+def test_matches_float64(how, dtype, device):
     skip_interpreted_bfloat16(dtype, device)
-    check(*make(19, 24, 40, experts, k, how, dtype, device))
+    check(*make(13, 24, 40, 5, 2, how, dtype, device))
 
 
 @pytest.mark.parametrize(
     ("tokens", "hidden", "width", "experts", "k"),
-    [(1, 1, 1, 1, 1), (5, 7, 9, 3, 2), (33, 16, 8, 128, 4), (3, 40, 24, 2, 2)],
+    [(1, 1, 1, 1, 1), (5, 7, 9, 3, 2), (33, 16, 8, 128, 1), (5, 8, 16, 9, 8), (23, 40, 24, 2, 2)],
     ids=str,
 )
 def test_sizes(tokens, hidden, width, experts, k, device):
     check(*make(tokens, hidden, width, experts, k, device=device))
+
+
+def test_weights_in_float32_beside_16_bits(device):
+    # As moe_route gives them. Their gradient is a sum of rounded numbers, in a dtype that shows it.
+    (*tensors, weights), routing = make(13, 24, 40, 5, 2, dtype=torch.float16, device=device)
+    tensors = (*tensors, weights.detach().float().requires_grad_())
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    dy = randn(13, 24, dtype=torch.float16, device=device)
+    with use_backend("triton"):
+        (ours,) = torch.autograd.grad(layer(routing)(*tensors), weights_of(tensors), dy)
+    (torchs,) = torch.autograd.grad(reference(routing)(*tensors), weights_of(tensors), dy)
+    (oracle,) = torch.autograd.grad(reference(routing)(*wide), weights_of(wide), dy.double())
+    assert ours.dtype == torch.float32
+    assert (ours - oracle).norm() <= 2 * (torchs - oracle).norm()
 
 
 @pytest.mark.smoke
@@ -179,11 +195,14 @@ def test_three_dimensions_and_a_gradient_of_any_layout(device):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
-@pytest.mark.parametrize("how", ["random", "every second expert"])
-def test_gradcheck(how, activation):
-    tensors, routing = make(4, 3, 2, 4, 2, how, dtype=torch.float64)
-    check_gradients(layer(routing, activation=activation), tensors, operator="moe_mlp")
+@pytest.mark.parametrize(
+    ("how", "activation", "fast_mode"), [("random", "silu", False), ("skewed", "gelu", True)]
+)
+def test_gradcheck(how, activation, fast_mode):
+    tensors, routing = make(3, 2, 2, 3, 2, how, dtype=torch.float64)
+    check_gradients(
+        layer(routing, activation=activation), tensors, operator="moe_mlp", fast_mode=fast_mode
+    )
 
 
 @pytest.mark.parametrize("sizes", [(16, 24), (7, 9)], ids=str)
@@ -276,7 +295,7 @@ def test_opcheck(keep, device):
 @pytest.mark.parametrize("sizes", [(16, 136), (19, 23)], ids=str)
 @pytest.mark.parametrize("how", ["random", "every second expert"])
 def test_every_element_is_written_and_bits_repeat(how, sizes, device):
-    tensors, routing = make(37, *sizes, 6, 3, how, dtype=torch.float16, device=device)
+    tensors, routing = make(23, *sizes, 4, 2, how, dtype=torch.float16, device=device)
 
     def run():
         y = layer(routing)(*tensors)
@@ -296,6 +315,7 @@ def test_inputs_are_left_alone(device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in reduce:RuntimeWarning")
 def test_nans_stay_in_their_token(device):
     tensors, routing = make(9, 16, 24, 4, 2, dtype=torch.float16, device=device)
     sick = tensors[0].detach().clone()

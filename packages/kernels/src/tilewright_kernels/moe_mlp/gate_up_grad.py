@@ -4,8 +4,8 @@
                                                          dup = w · dh · f(gate)
 
 dh is without the row's weight w, so that its product with h is the weight's gradient, and y's rows
-are neither kept nor computed anew. dh never reaches memory; it is rounded as if it did. w · h is
-written beside: the gradient of Wd needs it.
+are neither kept nor computed anew. dh never reaches memory. w · h is written beside: the gradient
+of Wd needs it.
 """
 
 from typing import Any
@@ -43,21 +43,20 @@ def expert_gate_up_grad_kernel(
     group, rows, valid, cols = rows_of_program(blocks_ptr, N, BLOCK_M, BLOCK_N, GROUP_M)
     if tl.max(valid.to(tl.int32), axis=0) == 0:
         return
-    dtype = dy_ptr.dtype.element_ty
     mask = valid[:, None] & (cols < N)[None, :]
     gate_ptrs = gate_up_ptr + rows[:, None].to(tl.int64) * (2 * N) + cols[None, :]
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(ACC)
     up = tl.load(gate_ptrs + N, mask=mask, other=0.0).to(ACC)
     weights = tl.load(weights_ptr + rows, mask=valid, other=0.0).to(ACC)
     f = FUNCTION(gate)
-    h = (f * up).to(dtype).to(ACC)
+    h = f * up
     if h_ptr is not None:
         store_rows(h_ptr, h * weights[:, None], rows, valid, cols, N, N, 1)
     if dgate_up_ptr is not None or dots_ptr is not None:
         dh = dot_rows(
             dy_ptr, w_ptr + group.to(tl.int64) * w_group_stride, rows, valid, cols, N, K,
             dy_m_stride, dy_k_stride, w_k_stride, w_n_stride, ACC, PRECISION, BLOCK_K, NUM_STAGES,
-        ).to(dtype).to(ACC)  # fmt: skip
+        )  # fmt: skip
         if dots_ptr is not None:
             tiles = tl.cdiv(N, BLOCK_N)
             dots = dots_ptr + rows.to(tl.int64) * tiles + tl.min(cols, axis=0) // BLOCK_N

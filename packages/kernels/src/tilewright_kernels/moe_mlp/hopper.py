@@ -155,7 +155,6 @@ def _gate_grad(
             first, col = row + c % PARTS_M * ROWS, n * 256 + c // PARTS_M * 64
             rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
             if dots_ptr is not None:
-                h = h.to(parts.dtype).to(gl.float32)
                 dots = dots_ptr + rows.to(gl.int64) * (4 * tiles_n) + col // 64
                 gl.store(dots, gl.sum(dh * h, axis=1), mask=rows < end)
             dh = dh * weight[:, None]
