@@ -1,7 +1,7 @@
-"""Named sizes, one row each, from a model for a laptop's CPU to 2.7 billion parameters.
+"""Named sizes, one row each, from a model for a laptop's CPU to Llama 3's 8 billion parameters.
 
-Widths of the MLP are multiples of 128 so that matrix products divide into whole tiles; embeddings
-are tied throughout. docs/model.md lists the parameters of each row.
+Widths of the MLP are multiples of 128 so that matrix products divide into whole tiles.
+docs/model.md lists the parameters of each row.
 """
 
 import dataclasses
@@ -14,7 +14,14 @@ from tilewright_model.config import ModelConfig
 
 
 def _row(
-    vocab: int, hidden: int, layers: int, heads: int, kv_heads: int, mlp: int, positions: int
+    vocab: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    mlp: int,
+    positions: int,
+    **fields: Any,
 ) -> ModelConfig:
     return ModelConfig(
         vocab_size=vocab,
@@ -24,19 +31,39 @@ def _row(
         num_key_value_heads=kv_heads,
         intermediate_size=mlp,
         max_position_embeddings=positions,
+        **fields,
     )
 
 
+def _experts(count: int, chosen: int, width: int) -> dict[str, Any]:
+    """Fields of a mixture in every layer, in the shape of Qwen3-MoE."""
+    return {
+        "num_experts": count,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": width,
+        "qk_norm": True,
+    }
+
+
+_LLAMA3 = {"rope_theta": 500_000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+_QWEN3 = {"rope_theta": 1_000_000.0, "head_dim": 128, "qk_norm": True}
+
 PRESETS: Mapping[str, ModelConfig] = MappingProxyType(
     {
-        #             vocab  hidden layers heads kv   mlp positions
+        #                    vocab  hidden layers heads kv  mlp positions
         "nano": _row(2048, 128, 4, 4, 2, 384, 1024),
-        "tiny": _row(8192, 256, 10, 4, 2, 768, 1024),
-        "small": _row(16384, 512, 8, 8, 4, 1280, 2048),
+        "26m": _row(8192, 512, 8, 8, 4, 1280, 2048),
         "100m": _row(32768, 768, 12, 12, 4, 2048, 2048),
+        "125m": _row(32768, 768, 12, 12, 12, 2560, 2048),
+        "350m": _row(32768, 1024, 24, 16, 16, 2944, 2048),
         "0.5b": _row(32768, 1536, 16, 12, 12, 4096, 4096),
-        "1b": _row(32768, 2048, 20, 16, 8, 5632, 4096),
+        "1.3b": _row(32768, 2048, 24, 16, 16, 5632, 4096),
         "2.7b": _row(32768, 2560, 32, 20, 4, 8576, 4096),
+        "moe-nano": _row(2048, 128, 4, 4, 2, 384, 1024, **_experts(8, 2, 192)),
+        "moe-0.5b-a0.15b": _row(32768, 768, 12, 12, 4, 4096, 4096, **_experts(16, 4, 1024)),
+        "moe-7b-a1b": _row(50304, 2048, 16, 16, 16, 8192, 4096, **_experts(64, 8, 1024)),
+        "llama3-8b": _row(128256, 4096, 32, 32, 8, 14336, 8192, **_LLAMA3),
+        "qwen3-0.6b": _row(151936, 1024, 28, 16, 8, 3072, 40960, **_QWEN3),
     }
 )
 """Every preset by its name."""
