@@ -140,6 +140,39 @@ def test_waits_for_nothing():
         clip_grad_norm_(params, 1.0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graphs"])
+def test_streams_at_once(captured):
+    # Long enough to overlap. Graphs captured one after the other share a stream of torch's.
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    everything = [make("cuda", sizes=(64 * CHUNK, 100 * CHUNK + 3)) for _ in streams]
+    grads_of(everything[1])[0].mul_(3)
+    expected = [exact_norm(params) for params in everything]
+    norms = [[], []]
+    graphs = []
+    for params, stream in zip(everything, streams, strict=True):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            clip_grad_norm_(params, 1e9)
+    torch.cuda.synchronize()
+    if captured:
+        for params, seen in zip(everything, norms, strict=True):
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1]):
+                seen += [clip_grad_norm_(params, 1e9) for _ in range(50)]
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    else:
+        for _ in range(50):
+            for params, stream, seen in zip(everything, streams, norms, strict=True):
+                with torch.cuda.stream(stream):
+                    seen.append(clip_grad_norm_(params, 1e9))
+    torch.cuda.synchronize()
+    for seen, exact in zip(norms, expected, strict=True):
+        torch.testing.assert_close(torch.stack(seen).double(), exact.expand(50), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_norm_of_low_precision_has_floats_precision(backend, device):
     params = make(device, (torch.bfloat16, torch.float16))

@@ -56,9 +56,9 @@ def on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
     return scalar if scalar is None else scalar.to(device)
 
 
-def obstacle(params: Sequence[Tensor]) -> str | None:
-    """Why kernels, which walk addresses, cannot take these parameters, or None if they can."""
-    subclasses = set(map(type, params)) - {Tensor, torch.nn.Parameter}
+def obstacle(tensors: Sequence[Tensor], what: str = "parameter") -> str | None:
+    """Why kernels, which walk addresses, cannot take these tensors, or None if they can."""
+    subclasses = set(map(type, tensors)) - {Tensor, torch.nn.Parameter}
     if not subclasses:
         return None
-    return f"a parameter is a {subclasses.pop().__name__}, which may not lie at one address"
+    return f"a {what} is a {subclasses.pop().__name__}, which may not lie at one address"

@@ -11,16 +11,19 @@ from it, transposed, through registers, so that one batch holds W and Wᵀ.
 """
 
 from collections.abc import Sequence
+from functools import reduce
+from itertools import chain
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tilewright_kernels.authoring import Operator, accumulator, cdiv, tl, triton
-from tilewright_optim._muon_matrices import Batch, Matrix
+from tilewright_optim._muon_matrices import Batch
 from tilewright_optim._normalize_kernel import normalize
 from tilewright_optim._rounding import join_halves, split_halves
-from tilewright_optim._tables import PointerTables, triton_type
+from tilewright_optim._tables import PointerTables, addresses, triton_type
 
 TILE = {"ROWS": 32, "COLS": 64, "num_warps": 4}
 """Of momentum and update: 16 elements a thread."""
@@ -36,6 +39,16 @@ class Tensors(NamedTuple):
     buffers: Sequence[Tensor]
     lows: Sequence[Tensor]
     """int16 halves of exact masters; empty without them."""
+
+
+class Sent(NamedTuple):
+    """The tables of one batch on the device."""
+
+    work: Tensor
+    """Columns of p, B and the low halves."""
+    grads: Tensor
+    aligned: tuple[bool, ...]
+    """Whether all wide ones, and all tall ones, begin at multiples of 16 bytes."""
 
 
 @triton.jit
@@ -137,14 +150,31 @@ def _update_kernel(
         tl.store(p_ptr + at, p.to(PARAM), mask=mask)
 
 
+def send(batches: Sequence[Batch], tables: Sequence[PointerTables], tensors: Tensors) -> list[Sent]:
+    """What the kernels read of each batch, from the tables that it had in the step before."""
+    order = (tensors.params, tensors.buffers, tensors.lows, tensors.grads)
+    places = [(addresses(column), column[0].element_size()) for column in order if column]
+    sent = []
+    for batch, own in zip(batches, tables, strict=True):
+        members = batch.wide + batch.tall
+        columns = [[at[x.parameter] + x.offset * size for x in members] for at, size in places]
+        work, grads, _ = own.get(columns[:-1], [1] * len(members), columns[-1])
+        wide = len(batch.wide)
+        either = [
+            chain.from_iterable(c[part] for c in columns)
+            for part in (slice(wide), slice(wide, None))
+        ]
+        sent.append(Sent(work, grads, tuple(reduce(or_, part, 0) % 16 == 0 for part in either)))
+    return sent
+
+
 def momentum_and_normalize(
-    batch: Batch, tensors: Tensors, tables: PointerTables, *, momentum: float, nesterov: bool,
+    batch: Batch, tensors: Tensors, sent: Sent, *, momentum: float, nesterov: bool,
     eps: float, grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Advance the buffers of a batch; X of `iterate`, [B, n, m] in float16."""
     members = batch.wide + batch.tall
     u = tensors.grads[0].new_empty((len(members), batch.n, batch.m), dtype=torch.bfloat16)
-    work, grads, _ = _send(batch, tensors, tables)
     sums = []
     for part, transposed in ((batch.wide, False), (batch.tall, True)):
         if not part:
@@ -154,11 +184,10 @@ def momentum_and_normalize(
         tiles = cdiv(rows, TILE["ROWS"]) * cdiv(cols, TILE["COLS"])
         squares = u.new_empty((len(part), tiles), dtype=torch.float32)
         OPERATOR.launch(
-            _momentum_kernel, (len(part) * tiles,), work, grads, len(members), first, u, squares,
-            grad_scale, found_inf, rows, cols, momentum,
+            _momentum_kernel, (len(part) * tiles,), sent.work, sent.grads, len(members), first, u,
+            squares, grad_scale, found_inf, rows, cols, momentum,
             GRAD=triton_type(tensors.grads[0].dtype), BUFFER=triton_type(tensors.buffers[0].dtype),
-            NESTEROV=nesterov, TRANSPOSED=transposed,
-            ALIGNED=_aligned(part, tensors.grads) and _aligned(part, tensors.buffers),
+            NESTEROV=nesterov, TRANSPOSED=transposed, ALIGNED=sent.aligned[transposed],
             ACC=accumulator(tensors.params[0].dtype), **TILE,
         )  # fmt: skip
         sums.append(squares.sum(1))
@@ -168,7 +197,7 @@ def momentum_and_normalize(
 
 
 def update(
-    batch: Batch, tensors: Tensors, tables: PointerTables, x: Tensor, *, lr: float | Tensor,
+    batch: Batch, tensors: Tensors, sent: Sent, x: Tensor, *, lr: float | Tensor,
     weight_decay: float, factor: Any, cautious: bool, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
     """Decay the parameters of a batch and subtract X from them.
@@ -176,7 +205,7 @@ def update(
     Args:
         batch: the matrices.
         tensors: whose they are.
-        tables: those given to `momentum_and_normalize`.
+        sent: as `momentum_and_normalize` had it.
         x: [B, n, m], of `iterate`.
         lr: a float, or a tensor of one element on the device.
         weight_decay: in units of lr.
@@ -185,7 +214,6 @@ def update(
         found_inf: where it is not 0 nothing changes; None is 0.
     """
     members = batch.wide + batch.tall
-    work, _, _ = _send(batch, tensors, tables)
     exact = bool(tensors.lows)
     for part, transposed in ((batch.wide, False), (batch.tall, True)):
         if not part:
@@ -194,28 +222,10 @@ def update(
         rows, cols = part[0].rows, part[0].cols
         tiles = cdiv(rows, TILE["ROWS"]) * cdiv(cols, TILE["COLS"])
         OPERATOR.launch(
-            _update_kernel, (len(part) * tiles,), work, len(members), first, x,
+            _update_kernel, (len(part) * tiles,), sent.work, len(members), first, x,
             lr if isinstance(lr, Tensor) else None, found_inf, rows, cols,
             0.0 if isinstance(lr, Tensor) else lr, weight_decay, factor(rows, cols),
             PARAM=tl.int16 if exact else triton_type(tensors.params[0].dtype),
             CAUTIOUS=cautious, EXACT=exact, TRANSPOSED=transposed,
-            ALIGNED=_aligned(part, tensors.params) and _aligned(part, tensors.lows),
-            ACC=accumulator(tensors.params[0].dtype), **TILE,
+            ALIGNED=sent.aligned[transposed], ACC=accumulator(tensors.params[0].dtype), **TILE,
         )  # fmt: skip
-
-
-def _send(batch: Batch, tensors: Tensors, tables: PointerTables) -> Any:
-    """The batch's tables: columns of p, B and the low halves; gradients."""
-    members = batch.wide + batch.tall
-    columns = [_addresses(members, c) for c in (tensors.params, tensors.buffers, tensors.lows) if c]
-    return tables.get(columns, [1] * len(members), _addresses(members, tensors.grads))
-
-
-def _addresses(matrices: Sequence[Matrix], tensors: Sequence[Tensor]) -> list[int]:
-    size = tensors[0].element_size()
-    return [tensors[x.parameter].data_ptr() + x.offset * size for x in matrices]
-
-
-def _aligned(matrices: Sequence[Matrix], tensors: Sequence[Tensor]) -> bool:
-    """Whether every matrix begins at a multiple of 16 bytes."""
-    return not tensors or all(address % 16 == 0 for address in _addresses(matrices, tensors))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from tilewright_optim._coefficients import Coefficients, triples
-from tilewright_optim._muon_kernels import Tensors, momentum_and_normalize, update
+from tilewright_optim._muon_kernels import Tensors, momentum_and_normalize, send, update
 from tilewright_optim._muon_matrices import Batch, batches_of, matrices_of
 from tilewright_optim._newton_schulz_products import iterate
 from tilewright_optim._tables import PointerTables
@@ -70,7 +70,8 @@ def muon_triton(
     steps = triples(ns_coefficients, ns_steps)
     rows = [_in_rows(column) for column in (params, grads, momentum_buffers, lows)]
     tensors = Tensors(*(column for column, _ in rows))
-    for batch, tables in zip(plan.batches, plan.tables, strict=True):
+    sent = send(plan.batches, plan.tables, tensors)
+    for batch, tables in zip(plan.batches, sent, strict=True):
         x = momentum_and_normalize(
             batch, tensors, tables, momentum=momentum, nesterov=nesterov, eps=eps,
             grad_scale=grad_scale, found_inf=found_inf,

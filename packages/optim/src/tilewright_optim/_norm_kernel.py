@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tilewright_kernels.authoring import Operator, num_programs, tl, triton
+from tilewright_optim._arguments import is_capturing
 from tilewright_optim._tables import PointerTables, addresses, element, triton_type
 
 CHUNK = 4096
@@ -135,7 +136,7 @@ def _clip_kernel(
 
 
 class NormTables:
-    """What norms of successive steps keep on one device.
+    """What norms of successive steps keep on one device; for one stream at a time.
 
     Args:
         device: where the tensors are.
@@ -143,7 +144,8 @@ class NormTables:
 
     def __init__(self, device: torch.device) -> None:
         self._tables = PointerTables(device, CHUNK)
-        self._count = torch.zeros((), dtype=torch.int32, device=device)
+        self._device = device
+        self._count: Tensor | None = None
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """√Σ x² over all elements, 0-d, float32, or float64 if all tensors are.
@@ -157,11 +159,19 @@ class NormTables:
         partial = torch.empty(programs + 1, dtype=wide, device=tensors[0].device)
         norm = partial[programs]
         OPERATOR.launch(
-            _norm_kernel, (programs,), work, places, len(tensors), chunks, partial, self._count,
-            norm, DTYPE=dtype and triton_type(dtype), ACC=triton_type(wide), CHUNK=CHUNK,
-            BLOCK=next_power_of_2(programs), num_warps=_NUM_WARPS,
+            _norm_kernel, (programs,), work, places, len(tensors), chunks, partial,
+            self._counter(), norm, DTYPE=dtype and triton_type(dtype), ACC=triton_type(wide),
+            CHUNK=CHUNK, BLOCK=next_power_of_2(programs), num_warps=_NUM_WARPS,
         )  # fmt: skip
         return norm
+
+    def _counter(self) -> Tensor:
+        """0 before and after each launch; of a graph's own, for graphs may be replayed at once."""
+        if is_capturing(self._device):
+            return torch.zeros((), dtype=torch.int32, device=self._device)
+        if self._count is None:
+            self._count = torch.zeros((), dtype=torch.int32, device=self._device)
+        return self._count
 
     def clip(self, tensors: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
         """Multiply the tensors, whose norm this is, by `clip_factor`."""

@@ -19,12 +19,11 @@ from tilewright_optim._arguments import evaluate, is_capturing, number, on, with
 from tilewright_optim._checks import check_max_grad_norm, check_options, check_tensors
 from tilewright_optim._kinds import Kind, by_kind
 from tilewright_optim._named_states import NamedStates
-from tilewright_optim._norm_kernel import NormTables
 from tilewright_optim._plan import STATES, Columns, Launch, Plan
 from tilewright_optim._states import Master, State, StateDtype, Storage, pack_steps
 from tilewright_optim._tables import PointerTables
 from tilewright_optim._watched import WatchedState, is_watched, last_change, watched
-from tilewright_optim.clip_grad import total_norm
+from tilewright_optim.clip_grad import GradientNorms
 from tilewright_optim.functional import adam_reference
 
 _CPU = -1
@@ -166,7 +165,7 @@ class Adam(NamedStates, Optimizer):
         self._plans: dict[int, Plan] = {}
         self._planned: tuple[object, int] = None, 0
         self._numbers: dict[int, int] = {}
-        self._norms: dict[torch.device, NormTables] = {}
+        self._norms = GradientNorms()
         self.grad_norm = None
 
     def _check(self, options: dict[str, Any]) -> None:
@@ -213,15 +212,10 @@ class Adam(NamedStates, Optimizer):
         self._planned = self.state, last_change()
 
     def _total_norm(self) -> Tensor | None:
-        grads = [param.grad for param in self._all_params() if param.grad is not None]
-        if not grads:
-            return None
-        device = grads[0].device
-        if device not in self._norms:
-            self._norms[device] = NormTables(device)
-        norm = total_norm(grads, self._norms[device])
-        scale = getattr(self, "grad_scale", None)
-        self.grad_norm = norm if scale is None else norm / scale.to(device)
+        norm = self._norms.of(self._all_params())
+        if norm is not None:
+            scale = getattr(self, "grad_scale", None)
+            self.grad_norm = norm if scale is None else norm / scale.to(norm.device)
         return norm
 
     def _step_group(

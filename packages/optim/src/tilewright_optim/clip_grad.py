@@ -6,13 +6,17 @@ min(1, max_norm / (norm + 10⁻⁶)). `Adam` and `AdamW` do without the second l
 
 from collections.abc import Iterable, Sequence
 from functools import cache
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from tilewright_optim._arguments import is_capturing, obstacle
 from tilewright_optim._layout import lies_dense
 from tilewright_optim._norm_kernel import NORM_DTYPES, OPERATOR, NormTables
+
+_DTYPE_AND_LAYOUT = attrgetter("dtype", "layout")
 
 
 @torch.no_grad()
@@ -47,8 +51,8 @@ def clip_grad_norm_(
         return torch.nn.utils.clip_grad_norm_(
             parameters, max_norm, norm_type, error_if_nonfinite, foreach
         )
-    dense = [grad if lies_dense(grad) else grad.contiguous() for grad in grads]
-    tables = _tables(grads[0].device)
+    dense = _dense(grads)
+    tables = _tables_here(grads[0].device)
     norm = tables.norm(dense)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
@@ -72,8 +76,24 @@ def total_norm(grads: Sequence[Tensor], tables: NormTables | None = None) -> Ten
     """
     if not _uses_triton(grads):
         return _total_norm_reference(grads)
-    dense = [grad if lies_dense(grad) else grad.contiguous() for grad in grads]
-    return (tables or _tables(grads[0].device)).norm(dense)
+    return (tables or _tables_here(grads[0].device)).norm(_dense(grads))
+
+
+class GradientNorms:
+    """Norms of the gradients of an optimizer, step by step, and what they keep between steps."""
+
+    def __init__(self) -> None:
+        self._tables: dict[torch.device, NormTables] = {}
+
+    def of(self, params: Iterable[Tensor]) -> Tensor | None:
+        """`total_norm` of the gradients that there are, or None if there is none."""
+        grads = [param.grad for param in params if param.grad is not None]
+        if not grads:
+            return None
+        device = grads[0].device
+        if device not in self._tables:
+            self._tables[device] = NormTables(device)
+        return total_norm(grads, self._tables[device])
 
 
 def _total_norm_reference(grads: Sequence[Tensor]) -> Tensor:
@@ -84,8 +104,23 @@ def _total_norm_reference(grads: Sequence[Tensor]) -> Tensor:
     return get_total_norm([get_total_norm([grad.float()]) for grad in grads])
 
 
+def _dense(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradients, those with gaps in memory as copies."""
+    if all(map(Tensor.is_contiguous, grads)):
+        return grads
+    return [grad if lies_dense(grad) else grad.contiguous() for grad in grads]
+
+
+def _tables_here(device: torch.device) -> NormTables:
+    """Those of the current stream, for streams may be at work at once; one for all captures."""
+    if device.type != "cuda" or is_capturing(device):
+        return _tables(device, None)
+    return _tables(device, torch.cuda.current_stream(device).cuda_stream)
+
+
 @cache
-def _tables(device: torch.device) -> NormTables:
+def _tables(device: torch.device, stream: int | None) -> NormTables:
+    del stream  # a key
     return NormTables(device)
 
 
@@ -99,9 +134,7 @@ def _obstacle(grads: Sequence[Tensor]) -> str | None:
     """Why the kernels cannot take these gradients, or None if they can."""
     if len(set(map(Tensor.get_device, grads))) > 1:
         return "the gradients are on several devices"
-    for grad in grads:
-        if type(grad) is not Tensor and type(grad) is not torch.nn.Parameter:
-            return f"a gradient is a {type(grad).__name__}, which may not lie at one address"
-        if grad.layout is not torch.strided or grad.dtype not in NORM_DTYPES:
-            return f"a gradient is {grad.dtype}, {grad.layout}"
-    return None
+    for dtype, layout in set(map(_DTYPE_AND_LAYOUT, grads)):
+        if layout is not torch.strided or dtype not in NORM_DTYPES:
+            return f"a gradient is {dtype}, {layout}"
+    return obstacle(grads, "gradient")

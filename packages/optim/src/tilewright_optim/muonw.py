@@ -17,12 +17,11 @@ from tilewright_optim._arguments import evaluate, without_overflow
 from tilewright_optim._checks import check_max_grad_norm
 from tilewright_optim._coefficients import QUINTIC, Coefficients
 from tilewright_optim._named_states import NamedStates
-from tilewright_optim._norm_kernel import NormTables
 from tilewright_optim._roles import roles
 from tilewright_optim._states import StateDtype, pack_steps
 from tilewright_optim._watched import watched
 from tilewright_optim.adamw import AdamW
-from tilewright_optim.clip_grad import total_norm
+from tilewright_optim.clip_grad import GradientNorms
 from tilewright_optim.muon import Muon
 from tilewright_optim.muon_functional import AdjustLr
 from tilewright_optim.newton_schulz import Form
@@ -99,7 +98,7 @@ class MuonW(NamedStates, Optimizer):
         check_max_grad_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
-        self._norms: dict[torch.device, NormTables] = {}
+        self._norms = GradientNorms()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "cautious": cautious})
         self.state = watched(self.state)
         self._share()
@@ -192,7 +191,7 @@ class MuonW(NamedStates, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict comes through here, and so do copy and pickle, on an empty object.
         super().__setstate__(state)
-        self.__dict__.setdefault("_norms", {})
+        self._norms = GradientNorms()
         self.__dict__.setdefault("grad_norm", None)
         self.state = watched(self.state)
         self._share()
@@ -257,11 +256,9 @@ class MuonW(NamedStates, Optimizer):
 
     def _clipping_scale(self, scale: Tensor | None, max_norm: float) -> Tensor | None:
         """What gradients are divided by, so that their norm is at most max_norm."""
-        grads = [param.grad for param in self._all_params() if param.grad is not None]
-        if not grads:
+        norm = self._norms.of(self._all_params())
+        if norm is None:
             return scale
-        device = grads[0].device
-        norm = total_norm(grads, self._norms.setdefault(device, NormTables(device)))
-        scale = torch.ones_like(norm) if scale is None else scale.to(device)
+        scale = torch.ones_like(norm) if scale is None else scale.to(norm.device)
         self.grad_norm = norm / scale
         return scale * (self.grad_norm / max_norm).clamp(min=1.0)
