@@ -38,14 +38,14 @@ def test_nothing_stays_open_and_everything_chosen_has_a_reason() -> None:
 
 
 def test_what_the_user_gave_stays() -> None:
-    given = with_options(CPU, steps=33, preset="tiny", precision="bf16", threads=1, seq_len=64)
+    given = with_options(CPU, steps=33, preset="100m", precision="bf16", threads=1, seq_len=64)
     chosen = choose(given)
     config = chosen.config
     assert (config.training.steps, config.training.seq_len) == (33, 64)
-    assert (config.model.preset, config.machine.precision) == ("tiny", "bf16")
+    assert (config.model.preset, config.machine.precision) == ("100m", "bf16")
     assert config.machine.threads == 1
     assert config.training.warmup_steps == 16
-    assert chosen.reasons["lr"] == "the recipe of tiny"
+    assert chosen.reasons["lr"] == "the recipe of 100m"
 
 
 def test_the_size_of_a_checkpoint_is_that_of_the_model_that_is_trained() -> None:
@@ -63,10 +63,20 @@ def test_on_a_gpu_the_model_is_larger_and_computes_in_bf16(monkeypatch: pytest.M
     chosen = choose(PretrainConfig())
     assert chosen.config.machine.device == "cuda"
     assert chosen.config.machine.precision == "bf16"
-    assert chosen.config.model.preset == "small"
+    assert chosen.config.model.preset == "26m"
     assert chosen.reasons["backend"] == "Triton kernels"
+    assert chosen.settled.document_mask == "on"
+    assert choose(with_options(PretrainConfig(), backend="torch")).settled.document_mask == "off"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert choose(PretrainConfig()).config.machine.precision == "fp32"
+
+
+def test_packed_documents_are_always_apart() -> None:
+    assert choose(CPU).settled.document_mask == "off"
+    for packing in ("best_fit", "none"):
+        chosen = choose(with_options(CPU, packing=packing))
+        assert chosen.settled.document_mask == "on"
+    assert choose(with_options(CPU, document_mask="on")).settled.document_mask == "on"
 
 
 def test_the_environments_backend_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

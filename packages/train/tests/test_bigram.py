@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
+from tilewright_train.batches import IGNORE_INDEX, Batch
 from tilewright_train.bigram import BigramModel
+
+
+def batch_of(rows: torch.Tensor, targets: int | None = None) -> Batch:
+    labels = rows.clone()
+    labels[:, 0] = IGNORE_INDEX
+    return Batch(
+        input_ids=rows, labels=labels, targets=targets or labels[:, 1:].numel(), tokens=rows.numel()
+    )
 
 
 def test_a_case_by_hand() -> None:
@@ -25,7 +34,12 @@ def test_a_case_by_hand() -> None:
     assert model.log_prob(torch.tensor(2), torch.tensor(1)).exp() == pytest.approx(3 / 10)
     rows = torch.tensor([[0, 1, 0], [2, 1, 0]])
     expected = [2.6 / 5, 2.4 / 3, 3 / 10, 2.4 / 3]
-    assert model.loss(rows) == pytest.approx(-sum(map(math.log, expected)) / 4)
+    assert model.loss([batch_of(rows)]) == pytest.approx(-sum(map(math.log, expected)) / 4)
+    # In parts, and with a label that is not predicted.
+    parts = [batch_of(rows[:1]), batch_of(rows[1:], targets=1)]
+    parts[1].labels[0, 1] = IGNORE_INDEX
+    del expected[2]
+    assert model.loss(parts) == pytest.approx(-sum(map(math.log, expected)) / 3)
 
 
 def test_the_probabilities_after_every_token_sum_to_one() -> None:
@@ -41,4 +55,4 @@ def test_it_learns_what_a_bigram_can_learn() -> None:
     # Each token decides the next one: a model of single tokens stays at ln 5.
     cycle = torch.arange(5).repeat(200)
     model = BigramModel(cycle, vocab_size=5)
-    assert model.loss(cycle[None, :50]) < 0.02
+    assert model.loss([batch_of(cycle[None, :50])]) < 0.02

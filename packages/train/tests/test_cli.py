@@ -144,7 +144,7 @@ def test_a_bad_environment_is_an_error_like_any_other(
 
 @pytest.mark.parametrize(
     ("where", "begun"),
-    [("preparation.open_corpus", False), ("pretraining.make_reporter", False),
+    [("preparation.open_source", False), ("pretraining.make_reporter", False),
      ("loop.TrainingLoop.run", True)],
 )  # fmt: skip
 def test_an_interrupted_run_is_named_once_it_has_begun(

@@ -5,6 +5,8 @@ import torch
 
 from tilewright_dist import DistributedEnvironment
 from tilewright_model import CausalLM, preset
+from tilewright_train.batches import WindowRows
+from tilewright_train.data import ValidationRows
 from tilewright_train.evaluation import draw_sample, validation_loss
 from tilewright_train.tokenizer import train_tokenizer
 
@@ -23,11 +25,18 @@ def model() -> CausalLM:
 
 
 def test_the_loss_does_not_depend_on_how_rows_are_grouped(model: CausalLM) -> None:
-    rows = torch.randint(260, (7, 9), generator=torch.Generator().manual_seed(0))
-    expected = model(rows, labels=rows).loss.item()
+    tokens = torch.randint(260, (7 * 8 + 1,), generator=torch.Generator().manual_seed(0))
+    rows = WindowRows(tokens, seq_len=9, seed=None)
+    ids = rows.read(range(7)).input_ids
+    expected = model(ids, labels=ids).loss.item()
+    everything = ValidationRows(parts=((rows, tuple(range(7))),))
+    two = ValidationRows(parts=((rows, (0, 1, 2)), (rows, (3, 4, 5, 6))))
     for batch_size in (1, 3, 7, 100):
-        loss = validation_loss(model, rows, batch_size=batch_size, environment=ALONE, autocast=FP32)
-        assert loss == pytest.approx(expected, rel=1e-6)
+        for parts in (everything, two):
+            loss = validation_loss(
+                model, parts, batch_size=batch_size, environment=ALONE, autocast=FP32
+            )
+            assert loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_sample_begins_with_its_prompt_and_depends_on_the_seed(model: CausalLM) -> None:

@@ -22,12 +22,28 @@ def test_flags_lie_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
     assert config.training.lr == 1.0
     assert isinstance(config.training.lr, float)
     assert config.training.beta2 == PretrainConfig().training.beta2
-    assert config.data.data == str(Path("x.txt").absolute())
+    assert config.data.data == (str(Path("x.txt").absolute()),)
+
+
+def test_several_sources_have_their_weights(tmp_path: Path) -> None:
+    path = toml(tmp_path, "data = ['stdlib', 'x.txt']\nweights = [1, 2.5]\n")
+    config = parse(["--config", str(path)])
+    assert config.data.data == ("stdlib", str(Path("x.txt").absolute()))
+    assert config.data.weights == (1.0, 2.5)
+    config = parse(["--data", "stories", "stdlib", "--weights", "3", "1", "--steps", "2"])
+    assert config.data.data == ("stories", "stdlib")
+    assert config.data.weights == (3.0, 1.0)
+    write_toml(config, path, {})
+    assert read_toml(path) == config
 
 
 def test_keys_may_stand_above_all_sections(tmp_path: Path) -> None:
     config = read_toml(toml(tmp_path, "steps = 7\ndata = 'x.txt'\nout = 'here'\n"))
-    assert (config.training.steps, config.data.data, config.run.out) == (7, "x.txt", Path("here"))
+    assert (config.training.steps, config.data.data, config.run.out) == (
+        7,
+        ("x.txt",),
+        Path("here"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,6 +54,10 @@ def test_keys_may_stand_above_all_sections(tmp_path: Path) -> None:
         ("[model]\nsteps = 7", r"'steps' belongs in \[training\], not in \[model\]"),
         ("steps = '7'", "steps = '7' is a str, not a int"),
         ("steps = true", "steps = True is a bool, not a int"),
+        ("data = ['x', 3]", "data = 3 is a int, not a str"),
+        ("data = ['x', 'x']", "data 'x' is given twice: use --weights"),
+        ("weights = [1, 2]", "2 weights for 1 sources: give --weights one number for each"),
+        ("weights = [0]", "weight 0 is out of range: it must be above 0 and finite"),
         ("on_bad_line = 3", "on_bad_line = 3 is a int, not a str"),
         ("on_bad_line = 'stop'", "on_bad_line 'stop' is none of error, skip"),
         ("steps = 0", "steps 0 is out of range"),
@@ -75,7 +95,7 @@ def test_a_bad_flag_is_one_error(arguments: list[str], message: str) -> None:
 def test_a_written_file_asks_for_the_same_again(tmp_path: Path) -> None:
     config = with_options(
         PretrainConfig(), steps=7, lr=1e-05, prompt='say "é"\n\\', out=Path("a b"), preset="nano",
-        data="/data/x.jsonl", deterministic=False,
+        data=("/data/x.jsonl", "stdlib"), deterministic=False,
     )  # fmt: skip
     path = tmp_path / "config.toml"
     write_toml(config, path, {"steps": "because"})
@@ -88,16 +108,16 @@ def test_a_written_file_asks_for_the_same_again(tmp_path: Path) -> None:
     ["😀", "\x7f\x00\x1b\x85\u2028\ufeff", "\U0010ffff\ue000", "a\r\nb\tc", '\'"""\'\\u0041#', ""],
 )
 def test_any_text_comes_back_from_the_file(tmp_path: Path, text: str) -> None:
-    folder = a_run(tmp_path, "one", prompt=text, data=f"/data/x{text}")
+    folder = a_run(tmp_path, "one", prompt=text, data=(f"/data/x{text}",))
     config = parse(["--resume", str(folder)])
     assert config.run.prompt == text
-    assert read_toml(folder / "config.toml").data.data == f"/data/x{text}"
+    assert read_toml(folder / "config.toml").data.data == (f"/data/x{text}",)
 
 
 @pytest.mark.parametrize("flag", ["--data", "--out", "--prompt"])
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path, flag: str) -> None:
     name = flag.strip("-")
-    with pytest.raises(InputError, match=rf"^{name} '.*\\udcff' is not UTF-8"):
+    with pytest.raises(InputError, match=rf"^{name} .*\\udcff.* is not UTF-8"):
         parse([flag, "x\udcff"])
     with pytest.raises(InputError, match="is not UTF-8"):
         write_toml(with_options(PretrainConfig(), prompt="\ud83d\ude00"), tmp_path / "x.toml", {})

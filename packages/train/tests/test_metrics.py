@@ -17,7 +17,7 @@ from tilewright_train.metrics import (
 
 KEYS = [
     "step", "loss", "val_loss", "lr", "grad_norm",
-    "tokens", "tokens_per_second", "mfu", "peak_memory_bytes", "time",
+    "tokens", "tokens_per_second", "data_seconds", "mfu", "peak_memory_bytes", "time",
 ]  # fmt: skip
 
 

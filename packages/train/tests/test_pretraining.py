@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tilewright_model import CausalLM, CausalLMOutput
 from tilewright_train import checkpoint, finish, tokens
-from tilewright_train.batches import BatchSampler
+from tilewright_train.batches import Batch, BatchSampler
 from tilewright_train.cli import main
 from tilewright_train.layers import parse
 from tilewright_train.metrics import read_metrics
@@ -69,7 +69,7 @@ def test_a_run_learns_and_leaves_everything_behind(tiny_flags: list[str]) -> Non
     assert norm["torch"] > 0
     assert (norm["triton"], norm["launches"]) == (0, 0)
     facts = json.loads((folder / "run.json").read_text())
-    assert facts["corpus"]["files"] == 1
+    assert [source["files"] for source in facts["corpus"]] == [1]
     assert facts["versions"]["torch"] == torch.__version__
 
     picture = imread(folder / "report" / "loss.png")
@@ -155,13 +155,13 @@ def test_a_resumed_run_is_the_same_run(
     whole, _ = train(tiny_flags)
 
     # Ctrl-C in the middle of the seventh step: it is finished and saved.
-    def interrupt(self: BatchSampler, step: int) -> torch.Tensor:
+    def interrupt(self: BatchSampler, step: int, part: int = 0, parts: int = 1) -> Batch:
         if step == 6:
             signal.raise_signal(signal.SIGINT)
-        return rows(self, step)
+        return batch(self, step, part, parts)
 
-    rows = BatchSampler.rows
-    monkeypatch.setattr(BatchSampler, "rows", interrupt)
+    batch = BatchSampler.batch
+    monkeypatch.setattr(BatchSampler, "batch", interrupt)
     assert main(tiny_flags) == 130
     monkeypatch.undo()
     part = whole.with_name("corpus-nano-002")
@@ -337,7 +337,7 @@ def test_the_tokens_are_checked_once(
     loaded = []
     load = tokens.load
 
-    def counted(folder: Path) -> tokens.Tokens:
+    def counted(folder: Path) -> tokens.EncodedSource:
         loaded.append(folder)
         return load(folder)
 

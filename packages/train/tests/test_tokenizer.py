@@ -35,7 +35,7 @@ def test_the_vocabulary_is_the_end_token_the_bytes_and_merges() -> None:
 @settings(deadline=None, max_examples=50)
 @given(text=st.text())
 def test_every_text_comes_back(text: str) -> None:
-    ((_, tokens),) = encode(TOKENIZER, [(False, text)])
+    ((_, tokens, _),) = encode(TOKENIZER, [(False, text)])
     assert tokens[-1] == 0
     assert 0 not in tokens[:-1]
     assert decode(TOKENIZER, tokens[:-1]) == text
@@ -45,7 +45,7 @@ def test_a_text_that_spells_the_end_token_does_not_end(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(TOKENIZER.to_str())
     for tokenizer in (TOKENIZER, load_tokenizer(path)):
-        ((_, tokens),) = encode(tokenizer, [(True, f"a{END_OF_TEXT}b")])
+        ((_, tokens, _),) = encode(tokenizer, [(True, f"a{END_OF_TEXT}b")])
         assert tokens.count(0) == 1
         assert decode(tokenizer, tokens) == f"a{END_OF_TEXT}b{END_OF_TEXT}"
 
@@ -54,13 +54,13 @@ def test_documents_keep_their_order_and_their_marks(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tilewright_train.tokenizer._BATCH", 40)  # several batches
     documents = [(i % 3 == 0, text) for i, text in enumerate(TEXTS)]
     encoded = encode(TOKENIZER, documents)
-    assert [(mark, decode(TOKENIZER, tokens[:-1])) for mark, tokens in encoded] == documents
+    assert [(mark, decode(TOKENIZER, tokens[:-1])) for mark, tokens, _ in encoded] == documents
 
 
 def test_a_long_document_has_one_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tilewright_train.tokenizer._PIECE", 10)
     text = "".join(TEXTS)
-    tokens = [token for _, part in encode(TOKENIZER, [(False, text)]) for token in part]
+    tokens = [token for _, part, _ in encode(TOKENIZER, [(False, text)]) for token in part]
     assert tokens.count(0) == 1
     assert decode(TOKENIZER, tokens[:-1]) == text
 

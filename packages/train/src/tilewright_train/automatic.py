@@ -12,7 +12,13 @@ from typing import Any
 
 from tilewright_model import ModelConfig, count_parameters, preset
 from tilewright_train.config import STDLIB, PretrainConfig, option_sections, with_options
-from tilewright_train.machine import choose_device, choose_threads, supports_bf16
+from tilewright_train.loading import choose_workers
+from tilewright_train.machine import (
+    available_cores,
+    choose_device,
+    choose_threads,
+    supports_bf16,
+)
 
 
 @dataclass(frozen=True)
@@ -30,18 +36,24 @@ class Recipe:
 # at equal time by 0.19; vocabulary 2048 is 1.5 times as fast as 4096 and further below its bigram
 # model (0.36 against 0.28); lr 3e-3 and 8e-3 are 0.04 and 0.07 worse than 5e-3. 400 steps leave
 # room for a machine half as fast.
-# small: 300, 400 and 600 steps end at 3.73, 3.54 and 3.39; at 600 (7 epochs of the standard
-# library) the loss has begun to rise. lr 2e-3 is 0.24 worse than 1e-3.
+# 26m: 300, 400 and 600 steps end at 3.73, 3.54 and 3.39 (with a vocabulary of 16384); at 600 (7
+# epochs of the standard library) the loss has begun to rise. lr 2e-3 is 0.24 worse than 1e-3.
 # The others are not tuned: GPT-3's rates (Brown et al. 2020, arXiv:2005.14165), times the root of
 # their smaller batch over GPT-3's.
 RECIPES: Mapping[str, Recipe] = {
     "nano": Recipe(16, 128, 400, 5e-3, 50),
-    "tiny": Recipe(32, 256, 1000, 2e-3, 100),
-    "small": Recipe(64, 512, 600, 1e-3, 60),
+    "26m": Recipe(64, 512, 600, 1e-3, 60),
     "100m": Recipe(64, 1024, 2000, 3e-4, 200),
+    "125m": Recipe(64, 1024, 2000, 3e-4, 200),
+    "350m": Recipe(64, 2048, 4000, 2.5e-4, 400),
     "0.5b": Recipe(64, 2048, 5000, 2e-4, 500),
-    "1b": Recipe(128, 2048, 10000, 1.5e-4, 1000),
+    "1.3b": Recipe(128, 2048, 10000, 1.5e-4, 1000),
     "2.7b": Recipe(256, 2048, 20000, 1.2e-4, 2000),
+    "moe-nano": Recipe(16, 128, 400, 5e-3, 50),
+    "moe-0.5b-a0.15b": Recipe(64, 2048, 5000, 2e-4, 500),
+    "moe-7b-a1b": Recipe(256, 2048, 20000, 1.2e-4, 2000),
+    "llama3-8b": Recipe(256, 4096, 20000, 1e-4, 2000),
+    "qwen3-0.6b": Recipe(64, 2048, 5000, 2e-4, 500),
 }
 
 _LARGE_CHECKPOINT = 500_000_000  # bytes; smaller ones are written in about a second
@@ -64,6 +76,8 @@ class Settled:
     precision: str
     threads: int
     backend: str
+    document_mask: str
+    workers: int
     preset: str
     vocab_size: int
     steps: int
@@ -116,12 +130,14 @@ def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
     on_gpu = device != "cpu"
     fill("precision", "machine", *_precision(device), unset="auto")
     fill("threads", "machine", *choose_threads(local_processes))
-    fill("backend", "machine", *_backend(on_gpu))
+    backend = fill("backend", "machine", *_backend(on_gpu))
+    fill("document_mask", "data", *_document_mask(config, on_gpu, backend), unset="auto")
+    fill("workers", "data", *choose_workers(device, available_cores() // local_processes))
 
     name = fill(
         "preset",
         "model",
-        "small" if on_gpu else "nano",
+        "26m" if on_gpu else "nano",
         "trains in minutes on a GPU" if on_gpu else "trains in one to two minutes on two CPU cores",
     )
     model = preset(name, **config.model.overrides)
@@ -144,7 +160,7 @@ def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
     eval_tokens, kind = (262_144, "a GPU") if on_gpu else (32_768, "a CPU")
     fill("eval_tokens", "run", eval_tokens, f"a second or so on {kind}")
     fill("log_every", "run", max(1, steps // 25), "25 lines a run")
-    prompt = "def " if config.data.data == STDLIB else ""
+    prompt = "def " if config.data.data == (STDLIB,) else ""
     fill("prompt", "run", prompt, "the corpus is code" if prompt else "the start of a document")
     filled = with_options(config, **{choice.name: choice.value for choice in choices})
     sections = option_sections()
@@ -176,6 +192,14 @@ def _precision(device: str) -> tuple[str, str]:
     if supports_bf16(device):
         return "bf16", "the GPU multiplies bf16 natively; weights stay float32"
     return "fp32", "the CPU has no fast bf16" if device == "cpu" else "the GPU has no native bf16"
+
+
+def _document_mask(config: PretrainConfig, on_gpu: bool, backend: str) -> tuple[str, str]:
+    if config.data.packing != "concat":
+        return "on", f"packing {config.data.packing} keeps documents apart"
+    if on_gpu and not backend.startswith("torch"):
+        return "on", "the kernels skip what a mask hides"
+    return "off", "plain torch computes what a mask hides"
 
 
 def _backend(on_gpu: bool) -> tuple[str, str]:

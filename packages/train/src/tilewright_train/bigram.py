@@ -9,7 +9,11 @@ no probability is zero. At the end of a run it is fitted on the first 2²⁴ = 1
 tokens, or on all where there are fewer, also on those that a short run never reaches.
 """
 
+from collections.abc import Iterable
+
 import torch
+
+from tilewright_train.batches import IGNORE_INDEX, Batch
 
 
 class BigramModel:
@@ -44,7 +48,14 @@ class BigramModel:
         known = (seen + weight * self.unigram[second]) / total.clamp(min=1.0)
         return torch.where(total > 0, known, self.unigram[second]).log()
 
-    def loss(self, rows: torch.Tensor) -> float:
-        """Mean -ln P over all predictions of `rows` [R, T]: every token but the first of a row."""
-        rows = rows.long()
-        return float(-self.log_prob(rows[:, :-1], rows[:, 1:]).mean())
+    def loss(self, batches: Iterable[Batch]) -> float:
+        """Mean -ln P over all predictions, each from the token before it."""
+        total = torch.zeros((), dtype=torch.float64)
+        targets = 0
+        for batch in batches:
+            second = batch.labels[:, 1:]
+            predicted = second != IGNORE_INDEX
+            first = batch.input_ids[:, :-1][predicted]
+            total -= self.log_prob(first, second[predicted]).sum()
+            targets += batch.targets
+        return float(total) / targets

@@ -15,17 +15,21 @@ from typing import Any, Literal, get_args, get_type_hints
 from tilewright_train.errors import InputError, suggest
 
 STDLIB = "stdlib"
+STORIES = "stories"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """What is read and how it becomes tokens."""
 
-    data: str = STDLIB
-    """«stdlib» (the Python standard library beside the interpreter), a file or a folder:
-    .jsonl with a "text" in every line, plain text, either of them also as .gz."""
+    data: tuple[str, ...] = (STDLIB,)
+    """One source or several: «stdlib» (the Python standard library beside the interpreter),
+    «stories» (a grammar of small stories), a file or a folder: .jsonl, .parquet, plain text; the
+    first and last also as .gz or .zst."""
+    weights: tuple[float, ...] = ()
+    """Share of the rows that each source gives, up to a factor. Default: as large as they are."""
     on_bad_line: Literal["error", "skip"] = "error"
-    """A jsonl line that is not JSON or has no "text": stop there, or skip and count it."""
+    """A line or row that is no record: stop there, or skip and count it."""
     validation_fraction: float = 0.05
     """Share of the documents that is kept for validation, 0 to 0.5."""
     vocab_size: int | None = None
@@ -33,13 +37,39 @@ class DataOptions:
     cache_dir: Path | None = None
     """Where tokenizers and encoded corpora are kept. Default: $XDG_CACHE_HOME/tilewright or
     ~/.cache/tilewright."""
+    packing: Literal["concat", "best_fit", "none"] = "concat"
+    """What shares a row: windows of the joined documents; whole documents that fit together; one
+    document a row, padded."""
+    document_mask: Literal["auto", "on", "off"] = "auto"
+    """With «concat»: whether attention and positions stay within a document, as they do in other
+    packings."""
+    workers: int | None = None
+    """Processes that read and pack batches."""
+    prefetch: int = 2
+    """Batches that each worker has ready."""
+    pin_memory: bool = True
+    """Batches go to the GPU from page-locked memory, while it computes."""
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_range(self, "validation_fraction", above=0.0, at_most=0.5)
         _check_range(self, "vocab_size", at_least=257)
-        if not self.data:
-            raise InputError(f"data is empty: give a path, or {STDLIB!r}")
+        _check_range(self, "workers", at_least=0)
+        _check_range(self, "prefetch", at_least=1)
+        if not self.data or not all(self.data):
+            raise InputError(f"data is empty: give a path, {STDLIB!r} or {STORIES!r}")
+        if twice := sorted({data for data in self.data if self.data.count(data) > 1}):
+            raise InputError(f"data {twice[0]!r} is given twice: use --weights for a larger share")
+        if self.weights and len(self.weights) != len(self.data):
+            raise InputError(
+                f"{len(self.weights)} weights for {len(self.data)} sources: give --weights one"
+                " number for each"
+            )
+        for weight in self.weights:
+            if not (0 < weight < math.inf):
+                raise InputError(
+                    f"weight {weight:g} is out of range: it must be above 0 and finite"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +227,7 @@ SECTIONS: dict[str, type] = {
 
 FREE_AT_RESUME = frozenset(
     {"cache_dir", "out", "name", "resume", "resume_from_older", "prompt", "sample_tokens"}
-    | {"save_every", "keep", "eval_every", "log_every"}
+    | {"save_every", "keep", "eval_every", "log_every", "workers", "prefetch", "pin_memory"}
 )
 """Options that change what is written, not what is computed: a resumed run may set them anew."""
 

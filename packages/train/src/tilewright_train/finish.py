@@ -37,13 +37,15 @@ def finish(
     report = backend_report()
     records = read_metrics(run.metrics)
     val_losses = [record.val_loss for record in records if record.val_loss is not None]
-    fitted_on = prepared.tokens.train[:_BIGRAM_TOKENS]
-    bigram = BigramModel(fitted_on, shape.vocab_size).loss(prepared.validation)
-    of_all = prepared.tokens.train.numel()
+    splits = [source.train.tokens for source in prepared.corpus.sources]
+    of_all = sum(split.numel() for split in splits)
+    share = min(1.0, _BIGRAM_TOKENS / of_all)
+    fitted_on = torch.cat([split[: max(1, int(share * split.numel()))] for split in splits])
+    bigram = BigramModel(fitted_on, shape.vocab_size).loss(prepared.validation.batches(64))
     capped = f" (fitted on the first {_BIGRAM_TOKENS:,} tokens)" if of_all > _BIGRAM_TOKENS else ""
     text = draw_sample(
         prepared.trainee.model,
-        prepared.tokens.tokenizer,
+        prepared.corpus.tokenizer,
         prompt=settled.prompt,
         tokens=config.run.sample_tokens,
         seed=config.training.seed,
@@ -97,7 +99,7 @@ def _summary(
         "bigram_val_loss": bigram,
         "vocab_size": prepared.model_config.vocab_size,
         "ln_vocab_size": math.log(prepared.model_config.vocab_size),
-        "val_predictions": prepared.validation.shape[0] * (prepared.validation.shape[1] - 1),
+        "val_predictions": prepared.validation.targets,
         "parameters": count_parameters(prepared.model_config).total,
         "tokens": records[-1].tokens,
         "tokens_per_second": steady_tokens_per_second(records),
@@ -124,7 +126,7 @@ def _backends_in_words(report: BackendReport) -> str:
 
 
 def _next_command(chosen: Chosen) -> str:
-    data = chosen.config.data.data
+    data = " ".join(chosen.config.data.data)
     if data == STDLIB:
         return "train-pretrain --data FILE_OR_FOLDER    (your own text: .jsonl, .txt, .md, .py, …)"
     return f"train-pretrain --data {data} --steps {4 * chosen.settled.steps}"

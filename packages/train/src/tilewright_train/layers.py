@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -20,6 +20,7 @@ from tilewright_train.config import (
     FREE_AT_RESUME,
     SECTIONS,
     STDLIB,
+    STORIES,
     PretrainConfig,
     option_sections,
     with_options,
@@ -243,6 +244,9 @@ def _with_bare_resume(arguments: Sequence[str]) -> list[str]:
 def _typed(path: Path, name: str, value: Any) -> Any:
     """`value` in the type of option `name`: whole numbers are numbers, text may be a path."""
     hint = get_type_hints(SECTIONS[option_sections()[name]])[name]
+    if get_origin(hint) is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_item(path, name, item, get_args(hint)[0]) for item in items)
     kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
     if Path in kinds and isinstance(value, str):
         return Path(value)
@@ -253,6 +257,17 @@ def _typed(path: Path, name: str, value: Any) -> Any:
         return value
     wanted = "str" if literal else next(k.__name__ for k in kinds if k is not type(None))
     raise InputError(f"{path}: {name} = {value!r} is a {type(value).__name__}, not a {wanted}")
+
+
+def _item(path: Path, name: str, value: Any, kind: type) -> Any:
+    """One value of an option that takes several."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise InputError(
+        f"{path}: {name} = {value!r} is a {type(value).__name__}, not a {kind.__name__}"
+    )
 
 
 def _toml_value(name: str, value: Any) -> str:
@@ -288,9 +303,9 @@ def _on_command_line(config: PretrainConfig) -> _CommandLine:
 
 
 def _plain(config: _CommandLine) -> PretrainConfig:
-    """Without the file; the data's path absolute, so that a run can be resumed from anywhere."""
-    data = config.data.data
-    absolute = data if data == STDLIB else str(Path(data).absolute())
+    """Without the file; paths of data absolute, so that a run can be resumed from anywhere."""
+    built_in = (STDLIB, STORIES)
+    absolute = tuple(d if d in built_in else str(Path(d).absolute()) for d in config.data.data)
     plain = with_options(PretrainConfig(**_sections_of(config)), data=absolute)
     for name, section in option_sections().items():
         _toml_value(name, getattr(getattr(plain, section), name))  # before any folder is made

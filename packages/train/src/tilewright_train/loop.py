@@ -21,6 +21,7 @@ from tilewright_model import CausalLM
 from tilewright_optim import clip_grad_norm_
 from tilewright_train.batches import BatchSampler
 from tilewright_train.errors import InputError
+from tilewright_train.loading import BatchLoader, LoadingOptions
 from tilewright_train.machine import peak_memory
 from tilewright_train.metrics import Record
 from tilewright_train.signals import StopRequest
@@ -50,6 +51,7 @@ class _Pending:
 
     step: int
     lr: float
+    waited: float  # seconds that the host waited for the batch
     numbers: torch.Tensor  # [3] on the host: loss, gradient norm, processes that want to stop
     arrived: torch.cuda.Event | None
 
@@ -65,6 +67,7 @@ class TrainingLoop:
         options: When to do what.
         environment: Of this process.
         autocast: Precision of the forward pass.
+        loading: Who reads the batches.
         evaluate: Gives the validation loss; called by all processes together.
         save: Writes a checkpoint of (steps done, seconds so far); called by all together.
         emit: Takes every record, in order.
@@ -81,6 +84,7 @@ class TrainingLoop:
         options: LoopOptions,
         environment: DistributedEnvironment,
         autocast: AbstractContextManager,
+        loading: LoadingOptions,
         evaluate: Callable[[], float],
         save: Callable[[int, float], None],
         emit: Callable[[Record], None],
@@ -93,6 +97,7 @@ class TrainingLoop:
         self.options = options
         self.environment = environment
         self.autocast = autocast
+        self.loading = loading
         self.evaluate = evaluate
         self.save = save
         self.emit = emit
@@ -125,6 +130,9 @@ class TrainingLoop:
         saved = done
         if done == 0:
             self.emit(self._measured(Record(step=0), self.evaluate()))
+        self._batches = BatchLoader(
+            self.sampler, range(done, self.options.steps), self.environment.device, self.loading
+        )
         self._clock.restart()
         while done < self.options.steps and not self._stop_wanted:
             self._start_step(done)
@@ -144,6 +152,7 @@ class TrainingLoop:
                 self.save(done, self._seconds())
                 saved = done
             self._clock.restart()
+        self._batches.close()
         self._finish_steps(keep=0)
         if saved < done:
             self.save(done, self._seconds())
@@ -151,23 +160,24 @@ class TrainingLoop:
 
     def _start_step(self, step: int) -> None:
         """Queue everything that step number `step` does."""
-        device = self.environment.device
-        rows = self.sampler.rows(step)
-        if device.type == "cuda":
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        # Gradients are averaged over the processes: each divides by its share of the predictions.
-        predictions = rows.shape[0] * (rows.shape[1] - 1)
+        batch = next(self._batches)
+        # The mean over the predictions of all processes, whatever each of them has: gradients are
+        # averaged over the processes.
         with self.autocast:
-            loss = self.wrapped(rows, labels=rows, num_items=predictions).loss
+            loss = self.wrapped(**batch.inputs, num_items=self.sampler.targets(step)).loss
+        loss = loss * self.environment.world_size
         loss.backward()
         norm = clip_grad_norm_(self.parameters, self.options.max_grad_norm)
         lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._pending.append(self._read_later(step + 1, lr, loss.detach(), norm))
+        waited = self._batches.take_waited()
+        self._pending.append(self._read_later(step + 1, lr, loss.detach(), norm, waited))
 
-    def _read_later(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> _Pending:
+    def _read_later(
+        self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor, waited: float
+    ) -> _Pending:
         """Start copying a step's numbers to the host."""
         group = self.environment.process_group
         wants_stop = torch.full_like(loss, float(self.stop.requested))
@@ -177,11 +187,11 @@ class TrainingLoop:
             shared[0] /= self.environment.world_size
         numbers = torch.stack([shared[0], norm.to(shared), shared[1]])
         if numbers.device.type == "cpu":
-            return _Pending(step, lr, numbers, None)
+            return _Pending(step, lr, waited, numbers, None)
         on_host = numbers.to("cpu", non_blocking=True)
         arrived = torch.cuda.Event(enable_timing=True)
         arrived.record()
-        return _Pending(step, lr, on_host, arrived)
+        return _Pending(step, lr, waited, on_host, arrived)
 
     def _finish_steps(self, *, keep: int, hold_last: bool = False) -> Record:
         """Wait for all pending steps but `keep` and emit their records; the last one may be held.
@@ -217,6 +227,7 @@ class TrainingLoop:
             grad_norm=norm,
             tokens=pending.step * a_step,
             tokens_per_second=rate,
+            data_seconds=pending.waited,
             mfu=flops / peak if peak is not None else None,
             peak_memory_bytes=peak_memory(self.environment.device),
             time=self._seconds(),

@@ -36,6 +36,9 @@ class Record:
     """Tokens trained on so far."""
     tokens_per_second: float | None = None
     """Throughput of the step, all processes together."""
+    data_seconds: float | None = None
+    """Seconds that this process waited for the step's batch. On a GPU, which computes meanwhile,
+    they need not lengthen the step."""
     mfu: float | None = None
     """Model FLOP/s as a share of the devices' peak, where that is known."""
     peak_memory_bytes: int = 0
@@ -120,3 +123,14 @@ def steady_tokens_per_second(records: Iterable[Record]) -> float | None:
     rates = [r.tokens_per_second for r in records if r.tokens_per_second is not None]
     steady = rates[min(10, len(rates) // 2) :]
     return statistics.median(steady) if steady else None
+
+
+def data_share(records: Iterable[Record]) -> float | None:
+    """Share of the time of later steps that was spent waiting for batches; see above for which."""
+    steps = [r for r in records if r.data_seconds is not None and r.tokens_per_second]
+    steady = steps[min(10, len(steps) // 2) :]
+    first = steady[0].step if steady else 0
+    tokens = {r.step: r.tokens for r in steady}
+    a_step = tokens[first] / first if steady else 0
+    seconds = sum(a_step / (r.tokens_per_second or 1) for r in steady)
+    return sum(r.data_seconds or 0 for r in steady) / seconds if seconds else None

@@ -5,6 +5,7 @@ A user's mistakes end here, before anything is trained: each is an `InputError`.
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,10 +15,18 @@ import torch
 
 from tilewright_dist import DistributedEnvironment
 from tilewright_model import CausalLM, ModelConfig, count_parameters, flops_per_token
-from tilewright_train import checkpoint, machine, tokens
+from tilewright_train import checkpoint, machine
 from tilewright_train.automatic import Chosen, model_config
-from tilewright_train.batches import BatchSampler, validation_rows
-from tilewright_train.corpus import Corpus, open_corpus
+from tilewright_train.batches import BatchSampler
+from tilewright_train.cache import default_cache, writable_cache
+from tilewright_train.corpus import Corpus, corpus_facts, load_corpus, prepare_corpus
+from tilewright_train.data import (
+    RowOptions,
+    TrainingRows,
+    ValidationRows,
+    training_rows,
+    validation_rows,
+)
 from tilewright_train.errors import InputError
 from tilewright_train.layers import write_toml
 from tilewright_train.metrics import read_metrics, truncate_metrics
@@ -25,6 +34,8 @@ from tilewright_train.optimizers import make_optimizer
 from tilewright_train.processes import on_first
 from tilewright_train.progress import Reporter
 from tilewright_train.run_directory import RunDirectory, check_room, create
+from tilewright_train.sources import Source, open_source
+from tilewright_train.tokenizer import end_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +52,14 @@ class Prepared:
     """A run that can start."""
 
     run: RunDirectory
-    tokens: tokens.Tokens
+    corpus: Corpus
     model_config: ModelConfig
     trainee: Trainee
+    training: TrainingRows
+    """What the sampler reads."""
     sampler: BatchSampler
-    validation: torch.Tensor
-    """[R, T] int64, the rows of the validation loss."""
+    validation: ValidationRows
+    """The rows of the validation loss."""
     done: int
     """Steps that are done already."""
     seconds: float
@@ -66,24 +79,35 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         OSError: A file cannot be read or written.
     """
     config, settled = chosen.config, chosen.settled
-    loaded: list[tokens.Tokens] = []  # of the first process, which need not check them twice
+    loaded: list[Corpus] = []  # of the first process, which need not check them twice
 
-    def prepare_files() -> tuple[Path, RunDirectory]:
-        encoded, run = _prepare_files(chosen, environment, reporter)
-        loaded.append(encoded)
-        return encoded.folder, run
+    def prepare_files() -> tuple[list[Path], RunDirectory]:
+        corpus, run = _prepare_files(chosen, environment, reporter)
+        loaded.append(corpus)
+        return [corpus.tokenizer_file, *(source.folder for source in corpus.sources)], run
 
-    entry, run = on_first(environment, prepare_files)
-    encoded = loaded[0] if loaded else tokens.load(entry)
-    sampler = BatchSampler(
-        encoded.train,
-        batch_size=settled.batch_size,
+    (tokenizer_file, *entries), run = on_first(environment, prepare_files)
+    corpus = loaded[0] if loaded else load_corpus(tokenizer_file, entries)
+    options = RowOptions(
+        packing=config.data.packing,
+        document_mask=settled.document_mask == "on",
         seq_len=settled.seq_len,
-        seed=config.training.seed,
+        separator=end_token(corpus.tokenizer),
+    )
+    training = training_rows(
+        [source.train for source in corpus.sources],
+        config.data.weights,
+        options,
+        config.training.seed,
+    )
+    _say_packing(training, reporter)
+    sampler = BatchSampler(
+        training.rows,
+        batch_size=settled.batch_size,
         rank=environment.rank,
         world_size=environment.world_size,
     )
-    shape = model_config(chosen, encoded.facts.vocab_size)
+    shape = model_config(chosen, corpus.vocab_size)
     trainee = build(chosen, shape, environment.device)
     done, seconds = 0, 0.0
     if config.run.resume != "never":
@@ -94,11 +118,14 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         done, seconds = found.step, _load_checkpoint(found, trainee, environment, reporter)
     return Prepared(
         run=run,
-        tokens=encoded,
+        corpus=corpus,
         model_config=shape,
         trainee=trainee,
+        training=training,
         sampler=sampler,
-        validation=validation_rows(encoded.validation, settled.seq_len, settled.eval_tokens),
+        validation=validation_rows(
+            [source.validation for source in corpus.sources], options, settled.eval_tokens
+        ),
         done=done,
         seconds=seconds,
     )
@@ -124,9 +151,21 @@ def checkpoint_bytes(shape: ModelConfig) -> int:
     return 12 * count_parameters(shape).total + 100 * shape.vocab_size
 
 
+def _say_packing(training: TrainingRows, reporter: Reporter) -> None:
+    if not training.plans:
+        return
+    rows = sum(plan.rows for plan in training.plans)
+    cut = f", {training.truncated} samples cut off" if training.truncated else ""
+    left_out = f", {training.dropped} left out: nothing to predict" if training.dropped else ""
+    reporter.say(
+        f"packing      {training.efficiency:.1%} of {rows:,} rows is tokens, the rest padding"
+        f"{cut}{left_out}"
+    )
+
+
 def _prepare_files(
     chosen: Chosen, environment: DistributedEnvironment, reporter: Reporter
-) -> tuple[tokens.Tokens, RunDirectory]:
+) -> tuple[Corpus, RunDirectory]:
     """The first process's part: room on the disk, tokens in the cache, the run's folder."""
     config, settled = chosen.config, chosen.settled
     resumed = Path(config.run.resume) if config.run.resume != "never" else None
@@ -136,52 +175,45 @@ def _prepare_files(
     there = len(checkpoint.all_checkpoints(RunDirectory(resumed).checkpoints)) if resumed else 0
     room = checkpoint_bytes(shape) * max(1, most - there)
     check_room(resumed or config.run.out, room)
-    corpus = open_corpus(config.data.data)
-    reporter.say(f"corpus       {corpus.describe()}")
-    cache = tokens.writable_cache(
-        config.data.cache_dir or tokens.default_cache(), config.run.out / ".cache"
-    )
-    entry, cached = tokens.prepare(corpus, config.data, shape.vocab_size, cache)
-    encoded = tokens.load(entry)
-    facts = encoded.facts
-    reporter.say(
-        f"tokens       {facts.train_tokens:,} to train on, {facts.validation_tokens:,} to validate,"
-        f" vocabulary {facts.vocab_size:,}, in {entry}{' since an earlier run' if cached else ''}"
-    )
-    if facts.skipped_lines:
-        examples = "; ".join(facts.skipped_examples)
-        reporter.say(f"skipped      {facts.skipped_lines} lines of jsonl: {examples}")
+    sources = [open_source(data) for data in config.data.data]
+    for source in sources:
+        reporter.say(f"corpus       {source.describe()}")
+    cache = writable_cache(config.data.cache_dir or default_cache(), config.run.out / ".cache")
+    corpus = prepare_corpus(sources, config.data, shape.vocab_size, cache)
+    for encoded, was_there in zip(corpus.sources, corpus.were_there, strict=True):
+        facts = encoded.facts
+        reporter.say(
+            f"tokens       {facts.train_tokens:,} to train on, {facts.validation_tokens:,} to"
+            f" validate, vocabulary {corpus.vocab_size:,}, in {encoded.folder}"
+            f"{' since an earlier run' if was_there else ''}"
+        )
+        if facts.skipped_lines:
+            examples = "; ".join(facts.skipped_examples)
+            reporter.say(f"skipped      {facts.skipped_lines} lines: {examples}")
     if resumed is not None:
         run = RunDirectory(resumed)
-        _check_same_tokens(run, facts)
+        _check_same_tokens(run, corpus)
     else:
-        stem = f"{corpus.name}-{settled.preset}"
+        stem = f"{'-'.join(source.name for source in sources)}-{settled.preset}"
         run = create(config.run.out, config.run.name, stem)
-        record = _facts_of(chosen, corpus, facts, environment)
+        record = _facts_of(chosen, sources, corpus, environment)
         run.facts.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         write_toml(config, run.config, chosen.reasons)
         run.checkpoints.mkdir()  # so that its absence later says that it was removed
-    return encoded, run
+    return corpus, run
 
 
 def _facts_of(
     chosen: Chosen,
+    sources: Sequence[Source],
     corpus: Corpus,
-    facts: tokens.TokenFacts,
     environment: DistributedEnvironment,
 ) -> dict[str, Any]:
     """run.json: what this run is, for those who find it later."""
-    shape = model_config(chosen, facts.vocab_size)
+    shape = model_config(chosen, corpus.vocab_size)
     return {
-        "corpus": {
-            "name": corpus.name,
-            "root": str(corpus.root),
-            "files": len(corpus.files),
-            "bytes": corpus.size,
-            "sha256": corpus.sha256,
-            "python_version": corpus.python_version,
-        },
-        "tokens": asdict(facts),
+        "corpus": [source.facts() for source in sources],
+        "tokens": corpus_facts(corpus),
         "model": asdict(shape),
         "parameters": count_parameters(shape).total,
         "flops_per_token": flops_per_token(shape, chosen.settled.seq_len),
@@ -203,13 +235,13 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _check_same_tokens(run: RunDirectory, facts: tokens.TokenFacts) -> None:
+def _check_same_tokens(run: RunDirectory, corpus: Corpus) -> None:
     """A resumed run reads what it read before."""
     try:
         before = json.loads(run.facts.read_text(encoding="utf-8"))["tokens"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{run.facts} cannot be read: start a new run") from None
-    if before != facts.sha256:
+    if before != corpus.sha256:
         raise InputError(
             f"the data of {run.root} have changed since it began, so it cannot go on with the same"
             f" tokens: restore them, or start a new run with --config {run.config}"

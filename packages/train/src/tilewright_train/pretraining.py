@@ -24,6 +24,7 @@ from tilewright_train.config import PretrainConfig
 from tilewright_train.errors import InputError, TrainingStopped
 from tilewright_train.evaluation import validation_loss
 from tilewright_train.finish import finish
+from tilewright_train.loading import LoadingOptions
 from tilewright_train.loop import LoopOptions, TrainingLoop
 from tilewright_train.metrics import MetricsFile, Record
 from tilewright_train.preparation import Prepared, prepare
@@ -215,6 +216,11 @@ class _Training:
             ),
             environment=self.environment,
             autocast=self.autocast,
+            loading=LoadingOptions(
+                workers=settled.workers,
+                prefetch=config.data.prefetch,
+                pin_memory=config.data.pin_memory,
+            ),
             evaluate=self._evaluate,
             save=self._save,
             emit=self._emit,
@@ -247,7 +253,7 @@ class _Training:
                 step,
                 **vars(self.prepared.trainee),
                 random_states=states,
-                tokenizer=self.prepared.tokens.tokenizer.to_str(),
+                tokenizer=self.prepared.corpus.tokenizer.to_str(),
                 facts={"seconds": seconds, "processes": environment.world_size},
                 keep=self.chosen.config.run.keep,
             )

@@ -102,12 +102,15 @@ def end_token(tokenizer: Tokenizer) -> int:
 
 def encode(
     tokenizer: Tokenizer, documents: Iterable[tuple[bool, str]]
-) -> Iterator[tuple[bool, list[int]]]:
+) -> Iterator[tuple[bool, list[int], bool]]:
     """Tokens of every document with the end token behind it, many documents at a time.
 
     Args:
         tokenizer: From `train_tokenizer` or `load_tokenizer`.
         documents: (mark, text); the mark is handed through.
+
+    Yields:
+        (mark, tokens of a document or of a piece of a long one, whether the document ends).
     """
     end = [end_token(tokenizer)]
     waiting: list[tuple[bool, str, bool]] = []
@@ -124,11 +127,11 @@ def encode(
 
 def _encode_parts(
     tokenizer: Tokenizer, parts: list[tuple[bool, str, bool]], end: list[int]
-) -> Iterator[tuple[bool, list[int]]]:
+) -> Iterator[tuple[bool, list[int], bool]]:
     """Encode (mark, text, is last of its document) on all cores."""
     encoded = tokenizer.encode_batch_fast([text for _, text, _ in parts], add_special_tokens=False)
     for (mark, _, is_last), part in zip(parts, encoded, strict=True):
-        yield mark, part.ids + end if is_last else part.ids
+        yield mark, part.ids + end if is_last else part.ids, is_last
 
 
 def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:

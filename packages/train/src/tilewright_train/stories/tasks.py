@@ -1,0 +1,175 @@
+"""Tasks with one right answer: to look up in what was said, to repeat, to pick, to count.
+
+What a task asks about is drawn first (the instance), the words that ask (the template) after it.
+Every task has templates to train on and one that is held out.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tilewright_train.records import Conversation, Message
+from tilewright_train.stories.drawing import Draw, Split, is_held_out
+from tilewright_train.stories.words import COLOURS, NAMES, NUMBERS, PLACES, THINGS
+
+
+class Instruction(NamedTuple):
+    """A question and its answer."""
+
+    task: str
+    """A key of `TASKS`."""
+    question: str
+    """What the user says."""
+    answer: str
+    """The only right reply."""
+
+    @property
+    def conversation(self) -> Conversation:
+        """As two turns."""
+        return Conversation((Message("user", self.question), Message("assistant", self.answer)))
+
+
+class Instance(NamedTuple):
+    """What is asked about, before it is put into words."""
+
+    fields: Mapping[str, str]
+    """Fill the template."""
+    answer: str
+    """The right reply."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question."""
+
+    draw: Callable[[Draw], Instance]
+    """Draws an instance."""
+    templates: tuple[str, ...]
+    """Ways to ask; the last one is held out."""
+
+
+def instruction(split: Split, number: int) -> Instruction:
+    """Instruction `number` of a split.
+
+    Args:
+        split: «train», or one of the two that are held out.
+        number: From 0.
+    """
+    draw = Draw("instruction", split, number)
+    name = draw.choice(tuple(TASKS))
+    task = TASKS[name]
+    instance = task.draw(draw)
+    while is_held_out(name, *instance.fields.values(), instance.answer) != (split == "instances"):
+        instance = task.draw(draw)
+    seen, unseen = task.templates[:-1], task.templates[-1]
+    template = unseen if split == "templates" else draw.choice(seen)
+    return Instruction(name, template.format(**instance.fields), instance.answer)
+
+
+def _pairs(
+    draw: Draw, left: tuple[str, ...], right: tuple[str, ...], fact: str
+) -> tuple[str, str, str]:
+    """Two or three facts that tie words of `left` to words of `right`, and a pair to ask for."""
+    count = 2 + draw.below(2)
+    tied = list(zip(draw.sample(left, count), draw.sample(right, count), strict=True))
+    asked = draw.choice(tied)
+    return " ".join(fact.format(*pair) for pair in tied), *asked
+
+
+def _owner(draw: Draw) -> Instance:
+    facts, name, thing = _pairs(draw, NAMES, THINGS, "{} has the {}.")
+    return Instance({"facts": facts, "thing": thing}, name)
+
+
+def _belonging(draw: Draw) -> Instance:
+    facts, name, thing = _pairs(draw, NAMES, THINGS, "{} has the {}.")
+    return Instance({"facts": facts, "name": name}, f"the {thing}")
+
+
+def _place(draw: Draw) -> Instance:
+    facts, thing, place = _pairs(draw, THINGS, PLACES, "The {} is in the {}.")
+    return Instance({"facts": facts, "thing": thing}, f"in the {place}")
+
+
+def _colour(draw: Draw) -> Instance:
+    facts, thing, colour = _pairs(draw, THINGS, COLOURS, "The {} is {}.")
+    return Instance({"facts": facts, "thing": thing}, colour)
+
+
+def _words(draw: Draw, least: int, most: int) -> list[str]:
+    return draw.sample(THINGS, least + draw.below(most - least + 1))
+
+
+def _repeat(draw: Draw) -> Instance:
+    words = " ".join(_words(draw, 2, 5))
+    return Instance({"words": words}, words)
+
+
+def _first(draw: Draw) -> Instance:
+    words = _words(draw, 2, 5)
+    return Instance({"words": " ".join(words)}, words[0])
+
+
+def _last(draw: Draw) -> Instance:
+    words = _words(draw, 2, 5)
+    return Instance({"words": " ".join(words)}, words[-1])
+
+
+def _swap(draw: Draw) -> Instance:
+    one, other = draw.sample(THINGS, 2)
+    return Instance({"words": f"{one} {other}"}, f"{other} {one}")
+
+
+def _count(draw: Draw) -> Instance:
+    words = _words(draw, 1, 5)
+    return Instance({"words": " ".join(words)}, NUMBERS[len(words) - 1])
+
+
+TASKS: Mapping[str, Task] = {
+    "owner": Task(
+        _owner,
+        ("{facts} Who has the {thing}?", "{facts} Who owns the {thing}?",
+         "Who has the {thing}? {facts}", "{facts} Name the owner of the {thing}."),
+    ),
+    "belonging": Task(
+        _belonging,
+        ("{facts} What does {name} have?", "{facts} What is with {name}?",
+         "What does {name} have? {facts}", "{facts} Name the thing that {name} has."),
+    ),
+    "place": Task(
+        _place,
+        ("{facts} Where is the {thing}?", "{facts} Where can I find the {thing}?",
+         "Where is the {thing}? {facts}", "{facts} Tell me where the {thing} is."),
+    ),
+    "colour": Task(
+        _colour,
+        ("{facts} What colour is the {thing}?", "{facts} Which colour has the {thing}?",
+         "What colour is the {thing}? {facts}", "{facts} Name the colour of the {thing}."),
+    ),
+    "repeat": Task(
+        _repeat,
+        ("Repeat: {words}", "Say this again: {words}", "Repeat these words: {words}",
+         "Copy: {words}"),
+    ),
+    "first": Task(
+        _first,
+        ("First word: {words}", "Say the first word: {words}",
+         "Which word comes first? {words}", "What is the first word of this? {words}"),
+    ),
+    "last": Task(
+        _last,
+        ("Last word: {words}", "Say the last word: {words}", "Which word comes last? {words}",
+         "What is the last word of this? {words}"),
+    ),
+    "swap": Task(
+        _swap,
+        ("Swap: {words}", "Say these the other way round: {words}", "Turn around: {words}",
+         "Swap these two words: {words}"),
+    ),
+    "count": Task(
+        _count,
+        ("Count: {words}", "How many words? {words}", "Say how many words: {words}",
+         "How many words are these? {words}"),
+    ),
+}  # fmt: skip
+"""Every task by its name."""

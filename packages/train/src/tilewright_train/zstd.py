@@ -1,0 +1,83 @@
+"""Files packed by Zstandard, read as a stream: by Python's own module (3.14) or `zstandard`."""
+
+import io
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from tilewright_train.errors import InputError
+
+_CHUNK = 1 << 17  # bytes read from the file at a time
+
+
+def open_zstd(file: Path) -> BinaryIO:
+    """The unpacked bytes of `file`, whose frames follow one another.
+
+    Reading raises EOFError where the file is cut short, InputError where it is damaged.
+
+    Raises:
+        InputError: Neither module is there.
+    """
+    return cast(BinaryIO, io.BufferedReader(_Unpacked(file), _CHUNK))
+
+
+class _Unpacked(io.RawIOBase):
+    """Reads frame after frame; `zstandard`'s own reader takes a frame cut short for its end."""
+
+    def __init__(self, file: Path) -> None:
+        self._frame, self._error = _decompressor(file)
+        self._file = file
+        self._packed = file.open("rb")
+        self._unpacked = memoryview(b"")
+        self._inside: Any = None  # the frame that is being unpacked
+        self._rest = b""  # packed bytes behind the last frame's end
+
+    def readable(self) -> bool:
+        """As for every stream to be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the beginning of `buffer`; 0 at the end of the file."""
+        while not self._unpacked:
+            packed = self._rest or self._packed.read(_CHUNK)
+            self._rest = b""
+            if not packed:
+                if self._inside is not None:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            self._unpack(packed)
+        size = min(len(buffer), len(self._unpacked))
+        buffer[:size] = self._unpacked[:size]
+        self._unpacked = self._unpacked[size:]
+        return size
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._packed.close()
+        super().close()
+
+    def _unpack(self, packed: bytes) -> None:
+        self._inside = self._inside or self._frame()
+        try:
+            self._unpacked = memoryview(self._inside.decompress(packed))
+        except self._error as error:
+            raise InputError(f"{self._file} is damaged: {error}") from None
+        if self._inside.eof:
+            self._rest, self._inside = self._inside.unused_data, None
+
+
+def _decompressor(file: Path) -> tuple[Any, type[Exception]]:
+    """What makes the decompressor of a frame, and the exception of a damaged one."""
+    try:
+        from compression import zstd  # pyrefly: ignore[missing-import]
+
+        return zstd.ZstdDecompressor, zstd.ZstdError
+    except ImportError:
+        pass
+    try:
+        import zstandard
+    except ImportError:
+        raise InputError(
+            f"{file} is packed by zstd: install zstandard, as in"
+            ' pip install "tilewright-train[zstd]"'
+        ) from None
+    return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError

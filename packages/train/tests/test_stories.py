@@ -1,0 +1,150 @@
+"""The grammar: the same everywhere, held-out apart, answers right, pairs told by meaning alone."""
+
+import hashlib
+import re
+from collections import Counter
+
+import pytest
+
+from tilewright_train.record_files import SkippedLines
+from tilewright_train.records import Conversation, Kind, Preference, text_of
+from tilewright_train.sources import Reading, open_source
+from tilewright_train.stories import (
+    TASKS,
+    Instruction,
+    instruction,
+    preference,
+    story,
+    story_to_finish,
+)
+from tilewright_train.stories.drawing import Draw
+from tilewright_train.stories.words import COLOURS, NAMES, NUMBERS, PLACES, THINGS
+
+READING = Reading(validation_fraction=0.05, on_bad_line="error", skipped=SkippedLines())
+TRAIN = [instruction("train", number) for number in range(3000)]
+
+
+def test_the_generator_is_splitmix64() -> None:
+    # The first outputs from state 0 as published with the algorithm: below(2**64) is the output.
+    draw = Draw()
+    draw._state = 0
+    assert [draw.below(1 << 64) for _ in range(3)] == [
+        0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F,
+    ]  # fmt: skip
+
+
+def test_the_samples_are_the_same_on_every_python() -> None:
+    parts = (
+        text for number in range(50)
+        for text in (
+            story("train", number),
+            text_of(story_to_finish("train", number)),
+            text_of(preference("train", number)),
+            *instruction("templates", number),
+        )
+    )  # fmt: skip
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    assert digest[:16] == "c8a26ff2f2aaa50c"
+
+
+def test_no_word_stands_in_two_lists() -> None:
+    words = [*NAMES, *THINGS, *COLOURS, *PLACES, *NUMBERS]
+    assert len(set(words)) == len(words)
+
+
+def solve(task: str, question: str) -> str:
+    """The answer, worked out from the words of the question alone."""
+    words = re.findall(r"[a-z]+", question.split(": ")[-1].split("? ")[-1])
+    listed = [word for word in words if word in THINGS]
+    facts = dict(re.findall(r"(\w+) (?:has the|is in the|is) (\w+)\.", question))
+    asked = re.sub(r"(?:The )?\w+ (?:has the|is in the|is) \w+\.", "", question)
+    key = next((word for word in re.findall(r"\w+", asked) if word in (*THINGS, *NAMES)), "")
+    match task:
+        case "owner":
+            return {thing: name for name, thing in facts.items()}[key]
+        case "belonging":
+            return f"the {facts[key]}"
+        case "place":
+            return f"in the {facts[key]}"
+        case "colour":
+            return facts[key]
+        case "repeat":
+            return " ".join(listed)
+        case "first":
+            return listed[0]
+        case "last":
+            return listed[-1]
+        case "swap":
+            return " ".join(reversed(listed))
+    return NUMBERS[len(listed) - 1]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_answers_are_right(task: str) -> None:
+    drawn = [*TRAIN[:1500], *(instruction("templates", number) for number in range(300))]
+    asked = [item for item in drawn if item.task == task]
+    assert len(asked) > 100
+    assert [solve(task, item.question) for item in asked] == [item.answer for item in asked]
+
+
+def test_held_out_instances_and_templates_are_not_trained_on() -> None:
+    def content(item: Instruction) -> tuple[str, ...]:
+        """What is asked about, whatever words ask."""
+        words = sorted(
+            set(re.findall(r"\w+", item.question)) & {*NAMES, *THINGS, *COLOURS, *PLACES}
+        )
+        facts = re.findall(r"\w+ (?:has the|is in the|is) \w+\.", item.question)
+        order = re.findall(r"[a-z]+", item.question.split(": ")[-1].split("? ")[-1])
+        return (item.task, item.answer, *(facts or order), *words)
+
+    instances = [instruction("instances", number) for number in range(600)]
+    assert not {content(item) for item in instances} & {content(item) for item in TRAIN}
+    unseen = {TASKS[name].templates[-1].split("{")[0] for name in TASKS}
+    starts = tuple(start for start in unseen if start)
+    assert not any(item.question.startswith(starts) for item in (*TRAIN, *instances))
+    templates = [instruction("templates", number) for number in range(600)]
+    for item in templates:
+        pattern = re.escape(TASKS[item.task].templates[-1])
+        assert re.fullmatch(re.sub(r"\\{\w+\\}", ".+", pattern), item.question)
+
+
+def test_pairs_differ_in_meaning_alone() -> None:
+    first = Counter()
+    for number in range(300):
+        pair = preference("instances", number)
+        ((_, request),), ((_, chosen),), ((_, rejected),) = pair.prompt, pair.chosen, pair.rejected
+        assert isinstance(request, str)
+        assert sorted(chosen.split()) != chosen.split()
+        assert Counter(re.findall(r"\w+", chosen)) == Counter(re.findall(r"\w+", rejected))
+        assert len(chosen) == len(rejected)
+        had = dict(re.findall(r"(\w+) (?:found|got|took) a \w+ (\w+)\.", request))
+        assert dict(re.findall(r"(\w+) had the (\w+)", chosen)) == had
+        assert dict(re.findall(r"(\w+) had the (\w+)", rejected)) == dict(
+            zip(had, reversed(had.values()), strict=True)
+        )
+        first[chosen.split()[0] == next(iter(had))] += 1
+    assert min(first.values()) > 100  # the order of the ending tells nothing
+
+
+def test_stories_to_finish_are_consistent_in_half_of_the_cases() -> None:
+    right = 0
+    for number in range(400):
+        (_, request), (_, ending) = story_to_finish("train", number).messages
+        had = dict(re.findall(r"(\w+) (?:found|got|took) a \w+ (\w+)\.", request))
+        right += dict(re.findall(r"(\w+) had the (\w+)", ending)) == had
+    assert 160 < right < 240
+
+
+@pytest.mark.parametrize(
+    ("kind", "cls"), [("text", str), ("conversation", Conversation), ("preference", Preference)]
+)
+def test_the_source_gives_all_three_kinds(
+    kind: Kind, cls: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tilewright_train.stories.source._TRAINING", {kind: 40})
+    monkeypatch.setattr("tilewright_train.stories.source._VALIDATION", 10)
+    records = list(open_source("stories").records(kind, READING))
+    assert [side for side, _ in records] == [False] * 40 + [True] * 10
+    assert all(type(record) is cls for _, record in records)
+    assert len({text_of(record) for _, record in records}) == 50
+    assert records == list(open_source("stories").records(kind, READING))
