@@ -134,7 +134,8 @@ def moe_choose_kernel(
         ids = tl.where((choices == j)[None, :], at[:, None], ids)
         key = tl.where(cols[None, :] == at[:, None], LOWEST, key)
     taken = (key == LOWEST) & inside
-    tl.store(counts_ptr + block * n_cols + cols, tl.sum(taken.to(tl.int32), 0), mask=cols < n_cols)
+    counts = tl.sum(taken.to(tl.int32), axis=0)
+    tl.store(counts_ptr + block.to(tl.int64) * n_cols + cols, counts, mask=cols < n_cols)
 
     chosen = (tokens < num_tokens)[:, None] & (choices < K)[None, :]
     rows = tokens.to(tl.int64)[:, None]
@@ -168,7 +169,7 @@ def moe_count_kernel(
     block = tl.program_id(0)
     tokens, cols = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     counts = tl.sum(_taken(ids_ptr, tokens, num_tokens, cols, K), axis=0)
-    tl.store(counts_ptr + block * n_cols + cols, counts, mask=cols < n_cols)
+    tl.store(counts_ptr + block.to(tl.int64) * n_cols + cols, counts, mask=cols < n_cols)
 
 
 @triton.jit
@@ -200,7 +201,8 @@ def moe_place_kernel(
     offs = tl.cumsum(totals, axis=0)
     if block == 0:
         tl.store(offs_ptr + cols, offs, mask=cols < n_cols)
-    above = tl.load(above_ptr + block * n_cols + cols, mask=cols < n_cols, other=0)
+    above_at = above_ptr + block.to(tl.int64) * n_cols + cols
+    above = tl.load(above_at, mask=cols < n_cols, other=0)
     taken = _taken(ids_ptr, tokens, num_tokens, cols, K)
     row_of = tl.cumsum(taken, axis=0) - taken + (offs - totals + above)[None, :]
     for j in range(K):

@@ -17,7 +17,7 @@ from tilewright_kernels.moe_route.kernels import (
 )
 
 TILE = 2048
-"""Elements of tokens x experts a program of four warps holds."""
+"""Elements of tokens x experts that a program of four warps holds."""
 
 MOST_TOKENS = 128
 """Tokens of a program at most, so that few experts leave enough programs."""
@@ -31,9 +31,10 @@ PERMUTATION = Operator("moe_permutation")
 
 @cache
 def tile_for(num_experts: int) -> dict[str, int]:
-    """BLOCK_T x BLOCK_E: all experts of some tokens."""
+    """BLOCK_T x BLOCK_E, all experts of some tokens."""
     block_e = next_power_of_2(num_experts)
-    return {"BLOCK_T": max(1, min(MOST_TOKENS, TILE // block_e)), "BLOCK_E": block_e}
+    block_t = max(1, min(MOST_TOKENS, TILE // block_e))
+    return {"BLOCK_T": block_t, "BLOCK_E": block_e, "num_warps": min(32, max(4, block_e // 512))}
 
 
 def _blocks(num_tokens: int, num_experts: int) -> int:
@@ -58,7 +59,7 @@ def _place(
     )  # fmt: skip
     operator.launch(
         moe_place_kernel, (len(counts),), ids, counts, totals, offs, indices, inverse,
-        len(ids), num_experts, K=ids.shape[1], **tile_for(num_experts), num_warps=4,
+        len(ids), num_experts, K=ids.shape[1], **tile_for(num_experts),
     )  # fmt: skip
     return totals, offs, indices, inverse
 
@@ -71,7 +72,7 @@ def moe_permutation_forward(ids: Tensor, num_experts: int) -> tuple[Tensor, Tens
     counts = torch.empty(blocks, num_experts, dtype=torch.int32, device=ids.device)
     PERMUTATION.launch(
         moe_count_kernel, (blocks,), ids, counts, len(ids), num_experts,
-        K=ids.shape[1], **tile_for(num_experts), num_warps=4,
+        K=ids.shape[1], **tile_for(num_experts),
     )  # fmt: skip
     return _place(PERMUTATION, ids, counts, num_experts)
 
@@ -93,7 +94,7 @@ def moe_route_backward(
         moe_route_bwd_kernel, (_blocks(len(rows), num_experts),),
         dweights.contiguous(), rows, ids, dlogits, rows.stride(0), len(rows), num_experts,
         K=ids.shape[1], SOFTMAX=scoring == "softmax", NORMALIZE=normalize, SCALE=scale,
-        ACC=accumulator(logits.dtype), **tile_for(num_experts), num_warps=4,
+        ACC=accumulator(logits.dtype), **tile_for(num_experts),
     )  # fmt: skip
     return dlogits
 
@@ -144,6 +145,6 @@ def moe_route_forward(
         K=k, SOFTMAX=scoring == "softmax", NORMALIZE=normalize, SCALE=scale,
         GROUPS=num_groups, TOPK_GROUPS=topk_groups, BLOCK_G=next_power_of_2(num_groups),
         LOWEST=-(2**63) if logits.dtype == torch.float64 else -(2**31), ACC=acc,
-        **tile_for(num_experts), BLOCK_K=next_power_of_2(k), num_warps=4,
+        **tile_for(num_experts), BLOCK_K=next_power_of_2(k),
     )  # fmt: skip
     return weights, ids, *_place(ROUTE, ids, counts, num_experts)
