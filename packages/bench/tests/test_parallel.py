@@ -152,7 +152,15 @@ def test_two_processes(tmp_path):
     out = tmp_path / "x2.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["-m", "tilewright_bench", "parallel", "--device=cpu", "--size=nano"]
-    command += ["--parts", "ladder", "--rounds=1", "--steps=1", f"--out={out}", "--commit=1234567"]
+    command += [
+        "--parts",
+        "ladder",
+        "links",
+        "--rounds=1",
+        "--steps=1",
+        f"--out={out}",
+        "--commit=1234567",
+    ]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert printed.returncode == 0, printed.stderr
     assert "transport='copy' needs GPUs of one host" in printed.stdout

@@ -5,6 +5,7 @@ On CPUs the memory that ranks read from each other is a file that all of them ha
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,10 +120,10 @@ def test_exchanges(exchanged, form):
         assert torch.equal(found[form, "narrow part"], rounded[mine])
 
 
-def train_by(rank, transport, folder, backend):
-    """Weights after DistributedDataParallel and ShardedOptimizer, by case."""
-    torch.manual_seed(0)
+def train_by(rank, transports, folder, backend):
+    """Weights after DistributedDataParallel and ShardedOptimizer, by transport and case."""
     if backend == "gloo":
+        copies.SCRATCH_BYTES = SCRATCH
         numbers = iter(range(100))
 
         def peers_of(group, _):
@@ -131,20 +132,20 @@ def train_by(rank, transport, folder, backend):
             return HostPeers(group, place)
 
         vars(bucketed)["GPUPeers"] = peers_of
-    device = device_of(rank)
     found = {}
-    for case, dtype in (("plain", None), ("narrow", torch.bfloat16), ("wide", torch.float64)):
-        for sharded in (False, True):
-            model = Stack().to(device)
-            wrapper = DistributedDataParallel(
-                model, bucket_cap_mb=2e-3, reduce_dtype=dtype, transport=transport
-            )
-            groups, options = adamw_groups(model), {"lr": 0.01, "weight_decay": 0.1}
-            if sharded:
-                optimizer = ShardedOptimizer(groups, torch.optim.AdamW, ddp=wrapper, **options)
-            else:
-                optimizer = torch.optim.AdamW(groups, **options)
-            found[case, sharded] = train(wrapper, optimizer, rank)
+    for transport in transports:
+        for case, dtype in (("plain", None), ("narrow", torch.bfloat16), ("wide", torch.float64)):
+            for form in ("replicated", "flat", "matrix"):
+                model = Stack().to(device_of(rank))
+                wrapper = DistributedDataParallel(
+                    model, bucket_cap_mb=2e-3, reduce_dtype=dtype, transport=transport
+                )
+                optimizer: Any = torch.optim.AdamW(adamw_groups(model), lr=0.01)
+                if form != "replicated":
+                    optimizer = ShardedOptimizer.from_optimizer(
+                        optimizer, ddp=wrapper, partition=form
+                    )
+                found[transport, case, form] = train(wrapper, optimizer, rank)
     return found
 
 
@@ -157,27 +158,29 @@ def train_by(rank, transport, folder, backend):
     ],
 )
 def test_training_by_copies_equals_training_by_collectives(backend, world_size):
-    found = {}
+    transports = ("copy", "collective")
     with tempfile.TemporaryDirectory() as folder:
-        for transport in ("copy", "collective"):
-            arguments = (transport, folder, backend)
-            found[transport] = run_ranks(
-                train_by, *arguments, world_size=world_size, backend=backend, timeout=90
-            )
-    for case, expected in found["collective"][0].items():
-        for rank in found["copy"]:
-            if world_size == 2:
-                assert torch.equal(rank[case], expected), case
-            else:
-                torch.testing.assert_close(rank[case], expected, rtol=1e-5, atol=1e-5)
+        ranks = run_ranks(
+            train_by, transports, folder, backend, world_size=world_size, backend=backend
+        )
+    for found in ranks:
+        for (transport, *case), weights in found.items():
+            expected = ranks[0]["collective", *case]
+            if transport == "copy" and world_size == 2:
+                assert torch.equal(weights, expected), case
+            elif transport == "copy":
+                torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_sharded_and_plain_training_are_equal_at_any_number_of_ranks():
     # Ranks are added up in their order, whoever adds: collectives promise that for two only.
     with tempfile.TemporaryDirectory() as folder:
-        for found in run_ranks(train_by, "copy", folder, "gloo", world_size=3, timeout=90):
-            for case in ("plain", "wide"):
-                assert torch.equal(found[case, False], found[case, True])
+        ranks = run_ranks(train_by, ("copy",), folder, "gloo", world_size=3, timeout=90)
+    for found in ranks:
+        for case in ("plain", "wide"):
+            for form in ("flat", "matrix"):
+                replicated = found["copy", case, "replicated"]
+                assert torch.equal(found["copy", case, form], replicated), (case, form)
 
 
 def test_copies_need_gpus_of_one_host_and_buckets():

@@ -32,6 +32,9 @@ from tilewright_dist.peers import GPUPeers
 LINK_SIZES = (2**10, 2**20, 25 * 2**20, 2**28)
 """Bytes of the collectives whose latency and bandwidth `plan` predicts from."""
 
+ORDER = ("eager", "compiled", "ladder", "links", "traces of eager", "muon", "traces of compiled")
+"""Parts: the most important first, in case that time runs out."""
+
 PATIENCE = 15.0
 """Seconds that a first copy between GPUs may take."""
 
@@ -41,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     schedule = Schedule()
     parser.add_argument("--size", choices=SIZES, default="0.5b", help="[%(default)s]")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="[cuda where there is one]")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=tuple(PARTS), help="[all]")
+    parser.add_argument("--parts", nargs="+", choices=ORDER, default=ORDER, help="[all]")
     parser.add_argument("--rounds", type=int, default=schedule.rounds, help="[%(default)s]")
     parser.add_argument("--steps", type=int, default=schedule.steps, help="a round [%(default)s]")
     parser.add_argument("--collectives-only", action="store_true", help="no copies between GPUs")
@@ -108,14 +111,13 @@ class Measurement:
         self._stop_in_time()
         copying = not self._options.collectives_only and self._copies_work()
         for name in self._options.parts:
-            self._part(name, copying)
+            if name == "links":
+                self._links()
+            elif name in PARTS:
+                self._part(name, copying)
+            elif self._device.type == "cuda":
+                self._traces(name.removeprefix("traces of "), copying)
             self._save()
-        self._links()
-        self._save()
-        for name in TRACED:
-            if name in self._content["parts"] and self._device.type == "cuda":
-                self._traces(name, copying)
-                self._save()
         if self._is_main:
             print(results.text(self._content), flush=True)
 
@@ -123,26 +125,26 @@ class Measurement:
         compile_blocks, setups = PARTS[name]
         setups = [s for s in setups if copying or s.transport != "copy"]
         self._say(f"{name}:")
-        part: dict[str, Any] = {"setups": {}, "phases": {}, "timelines": {}}
-        for running, errors in self._ladder.measure(setups, compile_blocks=compile_blocks):
-            part["errors"] = errors
-            self.failed |= bool(errors)
-            part["setups"] = {trained.setup.name: _figures(trained) for trained in running}
-            self._content["parts"][name] = part
+        part = _empty_part()
+        self._content["parts"][name] = part
+        for progress in self._ladder.measure(setups, compile_blocks=compile_blocks):
+            part["errors"] = dict(progress.errors)
+            part["setups"] = {trained.setup.name: _figures(trained) for trained in progress.running}
             self._save()
-            for trained in running:
+            for trained in progress.running if progress.is_over else ():
                 if trained.setup == ALONE:
                     part["phases"] = self._ladder.phases(trained)
+        self.failed |= bool(part["errors"])
 
     def _traces(self, name: str, copying: bool) -> None:
         """Timelines of the first rank, while all take the same steps."""
         compile_blocks, setups = TRACED[name]
         setups = [s for s in setups if copying or s.transport != "copy"]
         self._say(f"traces, {name}:")
-        timelines = self._content["parts"][name]["timelines"]
+        timelines = self._content["parts"].setdefault(name, _empty_part())["timelines"]
         measured = self._ladder.measure(setups, compile_blocks=compile_blocks, rounds=0)
-        for running, _ in measured:
-            for trained in running:
+        for progress in measured:
+            for trained in progress.running:
                 events = trace.take(trained, self._device, self._meet)
                 if not self._is_main:
                     continue
@@ -224,11 +226,15 @@ class Measurement:
             print(f"{time.perf_counter() - self._began:6.1f} s  {text}", flush=True)
 
 
+def _empty_part() -> dict[str, Any]:
+    return {"setups": {}, "phases": {}, "timelines": {}}
+
+
 def _figures(trained: Trained) -> dict[str, Any]:
     return {
         "seconds": trained.seconds,
         "host_seconds": trained.host_seconds,
-        "update_seconds": trained.step_seconds,
+        "update_seconds": trained.update_seconds,
         "held_bytes": trained.held_bytes,
         "loss": trained.loss,
     }

@@ -6,6 +6,7 @@ is what its replica added to the device's memory, after a step and zero_grad.
 """
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,11 +27,11 @@ Say = Callable[[str], None]
 class Schedule:
     """How much is measured."""
 
-    warmup: int = 4
+    warmup: int = 3
     """Steps before the first round: compilation, and the buckets' last order."""
-    rounds: int = 4
+    rounds: int = 3
     """Of each setup."""
-    steps: int = 5
+    steps: int = 4
     """Of a round."""
 
 
@@ -45,7 +46,7 @@ class Trained:
     held_bytes: int = 0
     seconds: list[float] = field(default_factory=list)
     host_seconds: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
+    update_seconds: list[float] = field(default_factory=list)
     loss: float = 0.0
 
     def backward(self) -> None:
@@ -79,6 +80,18 @@ class Trained:
         del self.module, self.optimizer, self.batch
 
 
+@dataclass(kw_only=True)
+class Progress:
+    """What a part has come to."""
+
+    running: list[Trained] = field(default_factory=list)
+    """Setups at work."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Of those that do not work, by name."""
+    is_over: bool = False
+    """Whether all rounds are done, and those at work can be looked at."""
+
+
 class Ladder:
     """Measures parts.
 
@@ -103,26 +116,35 @@ class Ladder:
 
     def measure(
         self, setups: Iterable[Setup], *, compile_blocks: bool, rounds: int | None = None
-    ) -> Iterator[tuple[list[Trained], dict[str, str]]]:
-        """Time setups in turn; yields those at work, for a look at them, and errors by name."""
+    ) -> Iterator[Progress]:
+        """Time setups in turn; yields after every round, so that what is there can be saved.
+
+        Those that copy between GPUs start after a first round of the others: should they hang,
+        that is kept.
+        """
         rounds = self.schedule.rounds if rounds is None else rounds
-        running: list[Trained] = []
-        errors: dict[str, str] = {}
-        for setup in setups:
-            trained = self._start(setup, compile_blocks, errors)
-            if trained is not None:
-                running.append(trained)
-        for _ in range(rounds):
-            for trained in running:
-                self._round(trained)
-        for trained in running if rounds else ():
-            trained.step_seconds = self._updates(trained)
+        progress = Progress()
+        setups = sorted(setups, key=lambda setup: setup.transport == "copy")
+        for transport, group in itertools.groupby(setups, lambda setup: setup.transport):
+            for setup in group:
+                trained = self._start(setup, compile_blocks, progress.errors)
+                if trained is not None:
+                    progress.running.append(trained)
+            if rounds and transport != "copy":
+                self._time_all(progress.running)
+                yield progress
+        for _ in range(rounds - 1):
+            self._time_all(progress.running)
+            yield progress
+        for trained in progress.running if rounds else ():
+            trained.update_seconds = self._updates(trained)
+        progress.is_over = True
         try:
-            yield running, errors
+            yield progress
         finally:
-            for trained in running:
+            for trained in progress.running:
                 trained.drop()
-            running.clear()
+            progress.running.clear()
             gc.collect()
             self._empty()
 
@@ -189,6 +211,10 @@ class Ladder:
         wrapped, optimizer = setup.make(module)
         return Trained(setup=setup, module=wrapped, optimizer=optimizer, batch=(tokens, targets))
 
+    def _time_all(self, running: Iterable[Trained]) -> None:
+        for trained in running:
+            self._round(trained)
+
     def _round(self, trained: Trained) -> None:
         trained.step()  # the caches are another setup's
         self._meet()
@@ -203,16 +229,23 @@ class Ladder:
         trained.host_seconds.append(host / self.schedule.steps)
 
     def _updates(self, trained: Trained) -> list[float]:
-        """Seconds of the optimizer's part alone, the gathering of parameters included."""
+        """Seconds until the next forward may begin: what is gathered beside it is not in them."""
         seconds = []
         for _ in range(3):
             trained.backward()
             self._meet()
             began = time.perf_counter()
-            trained.update()
+            if self.device.type == "cuda":
+                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                events[0].record()
+                trained.update()
+                events[1].record()
+                events[1].synchronize()
+                seconds.append(self._slowest(events[0].elapsed_time(events[1]) / 1e3))
+            else:
+                trained.update()
+                seconds.append(self._slowest(time.perf_counter() - began))
             _settle(trained)
-            self._wait()
-            seconds.append(self._slowest(time.perf_counter() - began))
         return seconds
 
     def _meet(self) -> None:

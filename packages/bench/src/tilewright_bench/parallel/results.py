@@ -151,7 +151,7 @@ def text(run: Mapping[str, Any]) -> str:
             lines.append(
                 f"  {setup_name:<20}{seconds * 1e3:>9.2f}{spread:>8.1%}{exposed:>9}"
                 f"{statistics.median(setup['host_seconds']) * 1e3:>9.1f}"
-                f"{statistics.median(setup['update_seconds']) * 1e3:>8.2f}"
+                f"{statistics.median(setup['update_seconds'] or [0.0]) * 1e3:>8.2f}"
                 f"{setup['held_bytes'] / 2**30:>10.3f}{setup['loss']:>9.4f}"
             )
         for setup_name, line in part["timelines"].items():

@@ -143,7 +143,7 @@ PARTS: dict[str, tuple[bool, tuple[Setup, ...]]] = {
     "ladder": (False, (*LADDER, BUCKETED[0])),
     "muon": (False, MUON),
 }
-"""What is timed in turn, and whether blocks are compiled; the most important first."""
+"""What is timed in turn, and whether blocks are compiled."""
 
 TRACED: dict[str, tuple[bool, tuple[Setup, ...]]] = {
     "eager": (False, (ALONE, *LADDER, *BUCKETED, *ZERO[1:])),
