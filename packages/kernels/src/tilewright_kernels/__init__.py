@@ -64,6 +64,7 @@ from tilewright_kernels.gated_activations import (
     swiglu_reference,
 )
 from tilewright_kernels.gated_mlp import GatedMLP, gated_mlp, gated_mlp_reference
+from tilewright_kernels.grouped_mm import grouped_mm, grouped_mm_reference
 from tilewright_kernels.layer_norm import LayerNorm, layer_norm, layer_norm_reference
 from tilewright_kernels.linear import Linear, linear, linear_reference
 from tilewright_kernels.linear_cross_entropy import (
@@ -167,6 +168,8 @@ __all__ = [
     "geglu_reference",
     "gelu",
     "gelu_reference",
+    "grouped_mm",
+    "grouped_mm_reference",
     "layer_norm",
     "layer_norm_reference",
     "linear",
