@@ -28,6 +28,8 @@ _HALF_BILLION = "130x503367168"
 _THOUSAND_SMALL = "1000x1024000"
 _NARROW_HEADS = _bf16("4x4096x32x32x64")
 _PROJECTIONS = _bf16("16384x1536x32768", "16384x4096x131072")
+_EXPERTS = ("16384x2048x64x8x1024-bf16", "16384x4096x8x2x14336-bf16")
+"""Layers of 64 small experts, 8 a token, and of 8 large ones, 2 a token."""
 
 
 def _no_slower_than_eager(*operators: str, cases: tuple[str, ...] = _SMALL) -> Bar:
@@ -55,6 +57,21 @@ def _attention(
             quantity="speed",
             limit=limit,
             provider=provider,
+            peers=(peer,),
+        )
+        for peer, limit in limits.items()
+    )
+
+
+def _experts(case: str, direction: Direction, **limits: float) -> tuple[Bar, ...]:
+    """A layer of experts beside its peers, a bar each."""
+    return tuple(
+        Bar(
+            operators=("moe_mlp",),
+            cases=(case,),
+            directions=(direction,),
+            quantity="speed",
+            limit=limit,
             peers=(peer,),
         )
         for peer, limit in limits.items()
@@ -332,6 +349,39 @@ BARS: dict[str, tuple[Bar, ...]] = {
             directions=("fwd",),
             quantity="share",
             limit=0.85,
+        ),
+    ),
+    "moe": (
+        *_experts(_EXPERTS[0], "fwd+bwd", compile=1.2),
+        *_experts(_EXPERTS[0], "fwd", compile=1.5),
+        *_experts(_EXPERTS[1], "fwd+bwd", compile=1.0, transformers=1.2),
+        Bar(
+            operators=("moe_mlp",),
+            cases=_EXPERTS,
+            directions=("fwd+bwd",),
+            quantity="memory",
+            limit=1.0,
+            peers=("torch",),
+        ),
+        # At most 15 % more time where one expert gets 30 % of the rows, or all that it can.
+        *(
+            Bar(
+                operators=("moe_mlp_skewed",),
+                cases=(case,),
+                directions=("fwd+bwd",),
+                quantity="rate",
+                limit=0.87,
+                than=("moe_mlp", case),
+            )
+            for case in _EXPERTS
+        ),
+        Bar(
+            operators=("moe_route",),
+            cases=_bf16("16384x128x8"),
+            directions=("fwd+bwd",),
+            quantity="part",
+            limit=0.03,
+            than=("moe_mlp", _EXPERTS[0]),
         ),
     ),
 }
