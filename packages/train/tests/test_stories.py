@@ -44,7 +44,7 @@ def test_the_samples_are_the_same_on_every_python() -> None:
         )
     )  # fmt: skip
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    assert digest[:16] == "c8a26ff2f2aaa50c"
+    assert digest[:16] == "e63ca1c041b848b7"
 
 
 def test_no_word_stands_in_two_lists() -> None:
@@ -54,20 +54,20 @@ def test_no_word_stands_in_two_lists() -> None:
 
 def solve(task: str, question: str) -> str:
     """The answer, worked out from the words of the question alone."""
-    words = re.findall(r"[a-z]+", question.split(": ")[-1].split("? ")[-1])
+    words = re.findall(r"[a-z]+", re.split(r"[:?] ", question)[-1])
     listed = [word for word in words if word in THINGS]
-    facts = dict(re.findall(r"(\w+) (?:has the|is in the|is) (\w+)\.", question))
-    asked = re.sub(r"(?:The )?\w+ (?:has the|is in the|is) \w+\.", "", question)
-    key = next((word for word in re.findall(r"\w+", asked) if word in (*THINGS, *NAMES)), "")
+    described = re.findall(r"a (\w+) (\w+)", question)
+    owned = re.findall(r"(\w+) has a (\w+)", question)
+    asked = re.sub(r"(There|Here) is a .*?\.|I see a .*?\.|\w+ has a .*?\.", "", question)
+    known = {*THINGS, *COLOURS}
+    key = next((word for word in re.findall(r"\w+", asked) if word in known), "")
     match task:
-        case "owner":
-            return {thing: name for name, thing in facts.items()}[key]
-        case "belonging":
-            return f"the {facts[key]}"
-        case "place":
-            return f"in the {facts[key]}"
         case "colour":
-            return facts[key]
+            return {thing: colour for colour, thing in described}[key]
+        case "thing":
+            return dict(described)[key]
+        case "owner":
+            return {thing: name for name, thing in owned}[key]
         case "repeat":
             return " ".join(listed)
         case "first":
@@ -90,12 +90,9 @@ def test_answers_are_right(task: str) -> None:
 def test_held_out_instances_and_templates_are_not_trained_on() -> None:
     def content(item: Instruction) -> tuple[str, ...]:
         """What is asked about, whatever words ask."""
-        words = sorted(
-            set(re.findall(r"\w+", item.question)) & {*NAMES, *THINGS, *COLOURS, *PLACES}
-        )
-        facts = re.findall(r"\w+ (?:has the|is in the|is) \w+\.", item.question)
-        order = re.findall(r"[a-z]+", item.question.split(": ")[-1].split("? ")[-1])
-        return (item.task, item.answer, *(facts or order), *words)
+        facts = re.findall(r"a \w+ \w+|\w+ has a \w+", item.question)
+        order = re.findall(r"[a-z]+", re.split(r"[:?] ", item.question)[-1])
+        return (item.task, item.answer, *(facts or order))
 
     instances = [instruction("instances", number) for number in range(600)]
     assert not {content(item) for item in instances} & {content(item) for item in TRAIN}
@@ -114,15 +111,13 @@ def test_pairs_differ_in_meaning_alone() -> None:
         pair = preference("instances", number)
         ((_, request),), ((_, chosen),), ((_, rejected),) = pair.prompt, pair.chosen, pair.rejected
         assert isinstance(request, str)
-        assert sorted(chosen.split()) != chosen.split()
         assert Counter(re.findall(r"\w+", chosen)) == Counter(re.findall(r"\w+", rejected))
         assert len(chosen) == len(rejected)
-        had = dict(re.findall(r"(\w+) (?:found|got|took) a \w+ (\w+)\.", request))
-        assert dict(re.findall(r"(\w+) had the (\w+)", chosen)) == had
-        assert dict(re.findall(r"(\w+) had the (\w+)", rejected)) == dict(
-            zip(had, reversed(had.values()), strict=True)
-        )
-        first[chosen.split()[0] == next(iter(had))] += 1
+        told = dict(re.findall(r"(?:found|got|took) a (\w+) (\w+)\.", request))
+        assert dict(re.findall(r"the (\w+) (\w+)(?: and|\.)", chosen)) == told
+        exchanged = zip(told, reversed(told.values()), strict=True)
+        assert dict(re.findall(r"the (\w+) (\w+)(?: and|\.)", rejected)) == dict(exchanged)
+        first[chosen.split(" the ")[-1].startswith(next(iter(told)))] += 1
     assert min(first.values()) > 100  # the order of the ending tells nothing
 
 
@@ -130,8 +125,8 @@ def test_stories_to_finish_are_consistent_in_half_of_the_cases() -> None:
     right = 0
     for number in range(400):
         (_, request), (_, ending) = story_to_finish("train", number).messages
-        had = dict(re.findall(r"(\w+) (?:found|got|took) a \w+ (\w+)\.", request))
-        right += dict(re.findall(r"(\w+) had the (\w+)", ending)) == had
+        told = dict(re.findall(r"(?:found|got|took) a (\w+) (\w+)\.", request))
+        right += dict(re.findall(r"the (\w+) (\w+)(?: and|\.)", ending)) == told
     assert 160 < right < 240
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tilewright_model import CausalLM
-from tilewright_train import optimizer_state
+from tilewright_train import optimizer_state as optimizer_states
 from tilewright_train.errors import InputError, writing
 
 MANIFEST = "MANIFEST.json"
@@ -145,6 +145,7 @@ def save(
     *,
     model: CausalLM,
     optimizer: torch.optim.Optimizer,
+    optimizer_state: Mapping[str, Any] | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     random_states: Mapping[str, torch.Tensor],
     tokenizer: str,
@@ -158,6 +159,7 @@ def save(
         step: Steps that are done.
         model: Without wrappers.
         optimizer: Of the model's parameters.
+        optimizer_state: Its whole state_dict, where it holds a part; None asks it.
         scheduler: Of the optimizer.
         random_states: From `random_states()` of every process.
         tokenizer: Text of tokenizer.json.
@@ -180,7 +182,7 @@ def save(
             beside.mkdir()
             model.save_pretrained(beside)
             (beside / _TOKENIZER).write_text(tokenizer, encoding="utf-8")
-            tensors, record = optimizer_state.flatten(optimizer, model)
+            tensors, record = optimizer_states.flatten(optimizer, model, optimizer_state)
             _save_tensors(tensors, beside / _OPTIMIZER)
             _save_tensors(dict(random_states), beside / _RANDOM)
             training = {
@@ -219,7 +221,9 @@ def load(
         raise InputError(f"{folder} holds another model than this run's: start a new run")
     model.load_state_dict(saved.state_dict())
     training = json.loads((folder / _TRAINING).read_text())
-    optimizer_state.restore(optimizer, model, load_file(folder / _OPTIMIZER), training["optimizer"])
+    optimizer_states.restore(
+        optimizer, model, load_file(folder / _OPTIMIZER), training["optimizer"]
+    )
     scheduler.load_state_dict(training["scheduler"])
     return training["facts"], load_file(folder / _RANDOM)
 

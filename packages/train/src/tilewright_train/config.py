@@ -18,6 +18,9 @@ STDLIB = "stdlib"
 STORIES = "stories"
 
 
+Parallel = Literal["ddp", "zero1"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """What is read and how it becomes tokens."""
@@ -161,6 +164,9 @@ class MachineOptions:
     """CPU threads of a process."""
     deterministic: bool = True
     """Only algorithms that give the same bits every time, which resuming bit for bit needs."""
+    parallel: Parallel = "ddp"
+    """What the processes of torchrun divide: the batch alone («ddp»), or the optimizer's states as
+    well («zero1»), which takes less memory and as much time."""
 
     def __post_init__(self) -> None:
         _check_choices(self)

@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from tilewright_dist import DistributedDataParallel, DistributedEnvironment
-from tilewright_model import CausalLM
-from tilewright_optim import clip_grad_norm_
+from tilewright_dist import DistributedEnvironment
 from tilewright_train.batches import BatchSampler
 from tilewright_train.errors import InputError
 from tilewright_train.loading import BatchLoader, LoadingOptions
 from tilewright_train.machine import peak_memory
 from tilewright_train.metrics import Record
+from tilewright_train.replicas import clip_and_step
 from tilewright_train.signals import StopRequest
 
 
@@ -60,7 +60,7 @@ class TrainingLoop:
     """Runs a model from one step to the last.
 
     Args:
-        model: On its device, without wrappers.
+        module: What is called: the model on its device, or its wrapper for several processes.
         optimizer: Of the model's parameters.
         scheduler: Stepped after every update.
         sampler: Rows of this process.
@@ -77,7 +77,7 @@ class TrainingLoop:
     def __init__(
         self,
         *,
-        model: CausalLM,
+        module: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         sampler: BatchSampler,
@@ -90,7 +90,7 @@ class TrainingLoop:
         emit: Callable[[Record], None],
         stop: StopRequest,
     ) -> None:
-        self.model = model
+        self.module = module
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.sampler = sampler
@@ -103,11 +103,6 @@ class TrainingLoop:
         self.emit = emit
         self.stop = stop
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.wrapped = (
-            DistributedDataParallel(model, process_group=environment.process_group)
-            if environment.process_group is not None
-            else model
-        )
         self._pending: deque[_Pending] = deque()
         self._stop_wanted = False
         self._clock = _StepClock(environment.device)
@@ -164,12 +159,11 @@ class TrainingLoop:
         # The mean over the predictions of all processes, whatever each of them has: gradients are
         # averaged over the processes.
         with self.autocast:
-            loss = self.wrapped(**batch.inputs, num_items=self.sampler.targets(step)).loss
+            loss = self.module(**batch.inputs, num_items=self.sampler.targets(step)).loss
         loss = loss * self.environment.world_size
         loss.backward()
-        norm = clip_grad_norm_(self.parameters, self.options.max_grad_norm)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
+        norm = clip_and_step(self.optimizer, self.parameters, self.options.max_grad_norm)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         waited = self._batches.take_waited()

@@ -14,20 +14,23 @@ from tilewright_train.errors import InputError
 
 
 def flatten(
-    optimizer: torch.optim.Optimizer, module: nn.Module
+    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    state: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The state of `optimizer` without numbers for parameters.
 
     Args:
         optimizer: All its parameters belong to `module`.
         module: Gives the names.
+        state: Its state_dict, where that has been gathered; None asks the optimizer.
 
     Returns:
         Tensors by «parameter.state», on the CPU, and a JSON record: the groups with the names of
         their parameters, and states that are no tensors.
     """
     names = _names_by_index(optimizer, module)
-    state = optimizer.state_dict()
+    state = optimizer.state_dict() if state is None else state
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
     for index, values in state["state"].items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tilewright_dist import DistributedEnvironment
 from tilewright_model import CausalLM, ModelConfig, count_parameters, flops_per_token
@@ -43,6 +44,8 @@ class Trainee:
     """What is trained, and what trains it."""
 
     model: CausalLM
+    module: nn.Module
+    """What is called to train: the model, or its wrapper for several processes."""
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
 
@@ -108,7 +111,7 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         world_size=environment.world_size,
     )
     shape = model_config(chosen, corpus.vocab_size)
-    trainee = build(chosen, shape, environment.device)
+    trainee = build(chosen, shape, environment)
     done, seconds = 0, 0.0
     if config.run.resume != "never":
         older = config.run.resume_from_older
@@ -131,19 +134,26 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
     )
 
 
-def build(chosen: Chosen, shape: ModelConfig, device: torch.device) -> Trainee:
+def build(chosen: Chosen, shape: ModelConfig, environment: DistributedEnvironment) -> Trainee:
     """Model, optimizer and schedule from the seed: the same weights on every device and process."""
     # Imported here, behind the thread that `pretraining` starts for it.
     from tilewright_optim import WarmupCosine
+    from tilewright_train.replicas import replicate
 
     options, settled = chosen.config.training, chosen.settled
     torch.manual_seed(options.seed)
-    model = CausalLM(shape).to(device)
-    optimizer = make_optimizer(options, model, settled.lr)
+    model = CausalLM(shape).to(environment.device)
+    module, optimizer = replicate(
+        model,
+        lambda _: make_optimizer(options, model, settled.lr),
+        parallel=chosen.config.machine.parallel,
+        environment=environment,
+        max_grad_norm=options.max_grad_norm,
+    )
     scheduler = WarmupCosine(
         optimizer, settled.warmup_steps, settled.steps, min_lr_ratio=options.min_lr_ratio
     )
-    return Trainee(model=model, optimizer=optimizer, scheduler=scheduler)
+    return Trainee(model=model, module=module, optimizer=optimizer, scheduler=scheduler)
 
 
 def checkpoint_bytes(shape: ModelConfig) -> int:
@@ -290,7 +300,12 @@ def _load_checkpoint(
     """Load the checkpoint that was found, if any; returns the seconds that its steps took."""
     if found.folder is None:
         return 0.0
-    facts, states = checkpoint.load(found.folder, **vars(trainee))
+    facts, states = checkpoint.load(
+        found.folder,
+        model=trainee.model,
+        optimizer=trainee.optimizer,
+        scheduler=trainee.scheduler,
+    )
     checkpoint.set_random_states(states, environment.rank, environment.device)
     if facts["processes"] != environment.world_size:
         reporter.say(

@@ -204,7 +204,9 @@ class _Training:
     def _loop(self, stop: StopRequest) -> TrainingLoop:
         config, settled, prepared = self.chosen.config, self.chosen.settled, self.prepared
         return TrainingLoop(
-            **vars(prepared.trainee),
+            module=prepared.trainee.module,
+            optimizer=prepared.trainee.optimizer,
+            scheduler=prepared.trainee.scheduler,
             sampler=prepared.sampler,
             options=LoopOptions(
                 steps=settled.steps,
@@ -242,7 +244,8 @@ class _Training:
         self.reporter.record(record)
 
     def _save(self, step: int, seconds: float) -> None:
-        environment = self.environment
+        environment, trainee = self.environment, self.prepared.trainee
+        optimizer_state = whole_state(trainee.optimizer)
         states = gather(environment, checkpoint.random_states(environment.rank, environment.device))
 
         def write() -> None:
@@ -251,7 +254,10 @@ class _Training:
             checkpoint.save(
                 self.prepared.run.checkpoints,
                 step,
-                **vars(self.prepared.trainee),
+                model=trainee.model,
+                optimizer=trainee.optimizer,
+                optimizer_state=optimizer_state,
+                scheduler=trainee.scheduler,
                 random_states=states,
                 tokenizer=self.prepared.corpus.tokenizer.to_str(),
                 facts={"seconds": seconds, "processes": environment.world_size},

@@ -1,8 +1,9 @@
 """Stories with an ending that agrees with them, and one that contradicts them in the same words.
 
-Two people get two things, each one of them. The ending says who had what in the end. The two
-endings hold the same words in another order, so with a tokenizer that splits at spaces they have
-the same tokens, and neither is likelier for its words or its length.
+Two people get two things, each of a colour. The ending says which coloured things there were in the
+end; the contradicting one exchanges the things. The two endings hold the same words in another
+order, so with a tokenizer that splits at spaces they have the same tokens, and neither is likelier
+for its words or its length.
 """
 
 from typing import NamedTuple
@@ -14,6 +15,11 @@ from tilewright_train.stories.words import COLOURS, NAMES, PLACES, THINGS
 _REQUESTS = ("Finish the story: {}", "How does this end? {}", "{} What happened then?")
 _MEETINGS = ("{0} and {1} met in the {2}.", "{0} met {1} in the {2}.", "One day {0} saw {1}.")
 _GETTING = ("{} found a {} {}.", "{} got a {} {}.", "{} took a {} {}.")
+_ENDINGS = (
+    "They went home with the {} {} and the {} {}.",
+    "In the end they had the {} {} and the {} {}.",
+    "They kept the {} {} and the {} {}.",
+)
 
 
 class _Plot(NamedTuple):
@@ -54,18 +60,22 @@ def preference(split: str, number: int) -> Preference:
 
 
 def _plot(draw: Draw, *, held_out: bool) -> _Plot:
-    names, things = draw.sample(NAMES, 2), draw.sample(THINGS, 2)
-    while is_held_out("plot", *names, *things) != held_out:
-        names, things = draw.sample(NAMES, 2), draw.sample(THINGS, 2)
+    names, colours, things = _cast(draw)
+    while is_held_out("plot", *names, *colours, *things) != held_out:
+        names, colours, things = _cast(draw)
     meeting = draw.choice(_MEETINGS).format(*names, draw.choice(PLACES))
-    colours = draw.sample(COLOURS, 2)
     getting = [
         draw.choice(_GETTING).format(*said) for said in zip(names, colours, things, strict=True)
     ]
     # The ending begins with either of the two, so that its order tells nothing.
-    (one, its), (other, others) = draw.sample(list(zip(names, things, strict=True)), 2)
+    (one, its), (other, others) = draw.sample(list(zip(colours, things, strict=True)), 2)
+    ending = draw.choice(_ENDINGS)
     return _Plot(
         " ".join([meeting, *getting]),
-        f"{one} had the {its} and {other} had the {others}.",
-        f"{one} had the {others} and {other} had the {its}.",
+        ending.format(one, its, other, others),
+        ending.format(one, others, other, its),
     )
+
+
+def _cast(draw: Draw) -> tuple[list[str], list[str], list[str]]:
+    return draw.sample(NAMES, 2), draw.sample(COLOURS, 2), draw.sample(THINGS, 2)

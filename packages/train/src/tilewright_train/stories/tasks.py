@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tilewright_train.records import Conversation, Message
 from tilewright_train.stories.drawing import Draw, Split, is_held_out
-from tilewright_train.stories.words import COLOURS, NAMES, NUMBERS, PLACES, THINGS
+from tilewright_train.stories.words import COLOURS, NAMES, NUMBERS, THINGS
 
 
 class Instruction(NamedTuple):
@@ -66,34 +66,29 @@ def instruction(split: Split, number: int) -> Instruction:
     return Instruction(name, template.format(**instance.fields), instance.answer)
 
 
-def _pairs(
+def _tied(
     draw: Draw, left: tuple[str, ...], right: tuple[str, ...], fact: str
 ) -> tuple[str, str, str]:
-    """Two or three facts that tie words of `left` to words of `right`, and a pair to ask for."""
+    """Two or three facts that tie a word of each list, and the two words of one to ask about."""
     count = 2 + draw.below(2)
-    tied = list(zip(draw.sample(left, count), draw.sample(right, count), strict=True))
-    asked = draw.choice(tied)
-    return " ".join(fact.format(*pair) for pair in tied), *asked
-
-
-def _owner(draw: Draw) -> Instance:
-    facts, name, thing = _pairs(draw, NAMES, THINGS, "{} has the {}.")
-    return Instance({"facts": facts, "thing": thing}, name)
-
-
-def _belonging(draw: Draw) -> Instance:
-    facts, name, thing = _pairs(draw, NAMES, THINGS, "{} has the {}.")
-    return Instance({"facts": facts, "name": name}, f"the {thing}")
-
-
-def _place(draw: Draw) -> Instance:
-    facts, thing, place = _pairs(draw, THINGS, PLACES, "The {} is in the {}.")
-    return Instance({"facts": facts, "thing": thing}, f"in the {place}")
+    ties = list(zip(draw.sample(left, count), draw.sample(right, count), strict=True))
+    *most, last = (fact.format(*tie) for tie in ties)
+    return f"{', '.join(most)} and {last}", *draw.choice(ties)
 
 
 def _colour(draw: Draw) -> Instance:
-    facts, thing, colour = _pairs(draw, THINGS, COLOURS, "The {} is {}.")
+    facts, colour, thing = _tied(draw, COLOURS, THINGS, "a {} {}")
     return Instance({"facts": facts, "thing": thing}, colour)
+
+
+def _thing(draw: Draw) -> Instance:
+    facts, colour, thing = _tied(draw, COLOURS, THINGS, "a {} {}")
+    return Instance({"facts": facts, "colour": colour}, thing)
+
+
+def _owner(draw: Draw) -> Instance:
+    facts, name, thing = _tied(draw, NAMES, THINGS, "{} has a {}")
+    return Instance({"facts": facts, "thing": thing}, name)
 
 
 def _words(draw: Draw, least: int, most: int) -> list[str]:
@@ -126,25 +121,22 @@ def _count(draw: Draw) -> Instance:
 
 
 TASKS: Mapping[str, Task] = {
-    "owner": Task(
-        _owner,
-        ("{facts} Who has the {thing}?", "{facts} Who owns the {thing}?",
-         "Who has the {thing}? {facts}", "{facts} Name the owner of the {thing}."),
-    ),
-    "belonging": Task(
-        _belonging,
-        ("{facts} What does {name} have?", "{facts} What is with {name}?",
-         "What does {name} have? {facts}", "{facts} Name the thing that {name} has."),
-    ),
-    "place": Task(
-        _place,
-        ("{facts} Where is the {thing}?", "{facts} Where can I find the {thing}?",
-         "Where is the {thing}? {facts}", "{facts} Tell me where the {thing} is."),
-    ),
     "colour": Task(
         _colour,
-        ("{facts} What colour is the {thing}?", "{facts} Which colour has the {thing}?",
-         "What colour is the {thing}? {facts}", "{facts} Name the colour of the {thing}."),
+        ("There is {facts}. What colour is the {thing}?",
+         "I see {facts}. Which colour has the {thing}?",
+         "What colour is the {thing}? There is {facts}.",
+         "Here is {facts}. Name the colour of the {thing}."),
+    ),
+    "thing": Task(
+        _thing,
+        ("There is {facts}. What is {colour}?", "I see {facts}. Which thing is {colour}?",
+         "What is {colour}? There is {facts}.", "Here is {facts}. Name the {colour} thing."),
+    ),
+    "owner": Task(
+        _owner,
+        ("{facts}. Who has the {thing}?", "{facts}. Who owns the {thing}?",
+         "Who has the {thing}? {facts}.", "{facts}. Name the owner of the {thing}."),
     ),
     "repeat": Task(
         _repeat,
