@@ -1,5 +1,7 @@
 """Losses that balance experts, beside transformers' and their definitions in plain torch."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -150,11 +152,12 @@ def test_bias_evens_the_load(device):
 def test_errors(layers, mask):
     x = layers[0]
     counts = torch.ones(EXPERTS, device=x.device)
+    unknown: Any = "max"
     for error, message, call in (
         (ValueError, "no layer", lambda: load_balancing_loss([], K)),
         (ValueError, "no layer", lambda: router_z_loss(())),
         (ValueError, "same", lambda: load_balancing_loss([x, x[:, :4]], K)),
-        (ValueError, "layers is 'max'", lambda: load_balancing_loss(x, K, layers="max")),
+        (ValueError, "layers is 'max'", lambda: load_balancing_loss(x, K, layers=unknown)),
         (ValueError, "24 tokens", lambda: load_balancing_loss(x, K, attention_mask=mask[:2])),
         (ValueError, "1 layers", lambda: load_balancing_loss(x, K, tokens_per_expert=[counts] * 2)),
         (ValueError, r"must be \[8\]", lambda: load_balancing_loss(x, K, tokens_per_expert=mask)),

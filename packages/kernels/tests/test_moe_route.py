@@ -1,5 +1,7 @@
 """moe_route: the choice, the weights and the order of rows against plain torch and differences."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,7 +33,7 @@ from tilewright_kernels.testing import (
 # histograms' experts; the widest.
 SHAPES = ((1, 1, 1), (37, 5, 2), (9, 8, 8), (300, 16, 4), (70, 128, 8), (11, 512, 3))
 BIAS = torch.linspace(0.4, -0.4, 16)
-FORMULAS = {
+FORMULAS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "softmax of all": {"normalize": False},
     "scaled": {"scale": 2.5},
@@ -47,7 +49,7 @@ FORMULAS = {
 }  # fmt: skip
 
 
-def on(device, formula):
+def on(device, formula) -> dict[str, Any]:
     return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in formula.items()}
 
 
@@ -347,11 +349,12 @@ def test_cuda_graph():
 
 def test_errors(device):
     x = make(4, 6, torch.float32, device)
+    unknown: Any = "top"
     for error, message, call in (
         (ValueError, r"\(24,\)", lambda: moe_route(x.flatten(), 2)),
         (ValueError, "k is 7", lambda: moe_route(x, 7)),
         (ValueError, "k is 0", lambda: moe_route(x, 0)),
-        (ValueError, "scoring is 'top'", lambda: moe_route(x, 2, scoring="top")),
+        (ValueError, "scoring is 'top'", lambda: moe_route(x, 2, scoring=unknown)),
         (ValueError, "must divide 6", lambda: moe_route(x, 2, num_groups=4)),
         (ValueError, "topk_groups is 4", lambda: moe_route(x, 2, num_groups=3, topk_groups=4)),
         (ValueError, "fewer than the 3", lambda: moe_route(x, 3, num_groups=3)),

@@ -40,7 +40,7 @@ def reference(x, weights):
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_matches_float64(shape, dtype, weighted, device):
-    x, weights = make(*shape, dtype, device)
+    x, weights = make(shape[0], shape[1], dtype, device)
     inputs = (x, weights if weighted else None)
     check_against_float64(function, reference, inputs, operator="router_statistics")
 
