@@ -262,28 +262,50 @@ def grouped_rows_hopper_kernel(
 
 
 @gluon.jit
-def _sum_at(offs_ptr, index, tiles, tiles_m, tiles_n, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr):
-    """First row, steps, column in A and in B of a tile, and the rows that its last step has.
-
-    A group without rows has one step, all of which is padding.
-    """
-    group = index // (tiles_m * tiles_n)
-    m, n = tile_at(index - group * (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+def _group_at(offs_ptr, index, tiles, tiles_of_group):
+    """First row of a tile's group, and how many it has; none past the last tile."""
+    group = index // tiles_of_group
     inside = index < tiles
     start = gl.load(offs_ptr + group - 1, mask=inside & (group > 0), other=0)
-    rows = gl.load(offs_ptr + group, mask=inside, other=0) - start
-    steps = gl.maximum(gl.cdiv(rows, BLOCK_K), 1)
-    return start, steps, m, n, rows - (steps - 1) * BLOCK_K
+    return start, gl.load(offs_ptr + group, mask=inside, other=0) - start
 
 
 @gluon.jit
-def _fetch_sums(a_desc, b_desc, a_bufs, b_bufs, full, slot, row, m, n, pred):
+def _steps_of(rows, BLOCK_K: gl.constexpr):
+    """Steps of a tile. A group without rows has one, all of which is padding."""
+    return gl.maximum(gl.cdiv(rows, BLOCK_K), 1)
+
+
+@gluon.jit
+def _fetch_sums(
+    a_desc, b_desc, a_bufs, b_bufs, full, slot, tile, start, k, tiles_m, tiles_n, pred,
+    GROUP_M: gl.constexpr,
+):  # fmt: skip
     """Start the copies of one step's operands, whole rows of both."""
     bar, a, b = full.index(slot), a_bufs.index(slot), b_bufs.index(slot)
     BLOCK_K: gl.constexpr = a_bufs.shape[1]
+    m, n = tile_at(tile % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+    row = start + k * BLOCK_K
     mbarrier.expect(bar, (128 + 256) * BLOCK_K * 2, pred=pred)
     tma.async_copy_global_to_shared(a_desc, [row, m * 128], bar, a, pred=pred)
     tma.async_copy_global_to_shared(b_desc, [row, n * 256], bar, b, pred=pred)
+
+
+@gluon.jit
+def _following_sum(
+    tile, k, start, rows, later_start, later_rows, offs_ptr, tiles, tiles_of_group,
+    BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    """The step after this one, and the group of the tile after its tile."""
+    k += 1
+    if k == _steps_of(rows, BLOCK_K):
+        k = 0
+        tile += gl.num_programs(0)
+        start, rows = later_start, later_rows
+        later_start, later_rows = _group_at(
+            offs_ptr, tile + gl.num_programs(0), tiles, tiles_of_group
+        )
+    return tile, k, start, rows, later_start, later_rows
 
 
 @gluon.jit
@@ -292,9 +314,10 @@ def _clear_rows(tile, valid, layout: gl.constexpr):
     ROWS: gl.constexpr = 16
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     for i in gl.static_range(tile.shape[0] // ROWS):
-        part = tile.slice(ROWS * i, ROWS)
-        values = part.load(layout)
-        part.store(gl.where((ROWS * i + rows < valid)[:, None], values, 0.0).to(tile.dtype))
+        if ROWS * (i + 1) > valid:
+            part = tile.slice(ROWS * i, ROWS)
+            values = part.load(layout)
+            part.store(gl.where((ROWS * i + rows < valid)[:, None], values, 0.0).to(tile.dtype))
 
 
 @gluon.jit
@@ -314,26 +337,24 @@ def _multiply_sums(
     )
     a_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     b_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
+    tiles_of_group = tiles_m * tiles_n
     tile, k = gl.program_id(0), 0
-    start, steps, m, n, _valid = _sum_at(offs_ptr, tile, tiles, tiles_m, tiles_n, BLOCK_K, GROUP_M)
+    start, rows = _group_at(offs_ptr, tile, tiles, tiles_of_group)
+    later_start, later_rows = _group_at(offs_ptr, tile + gl.num_programs(0), tiles, tiles_of_group)
+    my_rows, my_later_rows = rows, later_rows
     for slot in gl.static_range(STAGES - 1):
         _fetch_sums(
-            a_desc, b_desc, a_bufs, b_bufs, full, slot, start + k * BLOCK_K, m, n, tile < tiles
+            a_desc, b_desc, a_bufs, b_bufs, full, slot, tile, start, k, tiles_m, tiles_n,
+            tile < tiles, GROUP_M,
+        )  # fmt: skip
+        tile, k, start, rows, later_start, later_rows = _following_sum(
+            tile, k, start, rows, later_start, later_rows, offs_ptr, tiles, tiles_of_group, BLOCK_K
         )
-        k += 1
-        if k == steps:
-            k = 0
-            tile += gl.num_programs(0)
-            start, steps, m, n, _valid = _sum_at(
-                offs_ptr, tile, tiles, tiles_m, tiles_n, BLOCK_K, GROUP_M
-            )
     step = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        _start, my_steps, _m, _n, valid = _sum_at(
-            offs_ptr, index, tiles, tiles_m, tiles_n, BLOCK_K, GROUP_M
-        )
+        steps = _steps_of(my_rows, BLOCK_K)
         acc = gl.zeros((128, 256), gl.float32, layout)
-        for _k in range(my_steps - 1):
+        for _k in range(steps - 1):
             current = step % STAGES
             mbarrier.wait(full.index(current), step // STAGES & 1)
             a, b = a_bufs.index(current).permute((1, 0)), b_bufs.index(current)
@@ -342,19 +363,16 @@ def _multiply_sums(
             gl.thread_barrier()
             _fetch_sums(
                 a_desc, b_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES,
-                start + k * BLOCK_K, m, n, tile < tiles,
+                tile, start, k, tiles_m, tiles_n, tile < tiles, GROUP_M,
             )  # fmt: skip
-            k += 1
-            if k == steps:
-                k = 0
-                tile += gl.num_programs(0)
-                start, steps, m, n, _valid = _sum_at(
-                    offs_ptr, tile, tiles, tiles_m, tiles_n, BLOCK_K, GROUP_M
-                )
+            tile, k, start, rows, later_start, later_rows = _following_sum(
+                tile, k, start, rows, later_start, later_rows, offs_ptr, tiles, tiles_of_group,
+                BLOCK_K,
+            )  # fmt: skip
             step += 1
         current = step % STAGES
         mbarrier.wait(full.index(current), step // STAGES & 1)
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        valid = my_rows - (steps - 1) * BLOCK_K
         if valid < BLOCK_K:
             _clear_rows(a_bufs.index(current), valid, a_layout)
             _clear_rows(b_bufs.index(current), valid, b_layout)
@@ -362,19 +380,21 @@ def _multiply_sums(
         gl.thread_barrier()
         a, b = a_bufs.index(current).permute((1, 0)), b_bufs.index(current)
         token = warpgroup_mma(a, b, acc, is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=1, deps=(token,))
+        gl.thread_barrier()
         _fetch_sums(
             a_desc, b_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES,
-            start + k * BLOCK_K, m, n, tile < tiles,
+            tile, start, k, tiles_m, tiles_n, tile < tiles, GROUP_M,
         )  # fmt: skip
-        k += 1
-        if k == steps:
-            k = 0
-            tile += gl.num_programs(0)
-            start, steps, m, n, _valid = _sum_at(
-                offs_ptr, tile, tiles, tiles_m, tiles_n, BLOCK_K, GROUP_M
-            )
+        tile, k, start, rows, later_start, later_rows = _following_sum(
+            tile, k, start, rows, later_start, later_rows, offs_ptr, tiles, tiles_of_group, BLOCK_K
+        )
         step += 1
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
+        my_rows = my_later_rows
+        _start, my_later_rows = _group_at(
+            offs_ptr, index + 2 * gl.num_programs(0), tiles, tiles_of_group
+        )
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         hand_over(acc, parts, tile_full, tile_empty, index // gl.num_programs(0))
 
 

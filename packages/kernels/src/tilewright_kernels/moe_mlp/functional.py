@@ -85,11 +85,10 @@ def _backward(
         needed: which gradients are.
         overwrite: write the gradient of gate_up over it.
     """
-    grads = _backward_fake(
-        dy, x, w_gate_up, w_down, weights, gate_up, offs, permutation, inverse, activation, needed
-    )
     need_dx, need_dw_gate_up, need_dw_down, need_dweights = needed
-    dx, dw_gate_up, dw_down, dweights = grads
+    # Each is made where it is written: at its peak memory holds what that launch needs.
+    dx, dw_gate_up, dw_down = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+    dweights = weights.new_empty(0)
     function, slope = _device_functions(activation)
     blocks: dict[int, Tensor] = {}
     rows, (top_k, width) = permutation.shape[0], (weights.shape[1], w_down.shape[2])
@@ -114,18 +113,21 @@ def _backward(
         function, slope,
     )  # fmt: skip
     if dots is not None:
+        dweights = torch.empty_like(weights)
         weight_grads(_OP, dots, dweights, inverse)
     if h is not None:
+        dw_down = dy.new_empty(w_down.shape)
         launch_sums(_OP, dy_rows, h, offs, dw_down)
     del dots, h, dy_rows
     if dgate_up is not None and need_dx:
-        dx_rows = dy.new_empty(rows, dy.shape[-1])
+        dx, dx_rows = dy.new_empty(dy.shape), dy.new_empty(rows, dy.shape[-1])
         launch_rows(_OP, dgate_up, w_gate_up, offs, dx_rows, blocks)
         rows_to_tokens(_OP, dx_rows, as_matrix(dx), inverse, top_k)
         del dx_rows
     if dgate_up is not None and need_dw_gate_up:
         assert x is not None
         x_rows, _ = tokens_to_rows(_OP, as_matrix(x), inverse, top_k)
+        dw_gate_up = dy.new_empty(w_gate_up.shape)
         launch_sums(_OP, dgate_up, x_rows, offs, dw_gate_up)
     return dx, dw_gate_up, dw_down, dweights
 

@@ -93,14 +93,11 @@ def expert_gate_up_hopper_kernel(
 
 
 @gluon.jit
-def _load_chunk(
-    gate_ptr, weights_ptr, chunk, place, N, layout: gl.constexpr,
-    PARTS_M: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    """gate, up and the rows' weights of a chunk [ROWS, 64]; zeros outside of the group."""
+def _load_chunk(gate_ptr, weights_ptr, chunk, place, N, layout: gl.constexpr, ROWS: gl.constexpr):
+    """gate, up and the rows' weights of a chunk [ROWS, 64]; four lie beside each other."""
     row, end, n = place
-    rows = row + chunk % PARTS_M * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    cols = n * 256 + chunk // PARTS_M * 64 + gl.arange(0, 64, gl.SliceLayout(0, layout))
+    rows = row + chunk // 4 * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    cols = n * 256 + chunk % 4 * 64 + gl.arange(0, 64, gl.SliceLayout(0, layout))
     mask = (rows < end)[:, None] & (cols < N)[None, :]
     gate_ptrs = gate_ptr + rows.to(gl.int64)[:, None] * (2 * N) + cols[None, :]
     gate = gl.load(gate_ptrs, mask=mask, other=0.0)
@@ -131,14 +128,13 @@ def _gate_grad(
     num_blocks = gl.load(blocks_ptr)
     tiles = num_blocks * tiles_n
     row, end, n = _place(blocks_ptr, gl.program_id(0), num_blocks, tiles_n, GROUP_M)
-    gate, up, weight = _load_chunk(
-        gate_ptr, weights_ptr, 0, (row, end, n), N, layout, PARTS_M, ROWS
-    )
+    gate, up, weight = _load_chunk(gate_ptr, weights_ptr, 0, (row, end, n), N, layout, ROWS)
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         later_row, later_end, later_n = _place(
             blocks_ptr, index + gl.num_programs(0), num_blocks, tiles_n, GROUP_M
         )
         mbarrier.wait(tile_full, index // gl.num_programs(0) & 1)
+        dots = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout))
         for c in range(CHUNKS):
             last = c == CHUNKS - 1
             place = (
@@ -146,17 +142,18 @@ def _gate_grad(
                 gl.where(last, later_n, n),
             )  # fmt: skip
             next_gate, next_up, next_weight = _load_chunk(
-                gate_ptr, weights_ptr, (c + 1) % CHUNKS, place, N, layout, PARTS_M, ROWS
+                gate_ptr, weights_ptr, (c + 1) % CHUNKS, place, N, layout, ROWS
             )
             gate, up = gate.to(gl.float32), up.to(gl.float32)
-            dh = dh_bufs.index(c).load(layout).to(gl.float32)
+            dh = dh_bufs.index(c % 4 * PARTS_M + c // 4).load(layout).to(gl.float32)
             f = FUNCTION(gate)
             h = f * up
-            first, col = row + c % PARTS_M * ROWS, n * 256 + c // PARTS_M * 64
-            rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+            first, col = row + c // 4 * ROWS, n * 256 + c % 4 * 64
             if dots_ptr is not None:
-                dots = dots_ptr + rows.to(gl.int64) * (4 * tiles_n) + col // 64
-                gl.store(dots, gl.sum(dh * h, axis=1), mask=rows < end)
+                dots = gl.where(c % 4 == 0, 0.0, dots) + gl.sum(dh * h, axis=1)
+                rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+                dots_ptrs = dots_ptr + rows.to(gl.int64) * tiles_n + n
+                gl.store(dots_ptrs, dots, mask=(rows < end) & (c % 4 == 3))
             dh = dh * weight[:, None]
             if dgate_ptr is not None:
                 dgate = (dh * up * SLOPE(gate)).to(parts.dtype)
