@@ -155,18 +155,16 @@ def caches(model: CausalLM, batch: int, tokens: int) -> list[dict[str, Any]]:
 
     def run(kind: str) -> tuple[list[float], list[int]]:
         before = allocated()
-        cache = KVCache(config, batch, tokens, device=device, dtype=dtype)
+        rows = KVCache(config, batch, tokens, device=device, dtype=dtype) if kind == "rows" else None
         empty = torch.empty(shape, device=device, dtype=dtype)
         joined = [(empty, empty) for _ in model.layers]
-        if kind == "concatenation":
-            del cache
         ids, times, memory = first, [], []
         for position in range(tokens):
-            if kind == "concatenation":
+            if rows is None:
                 logits = concatenating_step(model, ids, joined, position)
             else:
-                logits = decode_step(model, ids, cache, counters)
-                cache.advance(1)
+                logits = decode_step(model, ids, rows, counters)
+                rows.advance(1)
             ids = logits.argmax(-1)
             if position % 50 == 49:
                 synchronize(device)
