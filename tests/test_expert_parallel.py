@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ def expert_parallel(*args):
     """The function as the page shows it."""
     blocks = re.findall(r"^```python\n(.*?)^```", NOTE.read_text(), re.MULTILINE | re.DOTALL)
     (block,) = [block for block in blocks if "def expert_parallel" in block]
-    namespace = {"torch": torch}
+    namespace: dict[str, Any] = {"torch": torch}
     exec(compile(block, str(NOTE), "exec"), namespace)
     return namespace["expert_parallel"](*args)
 
