@@ -377,21 +377,27 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_remedy(
     assert [p.name for p in (run_folder / "checkpoints").iterdir()] == ["step-000004"]
 
 
-def test_two_processes_train_as_one_on_the_joined_batch(
-    tiny_flags: list[str], tmp_path: Path
-) -> None:
-    alone, _ = train(tiny_flags, "--name", "alone")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+def in_two_processes(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "tilewright_train", *tiny_flags, "--name", "two"),
+            *("--nproc-per-node", "2", "-m", "tilewright_train", *flags),
         ],
         capture_output=True,
         text=True,
         timeout=240,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "zero1"])
+def test_two_processes_train_as_one_on_the_joined_batch(
+    parallel: str, tiny_flags: list[str], tmp_path: Path
+) -> None:
+    # Gradients are clipped at every step, by the norm over all processes.
+    tiny_flags = [*tiny_flags, "--max-grad-norm", "0.05"]
+    alone, _ = train(tiny_flags, "--name", "alone")
+    done = in_two_processes(*tiny_flags, "--name", "two", "--parallel", parallel)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("val loss") == 3  # said once, not once a process
     assert "processes    2" in done.stdout
@@ -399,8 +405,17 @@ def test_two_processes_train_as_one_on_the_joined_batch(
     for one, other in zip(losses(alone), losses(two), strict=True):
         for value, expected in zip(other, one, strict=True):
             assert value == (expected if expected is None else pytest.approx(expected, rel=2e-5))
+    whole = weights(two)
     for name, tensor in weights(alone).items():
-        torch.testing.assert_close(tensor, weights(two)[name], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=2e-5)
+    if parallel == "zero1":
+        # From the checkpoint before the last, whose states the first process has collected.
+        shutil.rmtree(two / "checkpoints" / "step-000012")
+        (two / "summary.json").unlink()
+        again = in_two_processes("--resume", str(two))
+        assert again.returncode == 0, again.stderr
+        for name, tensor in whole.items():
+            assert torch.equal(weights(two)[name], tensor), name
 
 
 def test_an_error_of_one_process_ends_both(tiny_flags: list[str], corpus_file: Path) -> None:

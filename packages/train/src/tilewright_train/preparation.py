@@ -34,6 +34,7 @@ from tilewright_train.metrics import read_metrics, truncate_metrics
 from tilewright_train.optimizers import make_optimizer
 from tilewright_train.processes import on_first
 from tilewright_train.progress import Reporter
+from tilewright_train.replicas import replicate
 from tilewright_train.run_directory import RunDirectory, check_room, create
 from tilewright_train.sources import Source, open_source
 from tilewright_train.tokenizer import end_token
@@ -95,7 +96,7 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         packing=config.data.packing,
         document_mask=settled.document_mask == "on",
         seq_len=settled.seq_len,
-        separator=end_token(corpus.tokenizer),
+        padding=end_token(corpus.tokenizer),
     )
     training = training_rows(
         [source.train for source in corpus.sources],
@@ -138,7 +139,6 @@ def build(chosen: Chosen, shape: ModelConfig, environment: DistributedEnvironmen
     """Model, optimizer and schedule from the seed: the same weights on every device and process."""
     # Imported here, behind the thread that `pretraining` starts for it.
     from tilewright_optim import WarmupCosine
-    from tilewright_train.replicas import replicate
 
     options, settled = chosen.config.training, chosen.settled
     torch.manual_seed(options.seed)

@@ -30,6 +30,7 @@ from tilewright_train.metrics import MetricsFile, Record
 from tilewright_train.preparation import Prepared, prepare
 from tilewright_train.processes import gather, local_processes, on_first
 from tilewright_train.progress import Reporter, make_reporter
+from tilewright_train.replicas import whole_state
 from tilewright_train.run_directory import RunDirectory
 from tilewright_train.signals import StopRequest
 
