@@ -24,11 +24,9 @@ TOKENS = torch.arange(101, dtype=torch.int32)
 END = 0
 
 
-def windows(
-    tokens: torch.Tensor = TOKENS, *, seq_len: int = 6, seed: int | None = 0,
-    separator: int | None = None,
-) -> WindowRows:  # fmt: skip
-    return WindowRows(tokens, seq_len=seq_len, seed=seed, separator=separator)
+def windows(tokens: torch.Tensor = TOKENS, *, seq_len: int = 6, seed: int | None = 0) -> WindowRows:
+    samples = Samples(tokens, torch.tensor([tokens.numel()]))
+    return WindowRows(samples, seq_len=seq_len, seed=seed, document_mask=False)
 
 
 def sampler(*, rank: int = 0, world_size: int = 1, seq_len: int = 6, seed: int = 0) -> BatchSampler:
@@ -111,20 +109,36 @@ def test_too_few_tokens_or_uneven_shares_are_errors() -> None:
         sampler(world_size=2).batch(0, 0, 4)
 
 
-def test_with_a_separator_each_document_is_a_segment() -> None:
-    rows = windows(documents([4, 3, 5, 100]).tokens, seed=None, separator=END)
+def test_with_a_document_mask_each_document_is_a_segment() -> None:
+    rows = WindowRows(documents([4, 3, 5]), seq_len=6, seed=None, document_mask=True)
     batch = rows.read([0, 1])
-    assert batch.input_ids.tolist() == [[1, 2, 3, 0, 1, 2], [2, 0, 1, 2, 3, 4]]
-    # The separator is the last thing a document predicts, and the first thing of the next one.
-    assert batch.labels.tolist() == [[-100, 2, 3, 0, 1, 2], [-100, 0, 1, 2, 3, 4]]
+    # The end token is the last thing a document predicts; again, it is what the next begins with.
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3, 0, 0], [0, 1, 2, 0, 0, 1]]
+    assert batch.labels.tolist() == [[-100, 1, 2, 3, 0, -100], [-100, 1, 2, 0, -100, 1]]
     assert batch.cu_seqlens is not None
-    assert batch.cu_seqlens.tolist() == [0, 3, 6, 7, 12]
+    assert batch.cu_seqlens.tolist() == [0, 5, 6, 10, 12]
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.position_ids is not None
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 4]]
-    assert batch.targets == 10
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 0, 1]]
+    assert batch.targets == 8
     assert batch.inputs["input_ids"].shape == (1, 12)
     assert batch.inputs["max_seqlen"] == 6
+
+
+def test_an_epoch_of_masked_windows_predicts_every_token_once() -> None:
+    # 67 tokens and 8 that begin a document are 15 windows of 5, and nothing is left out.
+    samples = documents([3, 30, 1, 7, 7, 2, 12, 5])
+    rows = WindowRows(samples, seq_len=6, seed=0, document_mask=True)
+    assert rows.count == 15
+    for epoch in range(4):  # each starts elsewhere, some inside a document
+        numbers = range(epoch * 15, (epoch + 1) * 15)
+        batch = rows.read(numbers)
+        predicted = batch.labels[batch.labels != IGNORE_INDEX]
+        assert predicted.sort().values.tolist() == samples.tokens.sort().values.tolist()
+        assert batch.targets == rows.targets(numbers) == 67
+        assert [rows.targets([n]) for n in numbers] == [
+            int((row != IGNORE_INDEX).sum()) for row in batch.labels
+        ]
 
 
 def test_packed_documents_begin_with_the_separator_and_are_not_predicted_across() -> None:

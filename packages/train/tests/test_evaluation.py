@@ -8,6 +8,7 @@ from tilewright_model import CausalLM, preset
 from tilewright_train.batches import WindowRows
 from tilewright_train.data import ValidationRows
 from tilewright_train.evaluation import draw_sample, validation_loss
+from tilewright_train.samples import Samples
 from tilewright_train.tokenizer import train_tokenizer
 
 FP32 = torch.autocast("cpu", enabled=False)
@@ -26,7 +27,8 @@ def model() -> CausalLM:
 
 def test_the_loss_does_not_depend_on_how_rows_are_grouped(model: CausalLM) -> None:
     tokens = torch.randint(260, (7 * 8 + 1,), generator=torch.Generator().manual_seed(0))
-    rows = WindowRows(tokens, seq_len=9, seed=None)
+    samples = Samples(tokens, torch.tensor([tokens.numel()]))
+    rows = WindowRows(samples, seq_len=9, seed=None, document_mask=False)
     ids = rows.read(range(7)).input_ids
     expected = model(ids, labels=ids).loss.item()
     everything = ValidationRows(parts=((rows, tuple(range(7))),))

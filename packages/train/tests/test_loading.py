@@ -1,5 +1,8 @@
 """Batches ahead of time: the same ones, whoever reads them, and the waiting is counted."""
 
+import multiprocessing
+import os
+import signal
 import time
 
 import pytest
@@ -7,9 +10,11 @@ import torch
 
 from tilewright_train.batches import Batch, BatchSampler, WindowRows
 from tilewright_train.loading import BatchLoader, LoadingOptions, choose_workers
+from tilewright_train.samples import Samples
 
 CPU = torch.device("cpu")
-ROWS = WindowRows(torch.arange(500, dtype=torch.int32), seq_len=9, seed=0, separator=7)
+SAMPLES = Samples(torch.arange(500, dtype=torch.int32), torch.arange(20, 501, 20))
+ROWS = WindowRows(SAMPLES, seq_len=9, seed=0, document_mask=True)
 SAMPLER = BatchSampler(ROWS, batch_size=4)
 
 
@@ -26,7 +31,6 @@ def assert_same(batch: Batch, expected: Batch) -> None:
         assert torch.equal(torch.as_tensor(batch.inputs[name]).cpu(), torch.as_tensor(tensor)), name
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_in_order_from_any_step_on(workers: int) -> None:
     loader = BatchLoader(SAMPLER, range(3, 9), CPU, LoadingOptions(workers=workers), parts=2)
@@ -47,7 +51,6 @@ def test_waiting_is_counted() -> None:
     assert loader.take_waited() == 0  # only `next` waits
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_workers_read_while_the_step_computes() -> None:
     loader = BatchLoader(
         _Slow(ROWS, batch_size=4), range(8), CPU, LoadingOptions(workers=1, prefetch=4)
@@ -60,8 +63,22 @@ def test_workers_read_while_the_step_computes() -> None:
     loader.close()
 
 
+def test_a_signal_to_all_processes_ends_no_worker() -> None:
+    loader = BatchLoader(SAMPLER, range(40), CPU, LoadingOptions(workers=2, prefetch=1))
+    next(loader)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid or 0, signal_number)
+    time.sleep(0.1)
+    assert sum(1 for _ in loader) == 39
+    workers = multiprocessing.active_children()
+    loader.close()
+    for worker in workers:
+        worker.join(timeout=10)
+        assert worker.exitcode == 0
+
+
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("pin_memory", [False, True])
 def test_on_a_gpu_they_arrive_whole(workers: int, pin_memory: bool) -> None:

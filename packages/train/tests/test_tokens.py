@@ -241,9 +241,10 @@ resource.setrlimit(resource.RLIMIT_DATA, (anonymous() + limit,) * 2)
 source, options = open_source(str(path)), DataOptions()
 file = prepare_tokenizer([source], options, 300, path.parent / "cache")
 folder, _ = prepare(source, options, tokenizer.load_tokenizer(file), path.parent / "cache")
-tokens = load(folder).train.tokens
-rows = WindowRows(tokens, seq_len=128, seed=0, separator=0)
-assert BatchSampler(rows, batch_size=8).batch(3).targets == 8 * 127
+samples = load(folder).train
+tokens = samples.tokens
+rows = WindowRows(samples, seq_len=128, seed=0, document_mask=True)
+assert BatchSampler(rows, batch_size=8).batch(3).targets > 8 * 120
 print(path.stat().st_size, 4 * tokens.numel())
 """
 

@@ -97,67 +97,88 @@ class WindowRows:
 
     An epoch starts somewhere on the ring, cuts it into windows of `seq_len` that overlap by one
     token (a window predicts all its tokens but the first, so every token is predicted once) and
-    visits them in random order. With a separator each one begins a segment: it is the last target
-    of the sample before it, and what the first token of the next one is predicted from.
+    visits them in random order.
+
+    With a document mask every sample is a segment of its own, and the ring holds the token before a
+    sample, which ends the one before it, once more in front of it: a document's end is predicted,
+    and so is its first token, from the end token alone.
     """
 
     def __init__(
-        self,
-        tokens: torch.Tensor,
-        *,
-        seq_len: int,
-        seed: int | None,
-        separator: int | None = None,
+        self, samples: Samples, *, seq_len: int, seed: int | None, document_mask: bool
     ) -> None:
         """Prepare to read windows.
 
         Args:
-            tokens: [N] integer.
-            seq_len: Tokens a row.
+            samples: Texts, the end token behind each.
+            seq_len: Tokens a row; fewer without a seed where there are not as many.
             seed: Chooses the order; None for windows in order, from the first token on.
-            separator: The token behind every sample; None lets attention cross it.
+            document_mask: Whether attention stays within a sample.
 
         Raises:
             InputError: Fewer tokens than a row.
         """
-        if tokens.numel() < seq_len:
+        tokens = samples.tokens.numel()
+        self._tokens = samples.tokens
+        self._seed = seed
+        # Places on the ring where the samples end, if those are to be told.
+        self._ends = samples.ends + torch.arange(1, samples.ends.numel() + 1)
+        self._masked = document_mask
+        self._places = tokens + (samples.ends.numel() if document_mask else 0)
+        if seed is not None and self._places < seq_len:
             raise InputError(
-                f"the corpus has {tokens.numel()} training tokens, fewer than one sequence of"
+                f"the corpus has {tokens} training tokens, fewer than one sequence of"
                 f" {seq_len}: give --data more text, or a smaller --seq-len"
             )
-        self._tokens = tokens
-        self._seed = seed
-        self._separator = separator
-        self.seq_len = seq_len
-        self.count = max(tokens.numel() // (seq_len - 1), 1)
+        self.seq_len = min(seq_len, self._places)
+        self.count = max(self._places // (self.seq_len - 1), 1)
+        if seed is None:
+            self.count = (self._places - 1) // (self.seq_len - 1)
 
     def read(self, numbers: Sequence[int]) -> Batch:
         """The windows with these numbers."""
-        starts = torch.tensor([self._start(number) for number in numbers])
-        positions = starts[:, None] + torch.arange(self.seq_len)
-        ids = self._tokens[positions % self._tokens.numel()].long()
+        places = self._starts(numbers)[:, None] + torch.arange(self.seq_len)
+        places %= self._places
+        samples = torch.searchsorted(self._ends, places, right=True) + 1 if self._masked else 0
+        ids = self._tokens[(places - samples) % self._tokens.numel()].long()
         labels = ids.clone()
         labels[:, 0] = IGNORE_INDEX
-        targets = self.targets(numbers)
-        batch = Batch(input_ids=ids, labels=labels, targets=targets, tokens=ids.numel())
-        if self._separator is None:
+        batch = Batch(
+            input_ids=ids, labels=labels, targets=self.targets(numbers), tokens=ids.numel()
+        )
+        if not self._masked:
             return batch
-        begins = ids == self._separator
-        begins[:, 0] = True
-        bounds = begins.flatten().nonzero().flatten()
-        return dataclasses.replace(batch, **_segments(bounds, ids))
+        begins = torch.ones_like(ids, dtype=torch.bool)
+        begins[:, 1:] = torch.as_tensor(samples).diff(dim=1) != 0
+        labels[begins] = IGNORE_INDEX
+        return dataclasses.replace(batch, **_segments(begins.flatten().nonzero().flatten(), ids))
 
     def targets(self, numbers: Sequence[int]) -> int:
-        """Every token of a window but the first."""
-        return len(numbers) * (self.seq_len - 1)
+        """Every token of a window but the first, and but those that begin a sample."""
+        targets = len(numbers) * (self.seq_len - 1)
+        if self._masked:
+            first = self._starts(numbers) % self._places
+            last = first + self.seq_len - 1
+            begun = self._begun(last) - self._begun(first)
+            targets -= int(begun.sum())
+        return targets
 
-    def _start(self, number: int) -> int:
-        """Where the window with this number begins on the ring."""
+    def _begun(self, places: torch.Tensor) -> torch.Tensor:
+        """How many samples have begun after the first one, up to and at a place; twice around."""
+        around, inside = places // self._places, places % self._places
+        begun = torch.searchsorted(self._ends, inside, right=True)
+        return begun + around * self._ends.numel()
+
+    def _starts(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Where the windows with these numbers begin on the ring."""
         if self._seed is None:
-            return number * (self.seq_len - 1)
-        epoch, index = divmod(number, self.count)
-        offset, order = _epoch_order(self._seed, epoch, self._tokens.numel(), self.count)
-        return offset + int(order[index]) * (self.seq_len - 1)
+            return torch.tensor(numbers) * (self.seq_len - 1)
+        starts = []
+        for number in numbers:
+            epoch, index = divmod(number, self.count)
+            offset, order = _epoch_order(self._seed, epoch, self._places, self.count)
+            starts.append(offset + int(order[index]) * (self.seq_len - 1))
+        return torch.tensor(starts)
 
 
 class PlannedRows:

@@ -30,8 +30,8 @@ class RowOptions:
     """With «concat»: attention and positions stay within a document. Other packings always do."""
     seq_len: int
     """Tokens a row."""
-    separator: int
-    """The token behind every text; it pads rows, too."""
+    padding: int
+    """The token that fills rows up, where that is needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +138,8 @@ def validation_rows(splits: Sequence[Samples], options: RowOptions, budget: int)
 def _rows(samples: Samples, options: RowOptions, seed: int | None) -> tuple[Rows, Plan | None]:
     if options.packing != "concat":
         plan = plan_rows(samples, options.seq_len, pack=options.packing == "best_fit")
-        return PlannedRows(samples, plan, seed=seed, padding=options.separator), plan
-    count = samples.tokens.numel()
+        return PlannedRows(samples, plan, seed=seed, padding=options.padding), plan
     rows = WindowRows(
-        samples.tokens,
-        seq_len=min(options.seq_len, count) if seed is None else options.seq_len,
-        seed=seed,
-        separator=options.separator if options.document_mask else None,
+        samples, seq_len=options.seq_len, seed=seed, document_mask=options.document_mask
     )
     return rows, None

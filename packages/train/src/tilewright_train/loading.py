@@ -5,7 +5,9 @@ needs no state of theirs.
 """
 
 import os
+import signal
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,6 +60,7 @@ class BatchLoader:
             prefetch_factor=options.prefetch if options.workers else None,
             # By fork, a worker starts in milliseconds and shares what is mapped; it touches no GPU.
             multiprocessing_context="fork" if options.workers else None,
+            worker_init_fn=_outlive_signals,
             pin_memory=self._pin and options.workers > 0,
             in_order=True,
         )
@@ -71,7 +74,10 @@ class BatchLoader:
     def __next__(self) -> Batch:
         begin = time.perf_counter()
         if self._batches is None:
-            self._batches = iter(self._loader)
+            with warnings.catch_warnings():
+                # From 3.12 on, of any fork beside threads; what they might hold, no worker needs.
+                warnings.filterwarnings("ignore", ".* is multi-threaded", DeprecationWarning)
+                self._batches = iter(self._loader)
         batch = next(self._batches)
         if self._device.type != "cpu":
             if self._pin and not batch.input_ids.is_pinned():
@@ -100,6 +106,23 @@ class _Parts(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         step, part = divmod(index, self._parts)
         return self._sampler.batch(step, part, self._parts)
+
+
+def _outlive_signals(_: int) -> None:
+    """Let a worker read on when a signal meant for the run reaches all of its processes.
+
+    The training process finishes its step, saves and ends its workers; a second SIGTERM, which is
+    what it ends them with at the latest, they obey.
+    """
+
+    def count(*_: object) -> None:
+        terminated.append(True)
+        if len(terminated) > 1:
+            os._exit(0)
+
+    terminated: list[bool] = []
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, count)
 
 
 def choose_workers(device: str, cores: int) -> tuple[int, str]:
