@@ -9,7 +9,7 @@ import torch
 
 from tilewright_kernels._operator import Operator
 from tilewright_kernels._triton import INTERPRETED
-from tilewright_kernels.flash_attention import backward
+from tilewright_kernels.flash_attention import backward, tiles
 from tilewright_kernels.flash_attention.masks import Mask, keep_reference
 from tilewright_kernels.testing import FLOATING, assert_as_accurate, check_deterministic
 
@@ -403,7 +403,7 @@ def test_hopper_kernel_only_where_that_pays(monkeypatch):
     monkeypatch.setattr(
         OPERATOR, "launch", lambda kernel, *_, **__: kernels.append(kernel.__name__)
     )
-    monkeypatch.setattr(backward, "is_hopper", lambda device: True)
+    monkeypatch.setattr(tiles, "is_hopper", lambda device: True)
     many, few, window = Mask(), Mask(causal=True), Mask(causal=True, left=1024)
     x, lse = torch.zeros(1, 2048, 1, 128, dtype=torch.bfloat16), torch.zeros(1, 1, 2048)
     for mask, deterministic, expected in (

@@ -7,7 +7,7 @@ import torch
 
 from tilewright_kernels._operator import Operator
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.flash_attention import forward
+from tilewright_kernels.flash_attention import forward, tiles
 from tilewright_kernels.flash_attention.forward import Tile, launch_forward
 from tilewright_kernels.flash_attention.masks import Mask, keep_reference
 from tilewright_kernels.flash_attention.online_softmax import as_operand
@@ -241,7 +241,7 @@ def test_dropout(dropout_p, device):
 @pytest.mark.parametrize("together", [1, 64])
 def test_order_of_programs(together, monkeypatch, device):
     # Groups of heads with a smaller last one, and one group.
-    monkeypatch.setattr(forward, "CACHED_KEYS", together * 33 * 2 * 16 * 4)
+    monkeypatch.setattr(tiles, "CACHED", together * 33 * 2 * 16 * 4)
     check(*make((40, 33), (3, 3, 3), 16, torch.float32, device), mask=CAUSAL)
 
 
@@ -290,7 +290,7 @@ def test_bits_repeat(device):
 def kernel(request, monkeypatch):
     """The kernel that launch_forward takes on this GPU, and the one that any GPU has."""
     if request.param == "portable":
-        monkeypatch.setattr(forward, "is_hopper", lambda _: False)
+        monkeypatch.setattr(tiles, "is_hopper", lambda _: False)
 
 
 @pytest.mark.gpu
@@ -321,7 +321,7 @@ def test_head_dimensions_at_real_sizes(mask, kernel):
 @pytest.mark.gpu
 def test_more_heads_fit_in_the_cache_than_int32_counts(kernel, monkeypatch):
     # 2³⁰ of them, times 4 tiles.
-    monkeypatch.setattr(forward, "CACHED_KEYS", 2**30 * 500 * 2 * 64 * 2)
+    monkeypatch.setattr(tiles, "CACHED", 2**30 * 500 * 2 * 64 * 2)
     inputs = make((512, 500), (2, 4, 4), 64, torch.bfloat16, torch.device("cuda"))
     check(*inputs, mask=CAUSAL)
 

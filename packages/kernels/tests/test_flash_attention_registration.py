@@ -101,7 +101,7 @@ def test_opcheck(device):
         out, lse = torch.ops.tilewright.attention_forward(*inputs)
         torch.library.opcheck(
             torch.ops.tilewright.attention_backward.default,
-            (out, None, q, k, v, out, lse, *inputs[3:]),
+            (out, None, q, k, v, out, lse, *inputs[3:], True, True),
         )
     packed = make_packed(device)
     torch.library.opcheck(

@@ -30,20 +30,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tilewright_kernels._launch import cdiv
-from tilewright_kernels._operator import Operator
+from tilewright_kernels.flash_attention.backward_problem import Problem
 from tilewright_kernels.flash_attention.backward_tiles import score_scales, scratch_row
-from tilewright_kernels.flash_attention.hopper_tasks import describe, describe_vector
+from tilewright_kernels.flash_attention.hopper_tasks import (
+    FLAGS,
+    describe,
+    describe_vector,
+    following,
+)
 from tilewright_kernels.flash_attention.masks import query_blocks, shift_of, visible
 from tilewright_kernels.flash_attention.online_softmax import tanh
+from tilewright_kernels.flash_attention.operands import strides
 from tilewright_kernels.flash_attention.sequence_rows import sequence
+from tilewright_kernels.flash_attention.tiles import heads_together
 
 BLOCK_M, BLOCK_N, STAGES = 64, 128, 3
 
 EARLY = {64: True, 128: False}
 """Width of the tiles -> whether dq, s and dp are started at once: they need 80 or 96 registers."""
-
-CACHED_QUERIES = 32 * 2**20
-"""Bytes of q, dout and sums of dq that programs which run at one time may use and find in L2."""
 
 
 @gluon.jit
@@ -109,18 +113,6 @@ def _store(x, pointer, row, length, row_stride, D: gl.constexpr, BLOCK_D: gl.con
     cols = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))
     offsets = rows.to(gl.int64)[:, None] * row_stride + cols[None, :]
     gl.store(pointer + offsets, x, mask=(rows < length)[:, None] & (cols < D)[None, :])
-
-
-@gluon.jit
-def _following(row, head, scratch, begin, end, rows_per_head, GROUP: gl.constexpr, BLOCK_M):
-    """The next queries: those below, or the first ones of the next head of the group."""
-    row += BLOCK_M
-    if GROUP > 1:
-        over = row == end
-        row = gl.where(over, begin, row)
-        head = gl.where(over, head + 1, head)
-        scratch = gl.where(over, scratch + rows_per_head, scratch)
-    return row, head, scratch
 
 
 @gluon.jit(
@@ -216,7 +208,7 @@ def attention_backward_hopper_kernel(
                 s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
             fence_async_shared()
             gl.thread_barrier()
-            next_row, next_head, next_scratch = _following(
+            next_row, next_head, next_scratch = following(
                 row, head, scratch, begin, end, rows_per_head, GROUP, BLOCK_M
             )
             _fetch(
@@ -283,49 +275,32 @@ def attention_backward_hopper_kernel(
 
 
 def launch_backward_hopper(
-    operator: Operator, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor,
-    minus_delta: Tensor, sums: Tensor, dk: Tensor, dv: Tensor, *, scale: float, softcap: float,
-    cap: str, window: tuple[int, int], bottom_right: bool, rows_per_head: int, batch: int,
-    lengths: tuple[int, int], cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, sums: Tensor,
+    dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """Write dk and dv, and add dq to sums.
 
     Args:
-        operator: whose launch it is.
+        problem: whose lse2 and minus_delta are there.
         q: [B, T_q, H, D], packed ones with B = 1; like all others with adjacent columns.
         k: [B, T_k, K, D].
         v: [B, T_k, K, D_v].
         dout: [B, T_q, H, D_v].
-        lse2: log-sum-exp in base 2, in rows of scratch memory.
-        minus_delta: likewise.
         sums: [rows of scratch memory, 64 or 128] float32.
         dk: like k.
         dv: like v.
-        scale: of q·k.
-        softcap: c of c · tanh(s / c), 0 for none.
-        cap: of `cap_of`.
-        window: (left, right), -1 for no limit.
-        bottom_right: the last query stands at the last key.
-        rows_per_head: of scratch memory.
-        batch: sequences.
-        lengths: (T_q, T_k), or those of the longest sequences.
-        cu_seqlens_q: where sequences are packed.
-        cu_seqlens_k: likewise.
     """
-    (len_q, len_k), (heads, width), kv_heads = lengths, q.shape[2:], k.shape[2]
-    left, right = window
-    block_d = sums.shape[1]
-    group = heads // kv_heads
-    bytes_per_head = max(1, len_q * group * block_d * 8)
-    together = min(max(1, CACHED_QUERIES // bytes_per_head), kv_heads * batch)
-    operator.launch(
-        attention_backward_hopper_kernel, (cdiv(len_k, BLOCK_N) * kv_heads * batch,),
+    (len_q, len_k), block_d, kv_heads = problem.lengths, sums.shape[1], problem.kv_heads
+    bytes_per_head = len_q * problem.flags["GROUP"] * block_d * 8
+    problem.operator.launch(
+        attention_backward_hopper_kernel, (cdiv(len_k, BLOCK_N) * kv_heads * problem.batch,),
         describe(q, BLOCK_M, block_d), describe(k, BLOCK_N, block_d),
         describe(v, BLOCK_N, block_d), describe(dout, BLOCK_M, block_d),
-        describe_vector(lse2, BLOCK_M), describe_vector(minus_delta, BLOCK_M), sums, dk, dv,
-        cu_seqlens_q, cu_seqlens_k, scale, softcap, len_q, len_k, kv_heads, batch, together,
-        left, right, rows_per_head, *dk.stride()[:3], *dv.stride()[:3],
-        GROUP=group, BOTTOM_RIGHT=bottom_right, HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0,
-        CAP=cap, PACKED=cu_seqlens_q is not None, D=width, D_V=v.shape[3], BLOCK_D=block_d,
+        describe_vector(problem.lse2, BLOCK_M), describe_vector(problem.minus_delta, BLOCK_M),
+        sums, dk, dv, problem.cu_seqlens_q, problem.cu_seqlens_k, problem.scale, problem.softcap,
+        len_q, len_k, kv_heads, problem.batch,
+        heads_together(bytes_per_head, kv_heads * problem.batch), *problem.mask.window,
+        problem.rows_per_head, *strides(dk, dv), **problem.constants(*FLAGS, "PACKED"),
+        D=problem.widths["D"], D_V=problem.widths["D_V"], BLOCK_D=block_d,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, EARLY=EARLY[block_d], num_warps=8,
     )  # fmt: skip

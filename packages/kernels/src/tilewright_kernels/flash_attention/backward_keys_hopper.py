@@ -24,26 +24,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tilewright_kernels._launch import cdiv, num_programs
-from tilewright_kernels._operator import Operator
+from tilewright_kernels.flash_attention.backward_problem import Problem
 from tilewright_kernels.flash_attention.backward_tiles import score_scales, scratch_row
 from tilewright_kernels.flash_attention.hopper_tasks import (
+    FLAGS,
     GROUPS,
     ROWS,
     barriers,
     clear_rows,
     describe,
     describe_vector,
+    following,
     load,
     place_of,
     tell,
     told,
 )
-from tilewright_kernels.flash_attention.masks import Mask, query_blocks, shift_of, visible
+from tilewright_kernels.flash_attention.masks import query_blocks, shift_of, visible
 from tilewright_kernels.flash_attention.online_softmax import tanh
 from tilewright_kernels.flash_attention.operands import strides
 from tilewright_kernels.flash_attention.sequence_rows import sequence
+from tilewright_kernels.flash_attention.tiles import heads_together, hopper_width
 
-BLOCK_M, STAGES = 64, {64: 6, 128: 3}
+BLOCK_M, STAGES = 64, {64: 6, 128: 4}
 """Queries of a tile, and how many tiles of them there is room for, by head dimension."""
 
 
@@ -85,27 +88,36 @@ def _fetch(
         begin, _, _, end = blocks
         if first < len_k:
             tell(tile, batch, kv_head, message, message_bars, turn)
-            for i in gl.static_range(GROUPS):
-                row, slot = first_k + first + i * ROWS, turn * GROUPS + i
-                load(k_desc, k_bufs, k_full, k_empty, slot, index, kv_head, row)
-                load(v_desc, v_bufs, v_full, v_empty, slot, index, kv_head, row)
-            for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
-                scratch = scratch_row(batch, head, shape[1] * GROUP, first_q, rows_per_head, PACKED)
-                for j in range(begin, end, BLOCK_M):
+            first_scratch = scratch_row(
+                batch, kv_head * GROUP, shape[1] * GROUP, first_q, rows_per_head, PACKED
+            )
+            steps = (end - begin) // BLOCK_M * GROUP
+            row, head, scratch = begin, kv_head * GROUP, first_scratch
+            for n in range(steps + 1):
+                # The keys second: the buffers of the last tile's are in use until its end.
+                if n == gl.minimum(steps, 1):
+                    for i in gl.static_range(GROUPS):
+                        key, slot = first_k + first + i * ROWS, turn * GROUPS + i
+                        load(k_desc, k_bufs, k_full, k_empty, slot, index, kv_head, key)
+                        load(v_desc, v_bufs, v_full, v_empty, slot, index, kv_head, key)
+                if n < steps:
                     slot = step % STAGES
                     bar = full.index(slot)
                     mbarrier.wait(empty.index(slot), step // STAGES & 1 ^ 1)
                     mbarrier.expect(bar, 4 * BLOCK_M * (q_bufs.shape[2] + 2))
-                    at = [index, head, first_q + j, 0]
+                    at = [index, head, first_q + row, 0]
                     q = q_bufs.index(slot)._reinterpret(q_desc.dtype, rows, q_desc.layout)
                     tma.async_copy_global_to_shared(q_desc, at, bar, q)
                     dout = dout_bufs.index(slot)._reinterpret(q_desc.dtype, rows, q_desc.layout)
                     tma.async_copy_global_to_shared(dout_desc, at, bar, dout)
-                    at = [scratch + j]
+                    at = [scratch + row]
                     lse2, minus_delta = lse2_bufs.index(slot), minus_delta_bufs.index(slot)
                     tma.async_copy_global_to_shared(lse2_desc, at, bar, lse2)
                     tma.async_copy_global_to_shared(minus_delta_desc, at, bar, minus_delta)
                     step += 1
+                    row, head, scratch = following(
+                        row, head, scratch, begin, end, rows_per_head, GROUP, BLOCK_M
+                    )
             turn += 1
         task = tasks
         if counter_ptr is not None:
@@ -181,7 +193,12 @@ def _multiply(
         mbarrier.wait(k_full.index(WHICH), turn & 1)
         mbarrier.wait(v_full.index(WHICH), turn & 1)
         row = begin
-        for _ in range((end - begin) // BLOCK_M * GROUP):
+        steps = (end - begin) // BLOCK_M * GROUP
+        last = steps - 1 - (end - own_end) // BLOCK_M if own_begin < own_end else -1
+        if last < 0:
+            mbarrier.arrive(k_empty.index(WHICH))
+            mbarrier.arrive(v_empty.index(WHICH))
+        for n in range(steps):
             slot = step % STAGES
             q, dout = q_bufs.index(slot), dout_bufs.index(slot)
             mbarrier.wait(full.index(slot), step // STAGES & 1)
@@ -193,6 +210,8 @@ def _multiply(
                 dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
                 lse2 = lse2_bufs.index(slot).load(of_query)[None, :]
                 s = warpgroup_mma_wait(1, deps=(s,))
+                if n == last:
+                    mbarrier.arrive(k_empty.index(WHICH))
                 t = tanh(s * inner, CAP) if CAP != "" else gl.exp2(s * inner - lse2)
                 if (row < full_begin) | (row >= full_end):
                     query = (row + gl.arange(0, BLOCK_M, of_query))[None, :]
@@ -207,6 +226,8 @@ def _multiply(
                 dv = warpgroup_mma(p, dout, dv, is_async=True)
                 minus_delta = minus_delta_bufs.index(slot).load(of_query)[None, :]
                 dp = warpgroup_mma_wait(1, deps=(dp,))
+                if n == last:
+                    mbarrier.arrive(v_empty.index(WHICH))
                 ds = gl.convert_layout((ds * (dp + minus_delta)).to(dtype), operand)
                 dk = warpgroup_mma(ds, q, dk, is_async=True)
                 dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
@@ -214,8 +235,6 @@ def _multiply(
             step += 1
             row += BLOCK_M
             row = gl.where(row == end, begin, row)
-        mbarrier.arrive(k_empty.index(WHICH))
-        mbarrier.arrive(v_empty.index(WHICH))
         _write(dk * scale, dk_ptr, dk_strides, place, kv_head, first, D)
         _write(dv, dv_ptr, dv_strides, place, kv_head, first, D_V)
         turn += 1
@@ -291,48 +310,33 @@ def attention_backward_keys_hopper_kernel(
 
 
 def launch_backward_keys_hopper(
-    operator: Operator, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor,
-    minus_delta: Tensor, dk: Tensor, dv: Tensor, *, mask: Mask, scale: float, softcap: float,
-    cap: str, together: int, rows_per_head: int, batches: int, lengths: tuple[int, int],
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-) -> None:  # fmt: skip
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dk: Tensor, dv: Tensor
+) -> None:
     """Write dk and dv.
 
     Args:
-        operator: whose launch it is.
+        problem: whose lse2 and minus_delta are there.
         q: [B, T_q, H, D], packed ones with B = 1; like all others with adjacent columns.
         k: [B, T_k, K, D].
         v: [B, T_k, K, D_v].
         dout: [B, T_q, H, D_v].
-        lse2: log-sum-exp in base 2, in rows of scratch memory.
-        minus_delta: likewise.
         dk: like k.
         dv: like v.
-        mask: what a query sees.
-        scale: of q·k.
-        softcap: c of c · tanh(s / c), 0 for none.
-        cap: of `cap_of`.
-        together: key heads whose queries stay in L2.
-        rows_per_head: of scratch memory.
-        batches: sequences.
-        lengths: (T_q, T_k), or those of the longest sequences.
-        cu_seqlens_q: where sequences are packed.
-        cu_seqlens_k: likewise.
     """
-    (len_q, len_k), kv_heads = lengths, k.shape[2]
-    left, right = mask.window
-    width = 64 if max(q.shape[3], v.shape[3]) <= 64 else 128
-    tasks = cdiv(len_k, GROUPS.value * ROWS.value) * kv_heads * batches
+    (len_q, len_k), kv_heads = problem.lengths, problem.kv_heads
+    width, group = hopper_width(q, v), problem.flags["GROUP"]
+    bytes_per_head = len_q * group * (q.shape[3] + v.shape[3]) * q.element_size()
+    together = heads_together(bytes_per_head, kv_heads * problem.batch)
+    tasks = cdiv(len_k, GROUPS.value * ROWS.value) * kv_heads * problem.batch
     programs = num_programs(q.device, per_sm=1)
     counter = None if tasks <= programs else q.new_zeros((1,), dtype=torch.int32)
-    operator.launch(
+    problem.operator.launch(
         attention_backward_keys_hopper_kernel, (min(tasks, programs),),
         describe(q, BLOCK_M, width), describe(k, ROWS.value, width),
         describe(v, ROWS.value, width), describe(dout, BLOCK_M, width),
-        describe_vector(lse2, BLOCK_M), describe_vector(minus_delta, BLOCK_M), dk, dv, counter,
-        cu_seqlens_q, cu_seqlens_k, scale, softcap, batches, kv_heads, len_q, len_k, left, right,
-        together, rows_per_head, *strides(dk, dv),
-        CAP=cap, GROUP=q.shape[2] // kv_heads, BOTTOM_RIGHT=mask.bottom_right,
-        HAS_LEFT=left >= 0, HAS_RIGHT=right >= 0, D=q.shape[3], D_V=v.shape[3],
-        STAGES=STAGES[width], num_warps=4, maxnreg=168,
+        describe_vector(problem.lse2, BLOCK_M), describe_vector(problem.minus_delta, BLOCK_M),
+        dk, dv, counter, problem.cu_seqlens_q, problem.cu_seqlens_k, problem.scale,
+        problem.softcap, problem.batch, kv_heads, len_q, len_k, *problem.mask.window, together,
+        problem.rows_per_head, *strides(dk, dv), **problem.constants(*FLAGS),
+        D=q.shape[3], D_V=v.shape[3], STAGES=STAGES[width], num_warps=4, maxnreg=168,
     )  # fmt: skip

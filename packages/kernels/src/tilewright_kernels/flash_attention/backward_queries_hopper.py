@@ -26,10 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from tilewright_kernels._launch import cdiv, num_programs
-from tilewright_kernels._operator import Operator
+from tilewright_kernels.flash_attention.backward_problem import Problem
 from tilewright_kernels.flash_attention.backward_rows import row_terms
 from tilewright_kernels.flash_attention.backward_tiles import score_scales, scratch_row
 from tilewright_kernels.flash_attention.hopper_tasks import (
+    FLAGS,
     GROUPS,
     ROWS,
     barriers,
@@ -41,14 +42,16 @@ from tilewright_kernels.flash_attention.hopper_tasks import (
     tell,
     told,
 )
-from tilewright_kernels.flash_attention.masks import Mask, visible
+from tilewright_kernels.flash_attention.masks import key_blocks, visible
 from tilewright_kernels.flash_attention.online_softmax import tanh
-from tilewright_kernels.flash_attention.operands import strides
+from tilewright_kernels.flash_attention.operands import strides, strides_of
+from tilewright_kernels.flash_attention.sequence_rows import sequence
+from tilewright_kernels.flash_attention.tiles import heads_together, hopper_width
 
-BLOCK_N, STAGES = 128, {64: 4, 128: 2}
+BLOCK_N, STAGES = 64, {64: 8, 128: 4}
 """Keys of a tile, and how many tiles of keys and of values there is room for, by head dimension."""
 
-LATE = True
+LATE = False
 """Whether dp is started when dq is there, not before."""
 
 
@@ -76,16 +79,17 @@ def _fetch(
             for i in gl.static_range(GROUPS):
                 row, slot = first_q + first + i * ROWS, turn * GROUPS + i
                 load(q_desc, q_bufs, q_full, q_empty, slot, index, head, row)
+            # dout is in use for longer than q. What is wanted after it waits for the least.
             load(k_desc, k_bufs, k_full, k_empty, step, index, kv_head, first_k + begin)
+            load(v_desc, v_bufs, v_full, v_empty, step, index, kv_head, first_k + begin)
             for i in gl.static_range(GROUPS):
                 row, slot = first_q + first + i * ROWS, turn * GROUPS + i
                 load(dout_desc, dout_bufs, dout_full, dout_empty, slot, index, head, row)
-            for j in range(begin, end, BLOCK_N):
+            step += 1
+            for j in range(begin + BLOCK_N, end, BLOCK_N):
+                load(k_desc, k_bufs, k_full, k_empty, step, index, kv_head, first_k + j)
                 load(v_desc, v_bufs, v_full, v_empty, step, index, kv_head, first_k + j)
                 step += 1
-                if j + BLOCK_N < end:
-                    row = first_k + j + BLOCK_N
-                    load(k_desc, k_bufs, k_full, k_empty, step, index, kv_head, row)
             turn += 1
         task = tasks
         if counter_ptr is not None:
@@ -94,22 +98,33 @@ def _fetch(
 
 
 @gluon.jit
-def _row_terms(
-    dout, pointers, strides, place, batch, head, heads, first, rows_per_head,
-    D_V: gl.constexpr, PACKED: gl.constexpr, rows_of: gl.constexpr,
+def _load_out(
+    tile, batch, head, out_ptr, strides, shape, WHICH: gl.constexpr, D_V: gl.constexpr,
+    BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """`row_terms` of a warpgroup's rows, for itself and for the kernel of the keys."""
-    out_ptr, lse_ptr, dlse_ptr, lse2_ptr, minus_delta_ptr = pointers
-    out_strides, lse_strides, dlse_strides = strides
-    batch_stride, row_stride, head_stride = out_strides
-    index, first_q, len_q, _, _ = place
-    BLOCK_D: gl.constexpr = dout.shape[1]
+    """The warpgroup's rows of out, of a tile that there may not be."""
+    batch_stride, row_stride, head_stride = strides
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    index, first_q, len_q, _, _ = sequence(batch, shape[2], shape[3], shape[6], shape[7])
+    rows = tile * (GROUPS * ROWS) + WHICH * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     cols = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))[None, :]
+    there = (rows >= 0) & (rows < len_q)
     out_ptr += index.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
     at = out_ptr + (first_q + rows).to(gl.int64)[:, None] * row_stride + cols
-    out = gl.load(at, mask=(rows < len_q)[:, None] & (cols < D_V), other=0.0)
+    return gl.load(at, mask=there[:, None] & (cols < D_V), other=0.0)
+
+
+@gluon.jit
+def _row_terms(
+    out, dout, pointers, strides, place, batch, head, heads, first, rows_per_head,
+    PACKED: gl.constexpr, rows_of: gl.constexpr,
+):  # fmt: skip
+    """`row_terms` of a warpgroup's rows, for itself and for the kernel of the keys."""
+    _, lse_ptr, dlse_ptr, lse2_ptr, minus_delta_ptr = pointers
+    _, lse_strides, dlse_strides = strides
+    index, first_q, len_q, _, _ = place
+    layout: gl.constexpr = out.type.layout
+    rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     lse2, minus_delta = row_terms(
         out, dout.load(layout), lse_ptr, dlse_ptr, index, head, first_q, rows, len_q,
         lse_strides, dlse_strides, gl.float32,
@@ -119,6 +134,20 @@ def _row_terms(
     gl.store(minus_delta_ptr + to, minus_delta)
     lse2 = gl.convert_layout(lse2, rows_of)[:, None]
     return lse2, gl.convert_layout(minus_delta, rows_of)[:, None]
+
+
+@gluon.jit
+def _pass_over(count, step, k_full, k_empty, v_full, v_empty):
+    """Leave the next tiles of keys to the other warpgroup."""
+    STAGES: gl.constexpr = k_full.shape[0]
+    for _ in range(count):
+        slot, phase = step % STAGES, step // STAGES & 1
+        mbarrier.wait(k_full.index(slot), phase)
+        mbarrier.arrive(k_empty.index(slot))
+        mbarrier.wait(v_full.index(slot), phase)
+        mbarrier.arrive(v_empty.index(slot))
+        step += 1
+    return step
 
 
 @gluon.jit
@@ -187,6 +216,8 @@ def _multiply(
     q, dout = q_bufs.index(WHICH), dout_bufs.index(WHICH)
     turn, step = 0, 0
     tile, batch, head = told(message, message_bars, turn)
+    out_strides = strides[0]
+    out = _load_out(tile, batch, head, pointers[0], out_strides, shape, WHICH, D_V, BLOCK_D)
     while tile >= 0:
         place, first, shift, blocks = blocks_of(
             tile, batch, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, BLOCK_N
@@ -195,30 +226,40 @@ def _multiply(
         begin, _, _, end = blocks
         first += WHICH * ROWS
         query = (first + gl.arange(0, ROWS, rows_of))[:, None]
-        mbarrier.wait(dout_full.index(WHICH), turn & 1)
-        lse2, minus_delta = _row_terms(
-            dout, pointers, strides, place, batch, head, heads, first, rows_per_head, D_V,
-            PACKED, rows_of,
+        blocks = key_blocks(
+            first, gl.minimum(first + ROWS, place[2]) - 1, len_k, shift, shape[4], shape[5],
+            HAS_LEFT, HAS_RIGHT, BLOCK_N,
         )  # fmt: skip
+        # Of its own at least one block, be it all hidden.
+        own_begin = gl.minimum(gl.maximum(blocks[0], begin), end - BLOCK_N)
+        own_end = gl.minimum(gl.maximum(blocks[3], own_begin + BLOCK_N), end)
+        step = _pass_over((own_begin - begin) // BLOCK_N, step, k_full, k_empty, v_full, v_empty)
         slot, phase = step % STAGES, step // STAGES & 1
         mbarrier.wait(q_full.index(WHICH), turn & 1)
         mbarrier.wait(k_full.index(slot), phase)
         k, v = k_bufs.index(slot), v_bufs.index(slot)
         s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(dout_full.index(WHICH), turn & 1)
+        lse2, minus_delta = _row_terms(
+            out, dout, pointers, strides, place, batch, head, heads, first, rows_per_head, PACKED,
+            rows_of,
+        )  # fmt: skip
         mbarrier.wait(v_full.index(slot), phase)
-        if PACKED and begin + BLOCK_N > len_k:
-            clear_rows(k, len_k - begin, 32)
-            clear_rows(v, len_k - begin, 32)
+        if PACKED and own_begin + BLOCK_N > len_k:
+            clear_rows(k, len_k - own_begin, 32)
+            clear_rows(v, len_k - own_begin, 32)
         dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
+        if own_begin + BLOCK_N >= own_end:
+            mbarrier.arrive(q_empty.index(WHICH))
         p = _probabilities(
-            s, lse2, inner, query, begin, len_k, shift, window, blocks, CAP, HAS_LEFT, HAS_RIGHT
+            s, lse2, inner, query, own_begin, len_k, shift, window, blocks, CAP, HAS_LEFT, HAS_RIGHT
         )
         dp = warpgroup_mma_wait(0, deps=(dp,))
         mbarrier.arrive(v_empty.index(slot))
         ds = _operand(p, dp + minus_delta, lse2, outer, CAP, dtype, ds_layout)
         dq = gl.zeros((ROWS, BLOCK_D), gl.float32, dq_layout)
-        for j in range(begin + BLOCK_N, end, BLOCK_N):
+        for j in range(own_begin + BLOCK_N, own_end, BLOCK_N):
             before, slot, phase = step % STAGES, (step + 1) % STAGES, (step + 1) // STAGES & 1
             k, v = k_bufs.index(slot), v_bufs.index(slot)
             mbarrier.wait(k_full.index(slot), phase)
@@ -236,6 +277,8 @@ def _multiply(
             dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
             if not LATE:
                 s = warpgroup_mma_wait(2, deps=(s,))
+            if j + BLOCK_N >= own_end:
+                mbarrier.arrive(q_empty.index(WHICH))
             p = _probabilities(
                 s, lse2, inner, query, j, len_k, shift, window, blocks, CAP, HAS_LEFT, HAS_RIGHT
             )
@@ -246,17 +289,20 @@ def _multiply(
             mbarrier.arrive(v_empty.index(slot))
             ds = _operand(p, dp + minus_delta, lse2, outer, CAP, dtype, ds_layout)
             step += 1
-        mbarrier.arrive(q_empty.index(WHICH))
         mbarrier.arrive(dout_empty.index(WHICH))
         slot = step % STAGES
         dq = warpgroup_mma(ds, k_bufs.index(slot), dq, is_async=True)
         turn += 1
-        tile, batch, next_head = told(message, message_bars, turn)
+        tile, next_batch, next_head = told(message, message_bars, turn)
+        # Here nothing else takes registers, and it is long on its way.
+        out = _load_out(
+            tile, next_batch, next_head, pointers[0], out_strides, shape, WHICH, D_V, BLOCK_D
+        )
         dq = warpgroup_mma_wait(0, deps=(dq,))
         mbarrier.arrive(k_empty.index(slot))
-        step += 1
+        step = _pass_over((end - own_end) // BLOCK_N, step + 1, k_full, k_empty, v_full, v_empty)
         _write(dq * scale, dq_ptr, dq_strides, place, head, first, D)
-        head = next_head
+        batch, head = next_batch, next_head
 
 
 @gluon.jit(
@@ -335,15 +381,13 @@ def attention_backward_queries_hopper_kernel(
 
 
 def launch_backward_queries_hopper(
-    operator: Operator, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor,
-    dlse: Tensor | None, lse2: Tensor, minus_delta: Tensor, dq: Tensor, *, mask: Mask,
-    scale: float, softcap: float, cap: str, together: int, rows_per_head: int, batches: int,
-    lengths: tuple[int, int], cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor,
+    dlse: Tensor | None, dq: Tensor,
 ) -> None:  # fmt: skip
-    """Write dq, lse2 and minus_delta.
+    """Write dq, and lse2 and minus_delta of the problem.
 
     Args:
-        operator: whose launch it is.
+        problem: one of these tensors.
         q: [B, T_q, H, D], packed ones with B = 1; like all others with adjacent columns.
         k: [B, T_k, K, D].
         v: [B, T_k, K, D_v].
@@ -351,34 +395,21 @@ def launch_backward_queries_hopper(
         out: likewise.
         lse: [B, H, T_q], in base e.
         dlse: gradient of lse, like it, or None.
-        lse2: to be written, in rows of scratch memory: log-sum-exp in base 2.
-        minus_delta: likewise.
         dq: like q.
-        mask: what a query sees.
-        scale: of q·k.
-        softcap: c of c · tanh(s / c), 0 for none.
-        cap: of `cap_of`.
-        together: heads whose keys and values stay in L2.
-        rows_per_head: of scratch memory.
-        batches: sequences.
-        lengths: (T_q, T_k), or those of the longest sequences.
-        cu_seqlens_q: where sequences are packed.
-        cu_seqlens_k: likewise.
     """
-    (len_q, len_k), heads = lengths, q.shape[2]
-    left, right = mask.window
-    width = 64 if max(q.shape[3], v.shape[3]) <= 64 else 128
-    tasks = cdiv(len_q, GROUPS.value * ROWS.value) * heads * batches
+    (len_q, len_k), heads = problem.lengths, problem.heads
+    width, group = hopper_width(q, v), problem.flags["GROUP"]
+    bytes_per_head = len_k * (q.shape[3] + v.shape[3]) * q.element_size()
+    together = heads_together(bytes_per_head, problem.kv_heads * problem.batch) * group
+    tasks = cdiv(len_q, GROUPS.value * ROWS.value) * heads * problem.batch
     programs = num_programs(q.device, per_sm=1)
     counter = None if tasks <= programs else q.new_zeros((1,), dtype=torch.int32)
-    operator.launch(
+    problem.operator.launch(
         attention_backward_queries_hopper_kernel, (min(tasks, programs),),
         describe(q, ROWS.value, width), describe(k, BLOCK_N, width), describe(v, BLOCK_N, width),
-        describe(dout, ROWS.value, width), out, lse, dlse, lse2, minus_delta, dq, counter,
-        cu_seqlens_q, cu_seqlens_k, scale, softcap, batches, heads, len_q, len_k, left, right,
-        together, rows_per_head, *strides(out, dq), *lse.stride(),
-        *((0, 0, 0) if dlse is None else dlse.stride()),
-        CAP=cap, GROUP=heads // k.shape[2], BOTTOM_RIGHT=mask.bottom_right, HAS_LEFT=left >= 0,
-        HAS_RIGHT=right >= 0, D=q.shape[3], D_V=v.shape[3], STAGES=STAGES[width], LATE=LATE,
-        num_warps=4, maxnreg=168,
+        describe(dout, ROWS.value, width), out, lse, dlse, problem.lse2, problem.minus_delta, dq,
+        counter, problem.cu_seqlens_q, problem.cu_seqlens_k, problem.scale, problem.softcap,
+        problem.batch, heads, len_q, len_k, *problem.mask.window, together, problem.rows_per_head,
+        *strides(out, dq), *strides_of(lse), *strides_of(dlse), **problem.constants(*FLAGS),
+        D=q.shape[3], D_V=v.shape[3], STAGES=STAGES[width], LATE=LATE, num_warps=4, maxnreg=168,
     )  # fmt: skip

@@ -31,6 +31,7 @@ from tilewright_kernels.flash_attention.online_softmax import (
 )
 from tilewright_kernels.flash_attention.operands import strides
 from tilewright_kernels.flash_attention.sequence_rows import load_rows
+from tilewright_kernels.flash_attention.tiles import narrowest, padded
 
 
 class Tile(NamedTuple):
@@ -184,9 +185,8 @@ def attention_decode_join_kernel(
 @cache
 def tile_for(width: int, element_size: int, capacity: int) -> Tile:
     """The tile for a padded head dimension, made smaller where the cache is short."""
-    by_width = TILES[element_size]
-    tile = by_width[min(w for w in by_width if w >= width)]
-    return tile._replace(BLOCK_N=min(tile.BLOCK_N, max(16, next_power_of_2(capacity))))
+    tile = narrowest(TILES[element_size], width)
+    return tile._replace(BLOCK_N=min(tile.BLOCK_N, padded(capacity)))
 
 
 def splits_for(groups: int, blocks: int, programs: int) -> int:
@@ -224,9 +224,9 @@ def launch_decode(
     batch, tokens, heads, width = q.shape
     capacity, kv_heads, width_v = k_cache.shape[1], k_cache.shape[2], v_cache.shape[3]
     group = heads // max(1, kv_heads)
-    blocks = [max(16, next_power_of_2(n)) for n in (width, width_v)]
+    blocks = [padded(n) for n in (width, width_v)]
     tile = tile_for(max(blocks), q.element_size(), max(1, capacity))
-    rows = min(MAX_ROWS, max(16, next_power_of_2(tokens * group)))
+    rows = min(MAX_ROWS, padded(tokens * group))
     row_tiles = cdiv(tokens * group, rows)
     programs = num_programs(q.device, per_sm=PROGRAMS_PER_SM)
     splits = splits_for(

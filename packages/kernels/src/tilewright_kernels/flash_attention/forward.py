@@ -10,11 +10,10 @@ visited, and only those at an edge of what is seen are masked.
 """
 
 from functools import cache
-from typing import NamedTuple
 
 from torch import Tensor
 
-from tilewright_kernels._launch import cdiv, is_hopper, next_power_of_2
+from tilewright_kernels._launch import cdiv
 from tilewright_kernels._operator import Operator, accumulator
 from tilewright_kernels._tf32 import rounded_to_tf32
 from tilewright_kernels._triton import tl, triton
@@ -34,18 +33,16 @@ from tilewright_kernels.flash_attention.online_softmax import (
     scores,
     take_piece,
 )
-from tilewright_kernels.flash_attention.operands import describable, dot_precision, sources, strides
+from tilewright_kernels.flash_attention.operands import dot_precision, sources, strides
 from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
-
-
-class Tile(NamedTuple):
-    """Queries by keys, and how the program is built; blocks are powers of two."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_stages: int
-    num_warps: int
-
+from tilewright_kernels.flash_attention.tiles import (
+    Tile,
+    fitted,
+    heads_together,
+    hopper_takes,
+    narrowest,
+    padded,
+)
 
 # Bytes of an element -> head dimension (the padded one, of k or v, at most) -> tile. TFLOP/s on an
 # H200, bfloat16, causal, T = 4096: D = 128: 402, with (128, 64, 2, 8) 343. D = 64: 391, with
@@ -57,20 +54,14 @@ TILES: dict[int, dict[int, Tile]] = {
     8: {256: Tile(16, 16, 1, 4)},
 }
 
-HOPPER_WIDTHS = 33, 128
-"""Head dimensions, least and most, that `forward_hopper` is for."""
+HOPPER_HEAD = 33
+"""The least head dimension that `forward_hopper` is for."""
 
 HOPPER_QUERIES = 64
 """More than so many: it has a tile of one size."""
 
 DROPOUT_BLOCK_N = 32
 """Keys at a time with dropout, by 8 warps: random words take the registers of the rest."""
-
-CACHED_KEYS = 32 * 2**20
-"""Bytes of k and v that programs which run at one time may read and still find in L2.
-
-TFLOP/s on an H200 at T = 4096, 16 heads of 128: 407; with 16 MiB 402, 8 MiB 394, a head 374.
-"""
 
 
 @triton.jit
@@ -213,16 +204,10 @@ def attention_forward_kernel(
 @cache
 def tile_for(width: int, element_size: int, len_q: int, len_k: int, dropout: bool) -> Tile:
     """The tile for a padded head dimension, made smaller where sequences are short."""
-    by_width = TILES[element_size]
-    tile = by_width[min(w for w in by_width if w >= width)]
+    tile = narrowest(TILES[element_size], width)
     if dropout:
         tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, DROPOUT_BLOCK_N), num_warps=8)
-    block_m, block_n = (
-        min(block, max(16, next_power_of_2(max(1, length))))
-        for block, length in zip(tile[:2], (len_q, len_k), strict=True)
-    )
-    num_warps = tile.num_warps if (block_m, block_n) == tile[:2] else min(4, tile.num_warps)
-    return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps)
+    return fitted(tile, len_q, len_k)
 
 
 def launch_forward(
@@ -261,16 +246,14 @@ def launch_forward(
     if precision == "tf32":
         q, k, v = (rounded_to_tf32(operator, x) for x in (q, k, v))
     heads, kv_heads, width, width_v = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-    blocks = [max(16, next_power_of_2(n)) for n in (width, width_v)]
+    blocks = [padded(n) for n in (width, width_v)]
     kept = kept_words(dropout_p)
     dropout = kept < 2**32
     before, factor = score_factors(scale, softcap)
     group = heads // max(1, kv_heads)
-    # Times tiles it stays within int32, as the grid does.
-    together = min(
-        heads_together(len_k, (width + width_v) * q.element_size(), group), heads * batches
-    )
-    if not dropout and len_q > HOPPER_QUERIES and _hopper_takes(q, k, v):
+    bytes_per_head = len_k * (width + width_v) * q.element_size()
+    together = heads_together(bytes_per_head, kv_heads * batches) * group
+    if not dropout and len_q > HOPPER_QUERIES and hopper_takes(HOPPER_HEAD, q, k, v):
         # Imported here: Gluon is there where Triton is, and this file must not need it.
         from tilewright_kernels.flash_attention.forward_hopper import launch_forward_hopper
 
@@ -298,19 +281,3 @@ def launch_forward(
         DROPOUT=dropout, TMA=tma, D=width, D_V=width_v, BLOCK_D=blocks[0], BLOCK_DV=blocks[1],
         ACC=accumulator(q.dtype), PRECISION=precision, **tile._asdict(),
     )  # fmt: skip
-
-
-def _hopper_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel of `forward_hopper` is for these, and faster."""
-    return (
-        is_hopper(q.device)
-        and q.element_size() == 2
-        and HOPPER_WIDTHS[0] <= min(q.shape[3], v.shape[3])
-        and max(q.shape[3], v.shape[3]) <= HOPPER_WIDTHS[1]
-        and describable(q, k, v)
-    )
-
-
-def heads_together(len_k: int, bytes_per_key: int, group: int) -> int:
-    """Query heads whose keys and values L2 holds at one time: a power of two, `group` share one."""
-    return next_power_of_2(max(1, CACHED_KEYS // max(1, len_k * bytes_per_key))) * group

@@ -57,6 +57,7 @@ from tilewright_kernels.flash_attention.hopper_tasks import (
 from tilewright_kernels.flash_attention.masks import Mask, visible
 from tilewright_kernels.flash_attention.online_softmax import finish_rows, scores
 from tilewright_kernels.flash_attention.operands import strides
+from tilewright_kernels.flash_attention.tiles import hopper_width
 
 BLOCK_N, STAGES = 128, {64: 4, 128: 2}
 """Keys of a tile, and how many tiles of keys and of values there is room for, by head dimension."""
@@ -383,7 +384,7 @@ def launch_forward_hopper(
         len_k: likewise.
     """
     heads, width_v = q.shape[2], v.shape[3]
-    width = 64 if max(q.shape[3], width_v) <= 64 else 128
+    width = hopper_width(q, v)
     tasks = cdiv(len_q, GROUPS.value * ROWS.value) * heads * batches
     programs = num_programs(q.device, per_sm=1)
     counter = None if tasks <= programs else q.new_zeros((1,), dtype=torch.int32)

@@ -22,7 +22,10 @@ from tilewright_kernels.flash_attention.operands import extents
 from tilewright_kernels.flash_attention.sequence_rows import sequence
 
 ROWS, GROUPS = gl.constexpr(64), gl.constexpr(2)
-"""Queries of a warpgroup, and the warpgroups that multiply."""
+"""Rows of a warpgroup, and the warpgroups that multiply."""
+
+FLAGS = "CAP", "GROUP", "BOTTOM_RIGHT", "HAS_LEFT", "HAS_RIGHT"
+"""Constants of a backward's kernels, whichever products they have."""
 
 
 @gluon.jit
@@ -114,6 +117,18 @@ def told(message, bars, turn):
     head = gl.sum(message.index(2).load(layout), 0)
     mbarrier.arrive(bars.index(1))
     return tile, batch, head
+
+
+@gluon.jit
+def following(row, head, scratch, begin, end, rows_per_head, GROUP: gl.constexpr, BLOCK_M):
+    """The next queries: those below, or the first ones of the next head of the group."""
+    row += BLOCK_M
+    if GROUP > 1:
+        over = row == end
+        row = gl.where(over, begin, row)
+        head = gl.where(over, head + 1, head)
+        scratch = gl.where(over, scratch + rows_per_head, scratch)
+    return row, head, scratch
 
 
 def describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:

@@ -37,6 +37,11 @@ def strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
+def strides_of(x: Tensor | None) -> tuple[int, ...]:
+    """Those of a number a query, [B, H, T]; zeros for what there is not."""
+    return (0, 0, 0) if x is None else x.stride()
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies: it matters for float32 alone, and is torch's setting."""
     tf32 = dtype == torch.float32 and tf32_is_allowed()

@@ -41,8 +41,11 @@ def register(operator: Operator, name: str) -> Callable[..., tuple[Tensor, Tenso
         lse: Tensor, seed: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
         max_seqlen_q: int, max_seqlen_k: int,
         mask: Sequence[int], scale: float, softcap: float, dropout_p: float, deterministic: bool,
+        wants_q: bool, wants_kv: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return _empty_like(q), _empty_like(k), _empty_like(v)
+        wanted = zip((q, k, v), (wants_q, wants_kv, wants_kv), strict=True)
+        dq, dk, dv = (_empty_like(x) if wants else x.new_empty(0) for x, wants in wanted)
+        return dq, dk, dv
 
     def forward(
         q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None,
@@ -74,16 +77,22 @@ def register(operator: Operator, name: str) -> Callable[..., tuple[Tensor, Tenso
         lse: Tensor, seed: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
         max_seqlen_q: int, max_seqlen_k: int,
         mask: Sequence[int], scale: float, softcap: float, dropout_p: float, deterministic: bool,
+        wants_q: bool, wants_kv: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Launch the backward: gradients like q, k and v."""
-        grads = _empty_like(q), _empty_like(k), _empty_like(v)
+        """Launch the backward: gradients like q, k and v, without elements where not wanted."""
+        grads = backward_fake(
+            dout, dlse, q, k, v, out, lse, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+            max_seqlen_k, mask, scale, softcap, dropout_p, deterministic, wants_q, wants_kv,
+        )  # fmt: skip
         if cu_seqlens_q is not None or out.numel() == 0 or k.numel() == 0:
             for grad in grads:
                 grad.zero_()
         if out.numel() > 0 and k.numel() > 0:
             dout, q, k, v = dense(dout, q, k, v)
+            dq, dk, dv = grads
             launch_backward(
-                operator, dout, q, k, v, out, lse, *grads,
+                operator, dout, q, k, v, out, lse, dq if wants_q else None,
+                dk if wants_kv else None, dv if wants_kv else None,
                 mask=Mask.of_ints(mask), scale=scale, softcap=softcap,
                 dropout_p=dropout_p, seed=seed, cu_seqlens_q=_vector(cu_seqlens_q),
                 cu_seqlens_k=_vector(cu_seqlens_k), max_seqlen_q=max_seqlen_q,
@@ -102,7 +111,10 @@ def register(operator: Operator, name: str) -> Callable[..., tuple[Tensor, Tenso
             return (None,) * 13
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
         dout = torch.zeros_like(saved[3]) if dout is None else dout
-        return *registered_backward(dout, dlse, *saved, *ctx.options), *[None] * 10
+        # dk and dv are one kernel's: whoever wants one gets both.
+        q, k, v = ctx.needs_input_grad[:3]
+        dq, dk, dv = registered_backward(dout, dlse, *saved, *ctx.options, q, k or v)
+        return dq if q else None, dk if k else None, dv if v else None, *[None] * 10
 
     forward.__name__, backward.__name__ = f"{name}_forward", f"{name}_backward"
     registered_backward = operator.function(fake=backward_fake)(backward)
