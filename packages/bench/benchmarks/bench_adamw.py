@@ -4,10 +4,15 @@ The bytes counted are those of a pass over all that is kept: p, g, m, v read, p,
 Shapes are those of a model (tensors × parameters): 0.5 B parameters, where memory decides, and a
 thousand small tensors, where the host and the number of launches do. The learning rate is so large
 that a step changes a parameter by more than its own size; else the error would say nothing.
+
+Inputs are all values in a row, and an optimizer makes parameters of its own of them, in memory of
+their own, and steps on from call to call. To put back thousands of tensors between calls would have
+the host's caches full of them, and its time would not be the step's.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -15,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tilewright_bench import Case, Work, by_device, run, variants
+from tilewright_bench import Case, Variant, Work, by_device, run, variants
 from tilewright_optim import AdamW, adamw_reference
 
 LR = 0.1
@@ -41,36 +46,44 @@ LARGE = by_device(gpu=["0.5b"], cpu=["tiny"])
 SMALL = by_device(gpu=["1000 small"], cpu=["tiny"])
 
 
+def tensors(values: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Tensors of these shapes with the values in turn."""
+    parts = values.split([math.prod(shape) for shape in shapes])
+    return [part.clone().view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def stepping(make_step: Callable[[Params], Step]):
-    """A function of (*params, *grads) that makes a step; each set of inputs has an optimizer."""
+    """A function of a model's shapes that gives one of (values, gradients) that makes a step."""
 
-    steps: Any = WeakTensorKeyDictionary()
+    def of(shapes):
+        steps: Any = WeakTensorKeyDictionary()  # each set of inputs has an optimizer
 
-    def prepare(inputs):
-        half = len(inputs) // 2
-        params = [torch.nn.Parameter(p, requires_grad=False) for p in inputs[:half]]
-        for p, g in zip(params, inputs[half:], strict=True):
-            p.grad = g
-        return make_step(params), tuple(params)
+        def prepare(values, gradients):
+            params = [torch.nn.Parameter(p, requires_grad=False) for p in tensors(values, shapes)]
+            for p, g in zip(params, tensors(gradients, shapes), strict=True):
+                p.grad = g
+            return make_step(params), tuple(params)
 
-    def step(*inputs):
-        if inputs[0] not in steps:
-            steps[inputs[0]] = prepare(inputs)
-        make_one, params = steps[inputs[0]]
-        make_one()
-        return params
+        def step(values, gradients):
+            if values not in steps:
+                steps[values] = prepare(values, gradients)
+            make_one, params = steps[values]
+            make_one()
+            return params
 
-    return step
+        return step
+
+    return of
 
 
 def ours(**options: Any):
     """Our step in one of its modes."""
-    return lambda: stepping(lambda params: AdamW(params, LR, **options).step)
+    return stepping(lambda params: AdamW(params, LR, **options).step)
 
 
 def torchs(**options: Any):
     """torch's step."""
-    return lambda: stepping(lambda params: torch.optim.AdamW(params, LR, **options).step)
+    return stepping(lambda params: torch.optim.AdamW(params, LR, **options).step)
 
 
 def clip_and_step(params: Params) -> Step:
@@ -103,10 +116,14 @@ def step_on_copies(params: Params) -> Step:
     return step
 
 
-def reference(*inputs, max_norm: float | None = None):
+def reference(
+    values: Tensor,
+    gradients: Tensor,
+    shapes: Sequence[tuple[int, ...]],
+    max_norm: float | None = None,
+):
     """The first step, from states of zeros."""
-    half = len(inputs) // 2
-    params, grads = [p.clone() for p in inputs[:half]], inputs[half:]
+    params, grads = tensors(values, shapes), tensors(gradients, shapes)
     m, v = ([torch.zeros_like(p) for p in params] for _ in range(2))
     adamw_reference(
         params, grads, m, v, [], [torch.zeros(()) for _ in params],
@@ -116,20 +133,15 @@ def reference(*inputs, max_norm: float | None = None):
     return tuple(params)
 
 
-def clipped_reference(*inputs: Tensor):
-    """The first step after clipping."""
-    return reference(*inputs, max_norm=MAX_NORM)
-
-
 PROVIDERS: dict[str, dict[str, Any]] = {
     "adamw": {"tilewright": ours(), "torch": torchs(), "fused": torchs(fused=True)},
     "adamw_clipped": {
         "tilewright": ours(max_grad_norm=MAX_NORM),
-        "fused": lambda: stepping(clip_and_step),
+        "fused": stepping(clip_and_step),
     },
     "adamw_exact": {
         "tilewright": ours(master="exact"),
-        "fused": lambda: stepping(step_on_copies),
+        "fused": stepping(step_on_copies),
     },
     "adamw_int8": {
         "tilewright": ours(master="exact", state_dtype="int8"),
@@ -144,35 +156,44 @@ BYTES = {"adamw_clipped": 32, "adamw_exact": 26, "adamw_int8": 14}
 """A parameter, where they are not 7 times its own: the norm's pass; the masters' low halves."""
 
 
+@cache
 def case(operator: str, model: str, dtype: torch.dtype) -> Case:
     shapes = MODELS[model]
+    size = sum(map(math.prod, shapes))
+    max_norm = MAX_NORM if operator == "adamw_clipped" else None
 
     def make_inputs(device, generator):
         options = {"device": device, "dtype": dtype, "generator": generator}
-        params = [0.02 * torch.randn(shape, **options) for shape in shapes]
-        return *params, *(torch.randn(shape, **options) for shape in shapes)
+        return 0.02 * torch.randn(size, **options), torch.randn(size, **options)
 
-    size = sum(map(math.prod, shapes))
     work = Work(bytes=BYTES.get(operator, 7 * dtype.itemsize) * size, flops=15 * size)
     return Case(
         operator=operator,
         shape=(len(shapes), size),
         dtype=dtype,
         make_inputs=make_inputs,
-        reference=clipped_reference if operator == "adamw_clipped" else reference,
+        reference=partial(reference, shapes=shapes, max_norm=max_norm),
         forward=work,
         backward=work,  # there is none, and it is never timed
     )
 
 
 CASES = [
-    *(case("adamw", m, d) for m in (*LARGE, *SMALL) for d in (torch.float32, torch.bfloat16)),
-    *(case("adamw_clipped", model, torch.float32) for model in LARGE),
-    *(case("adamw_exact", model, torch.bfloat16) for model in LARGE),
-    *(case("adamw_int8", model, torch.bfloat16) for model in LARGE),
-    *(case("adamw_captured", model, torch.float32) for model in SMALL),
+    *(("adamw", m, d) for m in (*LARGE, *SMALL) for d in (torch.float32, torch.bfloat16)),
+    *(("adamw_clipped", model, torch.float32) for model in LARGE),
+    *(("adamw_exact", model, torch.bfloat16) for model in LARGE),
+    *(("adamw_int8", model, torch.bfloat16) for model in LARGE),
+    *(("adamw_captured", model, torch.float32) for model in SMALL),
 ]
-MEASURED = [(c, v) for c in dict.fromkeys(CASES) for v in variants(PROVIDERS[c.operator], ("fwd",))]
+
+
+def providers(operator: str, model: str) -> list[Variant]:
+    """All of an operator, on the shapes of a model."""
+    build = {name: partial(of, MODELS[model]) for name, of in PROVIDERS[operator].items()}
+    return variants(build, ("fwd",))
+
+
+MEASURED = [(case(*c), v) for c in dict.fromkeys(CASES) for v in providers(*c[:2])]
 
 
 @pytest.mark.parametrize(("case", "variant"), MEASURED, ids=str)

@@ -72,17 +72,28 @@ def _one_minus_power(exponent, ACC: tl.constexpr):
 
 
 @triton.jit
+def _corrections(before, rate, log_beta1, log_beta2, ACC: tl.constexpr):
+    """What updates and roots are multiplied by at the step after `before`."""
+    t = before.to(tl.float64) + 1
+    step_size = rate.to(ACC) / _one_minus_power(t * log_beta1, ACC)
+    return step_size, 1 / tl.sqrt(_one_minus_power(t * log_beta2, ACC))
+
+
+@triton.jit
 def _adam_chunk(
     p, low, g, m, v, extra, v_scale, first, size, random1, random2,
     grad_scale, clip, decay, weight1, beta2, weight2, step_size, inv_correction2, eps,
+    count, rate, log_beta1, log_beta2,
     PARAM: tl.constexpr, GRAD: tl.constexpr, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr,
     MASTER: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, DECOUPLED: tl.constexpr,
     CAUTIOUS: tl.constexpr, SCALED: tl.constexpr, CLIPPED: tl.constexpr,
+    COUNTS: tl.constexpr,
     VECTOR: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update `size` ≤ CHUNK elements from `first`; with VECTOR, all are multiples of 16.
 
-    p, low, g, m, v, v_scale are addresses; extra is that of max v or of m's scales.
+    p, low, g, m, v, v_scale are addresses; extra is that of max v or of m's scales. With COUNTS the
+    corrections are made here, from the count at its address: no element waits for it to be read.
     """
     QUANTIZED: tl.constexpr = tl.constexpr(tl.int8 == EXP_AVG)
     HALF: tl.constexpr = tl.constexpr(tl.int16 if MASTER != "none" else PARAM)
@@ -117,6 +128,9 @@ def _adam_chunk(
         p = join_halves(tl.load(p_ptr + at, mask=mask, other=0), tl.zeros_like(at).to(tl.int16))
     else:
         p = tl.load(p_ptr + at, mask=mask, other=0.0).to(ACC)
+    if COUNTS:
+        before = tl.load(element(count, tl.float32, 0, False))
+        step_size, inv_correction2 = _corrections(before, rate, log_beta1, log_beta2, ACC)
     if SCALED:
         g = g / grad_scale
     if CLIPPED:
@@ -181,14 +195,17 @@ def _adam_kernel(
 
     Its columns are p, m, v, step, then what there is of: max v; low halves; scales of m and of v;
     seeds. The step column holds addresses of step counts where CAPTURABLE, else what each
-    tensor's count is ahead of `step`. With COUNTS no tensor has two chunks, and its program adds 1.
+    tensor's count is ahead of `step`. With COUNTS each tensor is one chunk, whose program adds 1.
     """
     if found_inf_ptr is not None:  # noqa: SIM102 (Triton evaluates both sides of `and`)
         if tl.load(found_inf_ptr) != 0:
             return
     QUANTIZED: tl.constexpr = tl.constexpr(tl.int8 == EXP_AVG)
     RANDOM: tl.constexpr = tl.constexpr(QUANTIZED or MASTER == "stochastic")
-    chunk = tl.load(work_ptr + (COLUMNS + 1) * num_tensors + tl.program_id(0))
+    if COUNTS:
+        chunk = tl.program_id(0).to(tl.int64) << 32
+    else:
+        chunk = tl.load(work_ptr + (COLUMNS + 1) * num_tensors + tl.program_id(0))
     tensor, first = chunk >> 32, (chunk & 0xFFFFFFFF) * (CHUNK * TILES)
     row_ptr = work_ptr + tensor
     g = tl.load(grads_ptr + tensor)
@@ -214,9 +231,9 @@ def _adam_kernel(
         seed = tl.load(row_ptr + (COLUMNS - 1) * num_tensors)
 
     if CAPTURABLE:
-        t = tl.load(element(count, tl.float32, 0, False)).to(tl.float64) + 1
+        before = tl.load(element(count, tl.float32, 0, False))
     else:
-        t = count.to(tl.float64) + step + 1
+        before = count.to(tl.float64) + step
     # full() and not cast: the interpreter passes Python floats, which cast makes float32.
     rate = tl.full((), lr, tl.float64)
     if lr_ptr is not None:
@@ -230,15 +247,16 @@ def _adam_kernel(
     if norm_ptr is not None:
         clip = clip_factor(tl.load(norm_ptr), grad_scale, max_norm).to(ACC)
     decay = (1 - rate * decay_rate if DECOUPLED else decay_rate).to(ACC)
-    step_size = rate.to(ACC) / _one_minus_power(t * log_beta1, ACC)
-    inv_correction2 = 1 / tl.sqrt(_one_minus_power(t * log_beta2, ACC))
     weight1 = tl.full((), 1 - beta1, tl.float64).to(ACC)
     weight2 = tl.full((), 1 - beta2, tl.float64).to(ACC)
     beta2 = tl.full((), beta2, tl.float64).to(ACC)
     eps = tl.full((), eps, tl.float64).to(ACC)
     random1, random2 = seed, seed
+    step_size, inv_correction2 = rate, rate
+    if not COUNTS:
+        step_size, inv_correction2 = _corrections(before, rate, log_beta1, log_beta2, ACC)
     if RANDOM:
-        random1, random2 = random_keys(seed, t.to(tl.int64))
+        random1, random2 = random_keys(seed, before.to(tl.int64) + 1)
 
     size = tl.minimum(size - first, CHUNK * TILES).to(tl.int32)
     # Vectors of 16 bytes need aligned addresses, and a size that no vector straddles.
@@ -248,8 +266,9 @@ def _adam_kernel(
                 p, low, g, m, v, extra, v_scale, first + i * CHUNK, size - i * CHUNK,
                 random1, random2, grad_scale, clip, decay,
                 weight1, beta2, weight2, step_size, inv_correction2, eps,
+                count, rate, log_beta1, log_beta2,
                 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, AMSGRAD, MAXIMIZE, DECOUPLED, CAUTIOUS,
-                grad_scale_ptr is not None, norm_ptr is not None, True, ACC, CHUNK, BLOCK,
+                grad_scale_ptr is not None, norm_ptr is not None, COUNTS, True, ACC, CHUNK, BLOCK,
             )  # fmt: skip
     else:
         for i in range(TILES):
@@ -257,12 +276,14 @@ def _adam_kernel(
                 p, low, g, m, v, extra, v_scale, first + i * CHUNK, size - i * CHUNK,
                 random1, random2, grad_scale, clip, decay,
                 weight1, beta2, weight2, step_size, inv_correction2, eps,
+                count, rate, log_beta1, log_beta2,
                 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, AMSGRAD, MAXIMIZE, DECOUPLED, CAUTIOUS,
-                grad_scale_ptr is not None, norm_ptr is not None, False, ACC, CHUNK, BLOCK,
+                grad_scale_ptr is not None, norm_ptr is not None, COUNTS, False, ACC, CHUNK, BLOCK,
             )  # fmt: skip
     if COUNTS:
         tl.debug_barrier()  # some warps may not have read it yet
-        tl.store(element(count, tl.float32, 0, False), t.to(tl.float32))
+        count_ptr = element(count, tl.float32, 0, False)
+        tl.store(count_ptr, tl.load(count_ptr) + 1)
 
 
 def chunk_size(exp_avg: torch.dtype) -> int:
