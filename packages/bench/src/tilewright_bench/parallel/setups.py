@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from tilewright_dist import DistributedDataParallel, ShardedOptimizer
+from tilewright_dist import DistributedDataParallel, ShardedOptimizer, wrap
 from tilewright_optim import Muon
 
 LR = 1e-4
@@ -85,6 +86,12 @@ def sharded(**options: Any) -> Make:
     return make
 
 
+def fsdp(module: nn.Module) -> Made:
+    """torch's fully_shard: bfloat16 weights are gathered block by block, all else is divided."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return wrap(module, _adamw, parallel="fsdp", mp_policy=policy)
+
+
 def muon(*, shard: bool, **options: Any) -> Make:
     """Muon for the blocks' matrices; nothing else is updated."""
 
@@ -140,7 +147,7 @@ _ALL = (ALONE, *TORCH, *BUCKETED, *HALF, *ZERO)
 PARTS: dict[str, tuple[bool, tuple[Setup, ...]]] = {
     "eager": (False, _ALL),
     "compiled": (True, _ALL),
-    "ladder": (False, (*LADDER, BUCKETED[0])),
+    "ladder": (False, (*LADDER, BUCKETED[0], Setup(name="fsdp", make=fsdp, peer=True))),
     "muon": (False, MUON),
 }
 """What is timed in turn, and whether blocks are compiled."""
