@@ -1,16 +1,21 @@
-"""Losses of one model trained with AdamW's averages in float32, bfloat16 and 8 bits.
+"""Losses of one model trained with AdamW's averages in float32 and in 8 bits, several times each.
 
-    python packages/bench/benchmarks/averages_in_training.py --steps 500 --out FILE
+    python packages/bench/benchmarks/averages_in_training.py --out FILE
 
-The model has 85 M parameters and reads bytes; the corpus is Python's own library. All runs see the
-same batches from the same weights, which are bfloat16 with exact masters. What is saved are means
-of 50 steps, by the storage of the averages.
+The model has 85 M parameters and reads bytes; the corpus is Python's own library, of whose end a
+twentieth is held out. All runs see the same batches; weights are bfloat16 with exact masters. Two
+runs of one storage differ in the last bit of one weight in 4096 at the beginning: how far apart
+they end is what a difference between storages has to be measured by. What is saved of a run are
+means of 50 steps and the loss on what was held out.
 """
 
 import argparse
 import json
 import os
 import platform
+import statistics
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +23,7 @@ from torch import Tensor
 
 from tilewright_model import CausalLM, ModelConfig
 from tilewright_optim import AdamW
+from tilewright_optim._states import StateDtype
 
 MEAN_OF = 50
 LR = 6e-4
@@ -33,21 +39,44 @@ CONFIG = ModelConfig(
     max_position_embeddings=512,
 )
 BATCH = 8
+HELD_OUT_BATCHES = 20
+PERTURBED = 4096
 
-STORAGES = {"float32": None, "int8": "int8", "bfloat16": torch.bfloat16}
+STORAGES: dict[str, StateDtype] = {"float32": None, "int8": "int8"}
 
 
-def corpus() -> tuple[Tensor, int]:
-    """The modules beside `os` as one run of bytes, and how many they are."""
+def corpus() -> tuple[Tensor, Tensor]:
+    """The modules beside `os` as one run of bytes: to train on, and held out."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
     text = b"\n".join(file.read_bytes() for file in files)
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8), len(files)
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    end = len(data) * 19 // 20
+    return data[:end], data[end:]
 
 
-def train(state_dtype, data: Tensor, steps: int, device: torch.device) -> Tensor:
-    """Losses of all steps."""
+def model_of(beginning: int, device: torch.device) -> CausalLM:
+    """The same weights, but for the last bits of a few from beginning 1 on."""
     torch.manual_seed(0)
     model = CausalLM(CONFIG).to(device, torch.bfloat16)
+    if beginning:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.view(-1)[beginning::PERTURBED].mul_(1 + 2**-7)
+    return model
+
+
+def batches(data: Tensor, seed: int, device: torch.device) -> Iterator[Tensor]:
+    """Token ids [BATCH, T], without end."""
+    generator = torch.Generator().manual_seed(seed)
+    length = CONFIG.max_position_embeddings
+    while True:
+        starts = torch.randint(len(data) - length - 1, (BATCH,), generator=generator)
+        yield torch.stack([data[i : i + length] for i in starts]).long().to(device)
+
+
+def train(state_dtype: StateDtype, model: CausalLM, data: Tensor, steps: int) -> Tensor:
+    """Losses of all steps."""
+    device = next(model.parameters()).device
     lr = torch.tensor(0.0, device=device)
     optimizer = AdamW(
         model.parameters(),
@@ -57,13 +86,9 @@ def train(state_dtype, data: Tensor, steps: int, device: torch.device) -> Tensor
         master="exact",
         state_dtype=state_dtype,
     )
-    generator = torch.Generator().manual_seed(1)
-    length = CONFIG.max_position_embeddings
     losses = []
-    for step in range(steps):
+    for step, batch in enumerate(islice(batches(data, 1, device), steps)):
         lr.fill_(LR * min(1.0, (step + 1) / WARMUP_STEPS))
-        starts = torch.randint(len(data) - length - 1, (BATCH,), generator=generator)
-        batch = torch.stack([data[i : i + length] for i in starts]).long().to(device)
         loss = model(batch, labels=batch).loss
         loss.backward()
         optimizer.step()
@@ -72,27 +97,42 @@ def train(state_dtype, data: Tensor, steps: int, device: torch.device) -> Tensor
     return torch.stack(losses).cpu()
 
 
+@torch.no_grad()
+def held_out_loss(model: CausalLM, data: Tensor) -> float:
+    """Mean over the same batches for every run."""
+    device = next(model.parameters()).device
+    some = islice(batches(data, 2, device), HELD_OUT_BATCHES)
+    return statistics.mean(model(batch, labels=batch).loss.item() for batch in some)
+
+
 def main() -> None:
     """Train, print and save."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=500, help="[500] of each run")
+    parser.add_argument("--beginnings", type=int, default=3, help="[3] runs of each storage")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data, files = corpus()
-    means = {}
-    for name, state_dtype in STORAGES.items():
-        losses = train(state_dtype, data, options.steps, device)
-        means[name] = [round(part.mean().item(), 4) for part in losses.split(MEAN_OF)]
-        print(f"{name:9s}", *(f"{mean:.3f}" for mean in means[name]), flush=True)
+    data, held_out = corpus()
+    runs = []
+    for beginning in range(options.beginnings):
+        for name, state_dtype in STORAGES.items():
+            model = model_of(beginning, device)
+            losses = train(state_dtype, model, data, options.steps).float()
+            means = [round(part.mean().item(), 4) for part in losses.split(MEAN_OF)]
+            loss = round(held_out_loss(model, held_out), 4)
+            print(f"{name:8s} {beginning}", *(f"{m:.3f}" for m in means), f"held out {loss:.4f}")
+            runs.append(
+                {"averages": name, "beginning": beginning, "losses": means, "held_out": loss}
+            )
     record = {
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "corpus": f"Python {platform.python_version()}'s modules, {files} files, as bytes",
+        "corpus": f"Python {platform.python_version()}'s modules, as bytes",
         "steps": options.steps,
         "mean_of": MEAN_OF,
-        "losses": means,
+        "runs": runs,
     }
     if options.out is not None:
         options.out.write_text(json.dumps(record, indent=1) + "\n")
