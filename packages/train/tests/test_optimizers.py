@@ -1,6 +1,7 @@
 """The optimizers of a run: which parameters they update, and that their states come back."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -67,6 +68,31 @@ def test_stacked_weights_are_split_for_muon():
         weights = [p for name, p in model.named_parameters() if name.endswith(end)]
         assert weights
         assert all(len(p) == sum(rows) for p in weights)
+
+
+def test_experts_are_split_for_muon():
+    shape = dataclasses.replace(
+        SHAPE, num_experts=4, moe_intermediate_size=24, num_shared_experts=2, mlp_only_layers=(1,)
+    )
+    torch.manual_seed(0)
+    model = CausalLM(shape)
+    optimizer = make_optimizer(TrainingOptions(optim="muon"), model, 0.01)
+    sizes = {
+        name.removeprefix("layers."): group["split_sizes"]
+        for group in optimizer.param_groups
+        if group["kind"] == "muon"
+        for name in group["param_names"]
+        if "gate_up" in name
+    }
+    assert sizes == {
+        "0.mlp.experts.gate_up_proj": (24, 24),
+        "0.mlp.shared_experts.gate_up_proj.weight": (48, 48),
+        "1.mlp.gate_up_proj.weight": (48, 48),
+    }
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, [0])
+    for (name, after), former in zip(model.named_parameters(), before, strict=True):
+        assert not torch.equal(after, former), name
 
 
 def test_adamw_gets_the_rest_with_the_runs_betas():

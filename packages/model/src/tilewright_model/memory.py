@@ -90,7 +90,7 @@ def optimizer_bytes(
 ) -> int:
     """Bytes of an optimizer's states, master weights included."""
     count = count_parameters(config)
-    hidden_matrices = count.attention + count.mlp + count.experts + count.router
+    hidden_matrices = count.attention + count.mlp + count.experts
     a_parameter = {"none": 0.0, "adamw": 8.0, "adamw_bf16": 4.0, "muonw": 8.0}
     a_parameter["adamw_int8"] = 2 + 2 * 4 / _INT8_BLOCK
     if optimizer not in a_parameter:
