@@ -33,7 +33,7 @@ def stacked_rows(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Rows of the matrices that the model stacks in one weight, by the end of the weight's name."""
     head = config.attention_head_dim
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    rows = {"qkv_proj.weight": (queries, keys, keys)}
+    rows: dict[str, tuple[int, ...]] = {"qkv_proj.weight": (queries, keys, keys)}
     if len(config.sparse_layers) < config.num_hidden_layers:
         rows["mlp.gate_up_proj.weight"] = (config.intermediate_size, config.intermediate_size)
     if config.sparse_layers:
