@@ -18,7 +18,10 @@ def draw(logits: torch.Tensor, requests: list[SamplingParams], steps: torch.Tens
     )
     nothing = torch.zeros(batch, 1, dtype=torch.int64)
     sampler.load(requests, nothing, torch.ones(batch, dtype=torch.int32))
-    return sampler.draw(logits, steps)[0]
+    tokens, log_probs = torch.empty(batch, dtype=torch.int64), torch.empty(batch)
+    sampler.draw(logits, steps, tokens_B=tokens, log_probs_B=log_probs)
+    torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+    return tokens
 
 
 @pytest.mark.parametrize(

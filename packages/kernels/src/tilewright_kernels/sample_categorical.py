@@ -146,13 +146,19 @@ def _grads(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
     return (None,) * 6
 
 
-@_OP.function(fake=_fake, setup_context=_save, backward=_grads)
-def draw_tokens(
-    logits: Tensor, seeds: Tensor, steps: Tensor, temperature: Tensor | None,
-    threshold: Tensor | None, counters: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch: tokens [B] and their log-probabilities [B]."""
-    tokens, log_probs = _fake(logits, seeds, steps, temperature, threshold, counters)
+def _into_fake(
+    tokens: Tensor, log_probs: Tensor, logits: Tensor, seeds: Tensor, steps: Tensor,
+    temperature: Tensor | None, threshold: Tensor | None, counters: Tensor | None,
+) -> None:  # fmt: skip
+    return None
+
+
+@_OP.function(fake=_into_fake, mutates=("tokens", "log_probs"))
+def draw_tokens_into(
+    tokens: Tensor, log_probs: Tensor, logits: Tensor, seeds: Tensor, steps: Tensor,
+    temperature: Tensor | None, threshold: Tensor | None, counters: Tensor | None,
+) -> None:  # fmt: skip
+    """Launch: tokens [B] and their log-probabilities [B], contiguous."""
     batch, size = logits.shape
     logits = as_rows(logits, size)
     block = min(BLOCK_V, max(16, next_power_of_2(size)))
@@ -167,6 +173,16 @@ def draw_tokens(
         counters, logits.stride(0), size, BLOCKS=blocks, ROUNDED=next_power_of_2(blocks),
         ACC=accumulator(logits.dtype), BLOCK_V=block, num_warps=8,
     )  # fmt: skip
+
+
+@_OP.function(fake=_fake, setup_context=_save, backward=_grads)
+def draw_tokens(
+    logits: Tensor, seeds: Tensor, steps: Tensor, temperature: Tensor | None,
+    threshold: Tensor | None, counters: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `draw_tokens_into`, in new tensors."""
+    tokens, log_probs = _fake(logits, seeds, steps, temperature, threshold, counters)
+    draw_tokens_into(tokens, log_probs, logits, seeds, steps, temperature, threshold, counters)
     return tokens, log_probs
 
 
@@ -178,6 +194,7 @@ def sample_categorical(
     temperature: Tensor | None = None,
     threshold: Tensor | None = None,
     counters: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token a row from softmax(logits / temperature), and its log-probability.
 
@@ -194,6 +211,7 @@ def sample_categorical(
         counters: [B] int32 zeros or more, zero again after the call. Without them the call clears
             some of its own, which is a launch. Calls that may run at the same time need counters
             of their own.
+        out: the tokens and log-probabilities to write, contiguous, instead of new ones.
 
     Returns:
         Tokens [B] int64, and their log-probabilities [B] under softmax(logits), whatever the
@@ -204,11 +222,21 @@ def sample_categorical(
         TypeError: logits that are not floating point, seeds or steps that are not integers.
     """
     _check(logits, seeds, steps, temperature, threshold, counters)
+    if out is not None:
+        _check_out(out, logits)
     unsupported = "V is 2³¹ or more" if logits.shape[1] >= 2**31 else None
     if not _OP.uses_triton(logits, unsupported):
-        return sample_categorical_reference(
+        drawn = sample_categorical_reference(
             logits, seeds, steps, temperature=temperature, threshold=threshold
         )
+        if out is None:
+            return drawn
+        for target, result in zip(out, drawn, strict=True):
+            target.copy_(result)
+        return out
+    if out is not None:
+        draw_tokens_into(*out, logits, seeds, steps, temperature, threshold, counters)
+        return out
     return draw_tokens(logits, seeds, steps, temperature, threshold, counters)
 
 
@@ -238,3 +266,14 @@ def _check(
             f"zeros or more"
         )
     check_same_device(logits=logits, counters=counters, **given)
+
+
+def _check_out(out: tuple[Tensor, Tensor], logits: Tensor) -> None:
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    for name, x, dtype in zip(("tokens", "log_probs"), out, (torch.int64, wide), strict=True):
+        if x.shape != logits.shape[:1] or x.dtype != dtype or not x.is_contiguous():
+            raise ValueError(
+                f"out's {name} is {x.dtype} of shape {tuple(x.shape)}; give contiguous {dtype} of "
+                f"[{len(logits)}]"
+            )
+        check_same_device(logits=logits, **{f"out's {name}": x})

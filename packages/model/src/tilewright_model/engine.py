@@ -149,7 +149,7 @@ class Engine:
             last_BC = prefill(self.model, prompts_BT, lengths, step.cache, chunk=self.prefill_chunk)
             logits_BV = self.model.project_logits(last_BC)
         step.sampler.load(requests, prompts_BT, step.cache.lengths)
-        step.set(*step.sampler.draw(logits_BV, step.cache.lengths))
+        step.draw(logits_BV, step.cache.lengths)
         last = step.cache.max_length - 1
         limits = [
             min(n + r.max_new_tokens - 1, last) for n, r in zip(lengths, requests, strict=True)

@@ -141,16 +141,17 @@ class Sampler:
             tokens = torch.where(place < lengths[:, None], prompts_BT, prompts_BT[:, :1])
             self.seen_BV.zero_().scatter_(1, tokens, True)
 
-    def draw(self, logits_BV: Tensor, steps_B: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, logits_BV: Tensor, steps_B: Tensor, *, tokens_B: Tensor, log_probs_B: Tensor
+    ) -> None:
         """One token a row.
 
         Args:
-            logits_BV: of the model.
+            logits_BV: of the model, no wider than float32.
             steps_B: int32 or int64: the position that each token will have.
-
-        Returns:
-            Tokens [B] int64, and their log-probabilities [B] float32 in the model's distribution:
-            at temperature 1, without truncation or penalty.
+            tokens_B: int64, gets the tokens.
+            log_probs_B: float32, gets their log-probabilities in the model's distribution: at
+                temperature 1, without truncation or penalty.
         """
         logits = penalize(logits_BV, self.seen_BV, self.penalty) if self.penalizes else logits_BV
         threshold = None
@@ -162,15 +163,14 @@ class Sampler:
                 top_p=self.top_p,
                 min_p=self.min_p,
             )
-        tokens_B, log_probs_B = sample_categorical(
-            logits, self.seeds, steps_B,
+        sample_categorical(
+            logits, self.seeds, steps_B, out=(tokens_B, log_probs_B),
             temperature=self.temperature, threshold=threshold, counters=self.counters,
         )  # fmt: skip
         if self.penalizes:
             self.seen_BV.scatter_(1, tokens_B[:, None], True)
             log_probs_BV = logits_BV.float().log_softmax(-1)
-            log_probs_B = log_probs_BV.gather(1, tokens_B[:, None])[:, 0]
-        return tokens_B, log_probs_B.float()
+            log_probs_B.copy_(log_probs_BV.gather(1, tokens_B[:, None])[:, 0])
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty_B: Tensor) -> Tensor:

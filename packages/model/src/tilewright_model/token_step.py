@@ -43,10 +43,11 @@ class TokenStep:
         self._wants_graph = graph and device.type == "cuda" and self._fused
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def set(self, tokens_B: Tensor, log_probs_B: Tensor) -> None:
-        """Make these the newest tokens."""
-        self.tokens.copy_(tokens_B)
-        self.log_probs.copy_(log_probs_B)
+    def draw(self, logits_BV: Tensor, steps_B: Tensor) -> None:
+        """Draw the newest tokens, whose positions are steps_B."""
+        if logits_BV.dtype == torch.float64:
+            logits_BV = logits_BV.float()
+        self.sampler.draw(logits_BV, steps_B, tokens_B=self.tokens, log_probs_B=self.log_probs)
 
     def run(self) -> None:
         """Put the next tokens in place of the newest; the host does not wait for them."""
@@ -68,7 +69,7 @@ class TokenStep:
             logits_BV = decode_step(self.model, self.tokens, self.cache, self._counters)
         else:
             logits_BV = self._forward()
-        self.set(*self.sampler.draw(logits_BV, steps_B))
+        self.draw(logits_BV, steps_B)
         torch.minimum(steps_B, self.limits, out=lengths)
 
     def _forward(self) -> Tensor:
