@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -213,3 +214,14 @@ def test_packed_rows_are_one() -> None:
 def test_a_token_outside_the_vocabulary_is_named() -> None:
     with pytest.raises(ValueError, match="token 32 is outside the vocabulary of 32"):
         build()(tokens().clamp(max=31).index_fill(1, torch.tensor([2]), 32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["rope", "learned", "sinusoidal", "none"])
+def test_positions_follow_the_dtype_of_the_weights(kind: PositionEmbedding, tmp_path: Path) -> None:
+    model, ids = build(position_embedding=kind), tokens()
+    model.save_pretrained(tmp_path)
+    loaded = CausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    cast_model = build(position_embedding=kind).to(torch.bfloat16)
+    assert loaded(ids).logits.dtype == torch.bfloat16
+    assert torch.equal(loaded(ids).logits, cast_model(ids).logits)

@@ -264,7 +264,7 @@ class CausalLM(nn.Module):
         """Normalized hidden states, and what each router said."""
         h_BTC = self.embed_tokens(input_ids)
         if self.embed_positions is not None:
-            h_BTC = h_BTC + self.embed_positions(positions.ids)
+            h_BTC = h_BTC + self.embed_positions(positions.ids).to(h_BTC.dtype)
         h_BTC = self.dropout(h_BTC)
         length = input_ids.shape[1]
         caches = [None] * len(self.layers) if cache is None else cache.layers(length)
