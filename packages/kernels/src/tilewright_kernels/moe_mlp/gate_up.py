@@ -30,6 +30,8 @@ from tilewright_kernels.grouped_mm.launches import (
 from tilewright_kernels.grouped_mm.pointers import dot_rows, rows_of_program, store_rows
 from tilewright_kernels.moe_mlp.tokens import tokens_to_rows
 
+GATHERS = False
+
 
 @triton.jit
 def expert_gate_up_kernel(
@@ -86,17 +88,29 @@ def launch_gate_up(
     top_k = R // T
     if K and hopper_can(x, w_gate_up, h, gate_up) and N % 8 == 0 and w_gate_up.is_contiguous():
         # Imported here: Gluon is there where Triton is, and this file must not need it.
-        from tilewright_kernels.moe_mlp.hopper import expert_gate_up_hopper_kernel
+        from tilewright_kernels.moe_mlp.hopper import (
+            expert_gate_up_gather_kernel,
+            expert_gate_up_hopper_kernel,
+        )
 
-        x_rows, _ = tokens_to_rows(operator, x, inverse, top_k)
         table = table_of(operator, blocks, offs, R, HOPPER_BLOCK_M)
         gate, up = (None, None) if gate_up is None else gate_up.chunk(2, dim=1)
+        kept = [describe(t, [HOPPER_BLOCK_M, 64]) for t in (gate, up)]
         block = [HOPPER_BLOCK_M, HOPPER_OPTIONS["BLOCK_K"]]
-        tiles = most_blocks(R, E, HOPPER_BLOCK_M) * cdiv(N, 128)
+        weights = describe(w_gate_up.flatten(0, 1), block)
+        programs = hopper_programs(x.device, most_blocks(R, E, HOPPER_BLOCK_M) * cdiv(N, 128))
+        if GATHERS:
+            operator.launch(
+                expert_gate_up_gather_kernel, (programs,),
+                x, weights, h, gate_up, *kept, permutation, table, x.stride(0), N, K,
+                FUNCTION=function, TOP_K=top_k, ROWS=ROWS // 2, GATHER_REGISTERS=104,
+                **HOPPER_OPTIONS,
+            )  # fmt: skip
+            return
+        x_rows, _ = tokens_to_rows(operator, x, inverse, top_k)
         operator.launch(
-            expert_gate_up_hopper_kernel, (hopper_programs(x.device, tiles),),
-            describe(x_rows, block), describe(w_gate_up.flatten(0, 1), block), h, gate_up,
-            *(describe(t, [HOPPER_BLOCK_M, 64]) for t in (gate, up)), table, N, K,
+            expert_gate_up_hopper_kernel, (programs,),
+            describe(x_rows, block), weights, h, gate_up, *kept, table, N, K,
             FUNCTION=function, ROWS=ROWS, **HOPPER_OPTIONS,
         )  # fmt: skip
         return
