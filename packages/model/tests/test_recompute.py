@@ -116,6 +116,37 @@ def test_packed_blocks_compile_whole() -> None:
     torch.testing.assert_close(model(ids, labels=ids, cu_seqlens=bounds).loss, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("variant", ["dense", "experts"])
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_compile_for_a_gpu(variant: str, mode: Recompute) -> None:
+    # Wide enough for the kernels that bfloat16 products have, and for their epilogues.
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    config = dataclasses.replace(VARIANTS[variant], **shape)
+    torch.manual_seed(0)
+    model = CausalLM(config).to("cuda", torch.bfloat16)
+    model.recompute = mode
+    ids = torch.randint(32, (8, 64), device="cuda")
+
+    def step() -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        return loss.detach(), [p.grad.float() for p in model.parameters() if p.grad is not None]
+
+    loss, gradients = step()
+    torch.compiler.reset()
+    for block in model.layers:
+        block.compile(fullgraph=True)
+    again, compiled = step()
+    torch.testing.assert_close(again, loss, rtol=1e-2, atol=0)
+    assert len(compiled) == len(gradients) == len(list(model.parameters()))
+    for ours, expected in zip(compiled, gradients, strict=True):
+        # Sums are rounded elsewhere: 8 binary digits, a few times.
+        assert (ours - expected).norm() <= 0.05 * expected.norm() + 1e-6
+
+
 def test_dropout_is_for_training() -> None:
     torch.manual_seed(0)
     model, ids = CausalLM(VARIANTS["dropout"]), tokens()

@@ -97,7 +97,7 @@ class SinusoidalPositions(nn.Module):
         return self.table[ids]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SinusoidalPositions":
-        # As the rotary tables: only the device is taken over, and to_empty() leaves values unwritten.
+        # As of the rotary tables only the device is taken over; to_empty() leaves values unwritten.
         super()._apply(fn, recurse)
         self.table = self._make(self.table.device)
         return self
