@@ -1,6 +1,6 @@
 """What a model's inference reaches: decoding, prefill, and a cache that is not concatenated.
 
-    python packages/bench/benchmarks/inference_rates.py --out FILE
+    python packages/bench/benchmarks/inference_rates.py --commit COMMIT --out FILE
 
 The 0.5 B decoder in bfloat16 with random weights. Decoding takes prompts of 128 tokens on to 256
 new ones, greedily, by an `Engine` that has run before; what its first call took is noted beside.
@@ -11,7 +11,6 @@ and keys and values that are either written to their rows or joined to all that 
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -155,7 +154,9 @@ def caches(model: CausalLM, batch: int, tokens: int) -> list[dict[str, Any]]:
 
     def run(kind: str) -> tuple[list[float], list[int]]:
         before = allocated()
-        rows = KVCache(config, batch, tokens, device=device, dtype=dtype) if kind == "rows" else None
+        rows = (
+            KVCache(config, batch, tokens, device=device, dtype=dtype) if kind == "rows" else None
+        )
         empty = torch.empty(shape, device=device, dtype=dtype)
         joined = [(empty, empty) for _ in model.layers]
         ids, times, memory = first, [], []
@@ -194,6 +195,7 @@ def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--commit", default="", help="of the code, to be saved with the figures")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
@@ -203,7 +205,9 @@ def main() -> None:
     warm = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
     record: dict[str, Any] = {
         **describe(),
-        "python": platform.python_version(),
+        "commit": options.commit,
+        "command": "python packages/bench/benchmarks/inference_rates.py",
+        "corpus": "random weights and prompts",
         "model": name,
         "dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
         "decode": [

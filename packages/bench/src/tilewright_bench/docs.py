@@ -12,6 +12,7 @@ what it would change. Kinds of markers, with operators as in `Case.operator`:
     losses: optimizers              docs/images/<name>_losses.svg, of the training runs compared in
                                     baselines/training/<device>-<name>.json
     loads: experts                  docs/images/<name>_loads.svg, of the loads recorded there
+    rates: inference                docs/images/<name>_rates.svg and a table, of the rates there
 
 An operator that has a benchmark but no baseline yet is said to be not measured yet.
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tilewright_bench import curves, expert_loads, plots, roofline
+from tilewright_bench import curves, expert_loads, inference, plots, roofline
 from tilewright_bench.bars import BARS
 from tilewright_bench.discovery import operators_in
 from tilewright_bench.judge import judge
@@ -98,6 +99,7 @@ class Figures:
             "convergence": self._convergence,
             "losses": self._losses,
             "loads": self._loads,
+            "rates": self._rates,
         }
         if marker.kind not in kinds:
             raise marker.error(f"{marker.kind!r} is none of {', '.join(kinds)}")
@@ -106,7 +108,7 @@ class Figures:
             if marker.kind != "bars":
                 what = f"operator, as in {marker.kind}: rms_norm"
             raise marker.error(f"name at least one {what}")
-        for item in marker.items if marker.kind not in ("losses", "loads") else ():
+        for item in marker.items if marker.kind not in ("losses", "loads", "rates") else ():
             self._check_name(marker, item.split("/")[0])
         return kinds[marker.kind](marker)
 
@@ -203,6 +205,11 @@ class Figures:
     def _loads(self, marker: Marker) -> str:
         return self._trained(
             marker, "Loads of experts in training", expert_loads.loads, expert_loads.loads_table
+        )
+
+    def _rates(self, marker: Marker) -> str:
+        return self._trained(
+            marker, "Memory of a cache", inference.cache_memory, inference.rates_table
         )
 
     def _trained(
