@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -203,13 +204,18 @@ def test_a_norm_that_is_not_finite_shows(device):
     assert params[2].isnan().all()  # as torch.nn.utils.clip_grad_norm_ and a step make it
 
 
-@pytest.mark.parametrize("what", ["state", "param", "dtype of a gradient", "dtype of a state"])
+@pytest.mark.parametrize(
+    "what",
+    ["state", "states", "plain state", "param", "dtype of a gradient", "dtype of a state"],
+)
 def test_what_changes_between_steps_is_seen(what, device):
     def run(change):
         params = make(device)
         optimizer = AdamW(params, lr=1e-2)
         for step in range(4):
             set_random_grads(params, step)
+            if step == 1 and change and what == "plain state":
+                optimizer.state[params[1]] = dict(optimizer.state[params[1]])
             if step == 2 and change:
                 alter(params, optimizer)
             optimizer.step()
@@ -217,11 +223,19 @@ def test_what_changes_between_steps_is_seen(what, device):
 
     def alter(params, optimizer):
         state = optimizer.state[params[1]]
-        if what == "state":
-            state["exp_avg"] = state["exp_avg"].clone()
-            optimizer.state[params[2]] = dict(optimizer.state[params[2]])
+        if what in ("state", "plain state"):
+            kept = state["exp_avg"]
+            state["exp_avg"] = kept.clone()
+            kept.fill_(torch.nan)  # whoever still reads it shows
+        elif what == "states":
+            states = optimizer.state
+            optimizer.state = defaultdict(dict, {p: copy.deepcopy(s) for p, s in states.items()})
+            for old in states.values():
+                old["exp_avg"].fill_(torch.nan)
         elif what == "param":
-            params[1].data = params[1].data.clone()
+            kept = params[1].data
+            params[1].data = kept.clone()
+            kept.fill_(torch.nan)
         elif what == "dtype of a state":
             state["exp_avg"] = state["exp_avg"].double()
         else:

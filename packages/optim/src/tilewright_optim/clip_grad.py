@@ -30,7 +30,8 @@ def clip_grad_norm_(
     """Scale gradients in place so that their norm, taken together, is at most max_norm.
 
     Nothing waits for the device, and gradients within the norm are not written. Their dtypes may
-    differ. Norms other than the Euclidean are left to torch.
+    differ. Calls on several streams, and graphs that hold calls, may run at once. Norms other than
+    the Euclidean are left to torch.
 
     Args:
         parameters: those without a gradient are passed over.
