@@ -11,6 +11,7 @@ from tilewright_kernels import (
     scaled_dot_product_attention,
     use_backend,
 )
+from tilewright_kernels._operator import Operator
 from tilewright_kernels.flash_attention import registration
 from tilewright_kernels.testing import check_compiles, check_deterministic, poisoned_memory
 
@@ -99,10 +100,11 @@ def test_opcheck(device):
     torch.library.opcheck(torch.ops.tilewright.attention_forward.default, inputs)
     with torch.no_grad():
         out, lse = torch.ops.tilewright.attention_forward(*inputs)
-        torch.library.opcheck(
-            torch.ops.tilewright.attention_backward.default,
-            (out, None, q, k, v, out, lse, *inputs[3:], True, True),
-        )
+        for wanted in ((True, True), (False, True)):
+            torch.library.opcheck(
+                torch.ops.tilewright.attention_backward.default,
+                (out, None, q, k, v, out, lse, *inputs[3:], *wanted),
+            )
     packed = make_packed(device)
     torch.library.opcheck(
         torch.ops.tilewright.varlen_attention_forward.default,
@@ -157,6 +159,36 @@ def test_every_element_is_written(lengths, deterministic, device):
         )  # fmt: skip
         grads = torch.autograd.grad(out.sum(), inputs)
     assert not any(t.isnan().any() for t in (out, lse, *grads))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (1, 2), (0, 2)], ids=str)
+@pytest.mark.parametrize("deterministic", [True, False], ids=["split", "atomic"])
+def test_gradients_that_nobody_wants(deterministic, wanted, monkeypatch, device):
+    inputs = make(device, (45, 77), heads=(4, 2))
+    kernels: list[str] = []
+    launch = Operator.launch
+
+    def record(operator, kernel, *args, **meta):
+        kernels.append(kernel.__name__)
+        launch(operator, kernel, *args, **meta)
+
+    def gradients(q, k, v, wanted):
+        inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate((q, k, v))]
+        out = scaled_dot_product_attention(
+            *inputs, is_causal=True, enable_gqa=True, deterministic=deterministic
+        )
+        kernels.clear()
+        return torch.autograd.grad(out, [inputs[i] for i in wanted], torch.ones_like(out))
+
+    monkeypatch.setattr(Operator, "launch", record)
+    with use_backend("triton"):
+        every = gradients(*inputs, (0, 1, 2))
+        some = gradients(*inputs, wanted)
+    torch.testing.assert_close(some, tuple(every[i] for i in wanted))
+    # dq is one kernel's, or is added up by that of the keys and then finished.
+    writes_dq = any("queries" in name or "finish" in name for name in kernels)
+    assert writes_dq == (0 in wanted)
+    assert any("keys" in name for name in kernels) == (1 in wanted or 2 in wanted)
 
 
 def test_inputs_are_left_alone(device):
