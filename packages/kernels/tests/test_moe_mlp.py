@@ -1,5 +1,7 @@
 """moe_mlp: against the float64 loop over experts, for every way of routing; what is kept."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -48,7 +50,7 @@ def route(tokens, experts, k, how="random", dtype=torch.float32, device="cpu", s
 
 
 def make(
-    tokens, hidden, width, experts, k, how="random", dtype=torch.float32, device="cpu", seed=0
+    tokens, hidden, width, experts, k, how="random", *, dtype=torch.float32, device="cpu", seed=0
 ):
     """x, both matrices, the router's weights, and the routing."""
     routing = route(tokens, experts, k, how, dtype, device, seed)
@@ -93,7 +95,7 @@ HOWS = ("random", "all to the last", "skewed", "every second expert")
 @pytest.mark.parametrize("how", HOWS)
 def test_matches_float64(how, dtype, device):
     skip_interpreted_bfloat16(dtype, device)
-    check(*make(13, 24, 40, 5, 2, how, dtype, device))
+    check(*make(13, 24, 40, 5, 2, how, dtype=dtype, device=device))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,7 @@ def test_activations(activation, recompute, device):
 @pytest.mark.parametrize("sizes", [(16, 24), (12, 9)], ids=str)
 def test_torch_backend(sizes, device):
     # Widths that torch's grouped product takes, and others.
-    tensors, routing = make(9, *sizes, 4, 2, device=device)
+    tensors, routing = make(9, sizes[0], sizes[1], 4, 2, device=device)
     dy = torch.rand_like(tensors[0])
     with use_backend("torch"):
         y = layer(routing)(*tensors)
@@ -207,7 +209,7 @@ def test_gradcheck(how, activation, fast_mode):
 
 @pytest.mark.parametrize("sizes", [(16, 24), (7, 9)], ids=str)
 def test_recomputed_bits_are_the_kept_ones(sizes, device):
-    tensors, routing = make(9, *sizes, 4, 2, dtype=torch.float16, device=device)
+    tensors, routing = make(9, sizes[0], sizes[1], 4, 2, dtype=torch.float16, device=device)
 
     def run(recompute):
         y = layer(routing, recompute=recompute)(*tensors)
@@ -295,7 +297,7 @@ def test_opcheck(keep, device):
 @pytest.mark.parametrize("sizes", [(16, 136), (19, 23)], ids=str)
 @pytest.mark.parametrize("how", ["random", "every second expert"])
 def test_every_element_is_written_and_bits_repeat(how, sizes, device):
-    tensors, routing = make(23, *sizes, 4, 2, how, dtype=torch.float16, device=device)
+    tensors, routing = make(23, sizes[0], sizes[1], 4, 2, how, dtype=torch.float16, device=device)
 
     def run():
         y = layer(routing)(*tensors)
@@ -329,6 +331,25 @@ def test_nans_stay_in_their_token(device):
     assert torch.equal(y[healthy], expected[healthy])
     assert torch.equal(dx[healthy], expected_dx[healthy])
     assert y[2].isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("sizes", [(16, 24), (12, 9)], ids=str)
+def test_rows_of_experts_elsewhere_are_zeros(sizes, backend, device):
+    (x, w_gate_up, w_down, weights), routing = make(9, *sizes, 5, 2, device=device)
+    with torch.no_grad():  # the last two experts' results are known, and those of their rows
+        w_down[3:] = 0
+    expected = reference(routing)(x, w_gate_up, w_down, weights)
+    here = routing._replace(offs=routing.offs[:3], tokens_per_expert=routing.tokens_per_expert[:3])
+    given = (x, w_gate_up[:3].detach().requires_grad_(), w_down[:3].detach().requires_grad_())
+    dy = torch.rand_like(x)
+    with use_backend(backend), poisoned_memory():
+        y = layer(here)(*given, weights)
+        ours = torch.autograd.grad(y, (*given, weights), dy)
+    theirs = torch.autograd.grad(expected, (x, w_gate_up, w_down, weights), dy)
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b[: len(a)])
 
 
 def test_no_tokens_and_nothing_between(device):
@@ -373,16 +394,18 @@ def test_second_derivative_is_refused(device):
 )
 def test_bad_shapes(change, message):
     shapes = {"x": (5, 8), "w_gate_up": (4, 16, 8), "w_down": (4, 8, 8)} | change
+    x, w_gate_up, w_down = (torch.ones(s) for s in shapes.values())
     with pytest.raises(ValueError, match=message):
-        moe_mlp(*(torch.ones(s) for s in shapes.values()), route(5, 4, 2))
+        moe_mlp(x, w_gate_up, w_down, route(5, 4, 2))
 
 
 def test_bad_dtypes_and_names():
+    unknown: Any = "tanh"
     (x, w_gate_up, w_down, _), routing = make(5, 8, 8, 4, 2)
     with pytest.raises(TypeError, match=r"give w_down\.to\(x\.dtype\)"):
         moe_mlp(x, w_gate_up, w_down.half(), routing)
     with pytest.raises(ValueError, match="choose from silu, gelu, relu"):
-        moe_mlp(x, w_gate_up, w_down, routing, activation="tanh")
+        moe_mlp(x, w_gate_up, w_down, routing, activation=unknown)
 
 
 # Not float64: the oracle would be torch's product in float64, which is no better than ours.
@@ -391,13 +414,13 @@ def test_bad_dtypes_and_names():
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("sizes", [(264, 520), (256, 512), (131, 67)], ids=str)
 def test_matches_float64_at_real_shapes(sizes, how, dtype):
-    check(*make(1000, *sizes, 8, 3, how, dtype, "cuda"))
+    check(*make(1000, sizes[0], sizes[1], 8, 3, how, dtype=dtype, device="cuda"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", HOWS)
 def test_hopper_agrees_with_its_twin(how, monkeypatch):
-    tensors, routing = make(1500, 264, 520, 8, 3, how, torch.float16, "cuda")
+    tensors, routing = make(1500, 264, 520, 8, 3, how, dtype=torch.float16, device="cuda")
 
     def run():
         y = layer(routing)(*tensors)
@@ -415,7 +438,7 @@ def test_hopper_agrees_with_its_twin(how, monkeypatch):
 @pytest.mark.parametrize("sizes", [(256, 512), (131, 67)], ids=str)
 def test_graph_follows_the_routing(sizes):
     # Captured with one routing, replayed with others: nothing has read it on the host.
-    tensors, routing = make(700, *sizes, 8, 2, dtype=torch.float16, device="cuda")
+    tensors, routing = make(700, sizes[0], sizes[1], 8, 2, dtype=torch.float16, device="cuda")
     dy = torch.rand_like(tensors[0])
 
     def run():

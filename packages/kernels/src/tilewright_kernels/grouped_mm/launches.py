@@ -101,7 +101,7 @@ def describe(x: Tensor | None, block: list[int]) -> Any:
     if x is None:
         return None
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 

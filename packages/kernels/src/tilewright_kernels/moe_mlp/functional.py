@@ -31,12 +31,13 @@ from tilewright_kernels._operator import (
     needs_dispatcher,
 )
 from tilewright_kernels.gated_mlp import GatedActivation
-from tilewright_kernels.grouped_mm.launches import launch_rows, launch_sums
+from tilewright_kernels.grouped_mm.launches import launch_clear, launch_rows, launch_sums
 from tilewright_kernels.moe_mlp.gate_up import launch_gate_up
 from tilewright_kernels.moe_mlp.gate_up_grad import launch_gate_up_grad
 from tilewright_kernels.moe_mlp.reference import torch_moe_mlp
-from tilewright_kernels.moe_mlp.tokens import rows_to_tokens, tokens_to_rows, weight_grads
+from tilewright_kernels.moe_mlp.weights import row_weights, weight_grads
 from tilewright_kernels.moe_route import Routing
+from tilewright_kernels.moe_route.rows import launch_combine, launch_permute
 
 _ACTIVATIONS = ("silu", "gelu", "relu")
 _OP = Operator("moe_mlp")
@@ -106,13 +107,14 @@ def _backward(
         dgate_up = gate_up if recompute or overwrite else torch.empty_like(gate_up)
     if need_dw_down:
         h = dy.new_empty(rows, width)
-    dy_rows, row_weights = tokens_to_rows(_OP, as_matrix(dy), inverse, top_k, weights)
-    assert row_weights is not None
+    dy_rows = launch_permute(_OP, as_matrix(dy), inverse, top_k)
+    of_rows = row_weights(weights, permutation, dy.dtype)
     dots = launch_gate_up_grad(
-        _OP, dy_rows, w_down, gate_up, dgate_up, h, row_weights, need_dweights, offs, blocks,
+        _OP, dy_rows, w_down, gate_up, dgate_up, h, of_rows, need_dweights, offs, blocks,
         function, slope,
     )  # fmt: skip
     if dots is not None:
+        launch_clear(_OP, dots, offs)
         dweights = torch.empty_like(weights)
         weight_grads(_OP, dots, dweights, inverse)
     if h is not None:
@@ -122,11 +124,12 @@ def _backward(
     if dgate_up is not None and need_dx:
         dx, dx_rows = dy.new_empty(dy.shape), dy.new_empty(rows, dy.shape[-1])
         launch_rows(_OP, dgate_up, w_gate_up, offs, dx_rows, blocks)
-        rows_to_tokens(_OP, dx_rows, as_matrix(dx), inverse, top_k)
+        launch_clear(_OP, dx_rows, offs)
+        launch_combine(_OP, dx_rows, None, inverse, top_k, as_matrix(dx))
         del dx_rows
     if dgate_up is not None and need_dw_gate_up:
         assert x is not None
-        x_rows, _ = tokens_to_rows(_OP, as_matrix(x), inverse, top_k)
+        x_rows = launch_permute(_OP, as_matrix(x), inverse, top_k)
         dw_gate_up = dy.new_empty(w_gate_up.shape)
         launch_sums(_OP, dgate_up, x_rows, offs, dw_gate_up)
     return dx, dw_gate_up, dw_down, dweights
@@ -194,7 +197,8 @@ def moe_mlp_forward(
     )  # fmt: skip
     y_rows = x.new_empty(rows, hidden)
     launch_rows(_OP, h, w_down.mT, offs, y_rows, blocks)
-    rows_to_tokens(_OP, y_rows, as_matrix(y), inverse, weights.shape[1], weights)
+    launch_clear(_OP, y_rows, offs)
+    launch_combine(_OP, y_rows, weights, inverse, weights.shape[1], as_matrix(y))
     return y, gate_up
 
 

@@ -3,7 +3,7 @@
     gate = x[t] · Wg[e]ᵀ          up = x[t] · Wu[e]ᵀ          h = f(gate) · up
 
 Token t of a row is looked up where it is read, so that no row is copied. Not so on Hopper, whose
-accelerator cannot gather rows: there a kernel copies them (`tokens`), one read and k writes of a
+accelerator cannot gather rows: there a kernel copies them, one read and k writes of a
 token, and the product runs at the speed of one without a gather.
 """
 
@@ -28,7 +28,7 @@ from tilewright_kernels.grouped_mm.launches import (
     tile_for,
 )
 from tilewright_kernels.grouped_mm.pointers import dot_rows, rows_of_program, store_rows
-from tilewright_kernels.moe_mlp.tokens import tokens_to_rows
+from tilewright_kernels.moe_route.rows import launch_permute
 
 GATHERS = False
 
@@ -107,7 +107,7 @@ def launch_gate_up(
                 **HOPPER_OPTIONS,
             )  # fmt: skip
             return
-        x_rows, _ = tokens_to_rows(operator, x, inverse, top_k)
+        x_rows = launch_permute(operator, x, inverse, top_k)
         operator.launch(
             expert_gate_up_hopper_kernel, (programs,),
             describe(x_rows, block), weights, h, gate_up, *kept, table, N, K,

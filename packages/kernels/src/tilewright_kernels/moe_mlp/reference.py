@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright_kernels.gated_mlp import GatedActivation
-from tilewright_kernels.grouped_mm.functional import torch_takes
+from tilewright_kernels.grouped_mm.functional import torch_grouped_mm, torch_takes
 from tilewright_kernels.moe_route import Routing
 
 
@@ -20,12 +20,14 @@ def moe_mlp_reference(
 
     It waits for the device, to learn how many tokens an expert has.
     """
-    rows = _rows_of(x, routing).split(routing.tokens_per_expert.tolist())
+    counts = routing.tokens_per_expert.tolist()
+    rows = _rows_of(x, routing)
+    *of_experts, rest = rows.split([*counts, len(rows) - sum(counts)])
     outs = []
-    for e, tokens in enumerate(rows):
+    for e, tokens in enumerate(of_experts):
         gate, up = F.linear(tokens, w_gate_up[e]).chunk(2, dim=-1)
         outs.append(F.linear(getattr(F, activation)(gate) * up, w_down[e]))
-    return _combined(torch.cat(outs), x, routing)
+    return _combined(torch.cat([*outs, torch.zeros_like(rest)]), x, routing)
 
 
 def torch_moe_mlp(
@@ -39,9 +41,9 @@ def torch_moe_mlp(
     widths_fit = w_down.shape[2] % (16 // x.element_size()) == 0
     if not widths_fit or not all(torch_takes(t) for t in (rows, w_gate_up, w_down)):
         return moe_mlp_reference(x, w_gate_up, w_down, routing, activation)
-    gate, up = F.grouped_mm(rows, w_gate_up.mT, offs=routing.offs).chunk(2, dim=-1)
+    gate, up = torch_grouped_mm(rows, w_gate_up.mT, routing.offs).chunk(2, dim=-1)
     h = getattr(F, activation)(gate) * up
-    return _combined(F.grouped_mm(h, w_down.mT, offs=routing.offs), x, routing)
+    return _combined(torch_grouped_mm(h, w_down.mT, routing.offs), x, routing)
 
 
 def _every_expert(

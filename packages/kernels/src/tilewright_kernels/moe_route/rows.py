@@ -101,7 +101,8 @@ def _tile(width: int) -> dict[str, int]:
     return {"BLOCK_N": block, "num_warps": max(1, min(4, block // 256))}
 
 
-def _permute(operator: Operator, x: Tensor, inverse: Tensor, k: int) -> Tensor:
+def launch_permute(operator: Operator, x: Tensor, inverse: Tensor, k: int) -> Tensor:
+    """rows [T·k, N] of x [T, N], for an operator of any name."""
     width = x.shape[1]
     rows, x = x.new_empty(len(inverse), width), as_rows(x, width)
     if rows.numel():
@@ -111,11 +112,15 @@ def _permute(operator: Operator, x: Tensor, inverse: Tensor, k: int) -> Tensor:
     return rows
 
 
-def _combine(
-    operator: Operator, rows: Tensor, weights: Tensor | None, inverse: Tensor, k: int
-) -> Tensor:
+def launch_combine(
+    operator: Operator, rows: Tensor, weights: Tensor | None, inverse: Tensor, k: int,
+    y: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y [T, N] of rows [T·k, N], for an operator of any name; y contiguous, where it is given."""
     width = rows.shape[1]
-    y, rows = rows.new_empty(len(inverse) // k, width), as_rows(rows, width)
+    rows = as_rows(rows, width)
+    if y is None:
+        y = rows.new_empty(len(inverse) // k, width)
     if y.numel():
         operator.launch(
             _combine_kernel, (len(y),), rows, None if weights is None else weights.contiguous(),
@@ -131,7 +136,7 @@ def _permute_fake(x: Tensor, inverse: Tensor, k: int) -> Tensor:
 @PERMUTE.function(fake=lambda drows, inverse, k: _combine_fake(drows, None, inverse, k))
 def moe_permute_backward(drows: Tensor, inverse: Tensor, k: int) -> Tensor:
     """Launch the backward: dx [T, N]."""
-    return _combine(PERMUTE, drows, None, inverse, k)
+    return launch_combine(PERMUTE, drows, None, inverse, k)
 
 
 def _save_permute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -146,7 +151,7 @@ def _permute_grads(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
 @PERMUTE.function(fake=_permute_fake, setup_context=_save_permute, backward=_permute_grads)
 def moe_permute_forward(x: Tensor, inverse: Tensor, k: int) -> Tensor:
     """Launch the forward: rows [T·k, N] from x [T, N]."""
-    return _permute(PERMUTE, x, inverse, k)
+    return launch_permute(PERMUTE, x, inverse, k)
 
 
 def _combine_fake(rows: Tensor, weights: Tensor | None, inverse: Tensor, k: int) -> Tensor:
@@ -167,7 +172,7 @@ def moe_combine_backward(
     """Launch the backward: drows [T·k, N] and dweights [T, k], empty where there are no weights."""
     drows, dweights = _combine_backward_fake(dy, rows, weights, inverse, k)
     if weights is None or rows is None:
-        return _permute(COMBINE, dy, inverse, k), dweights
+        return launch_permute(COMBINE, dy, inverse, k), dweights
     width = dy.shape[1]
     if drows.numel() == 0:
         return drows, dweights.zero_()
@@ -192,4 +197,4 @@ def _combine_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 @COMBINE.function(fake=_combine_fake, setup_context=_save_combine, backward=_combine_grads)
 def moe_combine_forward(rows: Tensor, weights: Tensor | None, inverse: Tensor, k: int) -> Tensor:
     """Launch the forward: y [T, N] from rows [T·k, N] and weights [T, k]."""
-    return _combine(COMBINE, rows, weights, inverse, k)
+    return launch_combine(COMBINE, rows, weights, inverse, k)
