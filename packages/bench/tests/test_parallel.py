@@ -150,7 +150,8 @@ def test_without_torchrun_it_is_named(capsys, monkeypatch):
 
 def test_two_processes(tmp_path):
     out = tmp_path / "x2.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2"]
     command += ["-m", "tilewright_bench", "parallel", "--device=cpu", "--size=nano"]
     command += [
         "--parts",

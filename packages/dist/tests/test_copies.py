@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tilewright_dist import DistributedDataParallel, ShardedOptimizer, bucketed, copies
+from tilewright_dist.layout import round_up
 from tilewright_dist.peers import PeerBuffer
 from tilewright_dist.testing import run_ranks
 from tilewright_dist.testing_models import Stack, adamw_groups, device_of, train
@@ -30,22 +31,31 @@ class HostPeers:
         self._folder, self._number = Path(folder), 0
 
     def allocate(self, sizes, dtypes):
-        buffers = []
+        # In one piece of memory behind another, as on GPUs.
+        self._number += 1
+        starts = [0]
         for size, dtype in zip(sizes, dtypes, strict=True):
-            self._number += 1
-            ranks = []
-            for rank in range(self.world_size):
-                file = self._folder / f"{self._number}-{rank}"
-                mapped = torch.from_file(
-                    str(file), shared=True, size=max(1, size * dtype.itemsize), dtype=torch.uint8
-                )
-                ranks.append(mapped[: size * dtype.itemsize].view(dtype))
-            buffers.append(PeerBuffer(ranks, self.rank))
+            starts.append(round_up(starts[-1] + size * dtype.itemsize, 512))
+        files = [
+            torch.from_file(
+                str(self._folder / f"{self._number}-{rank}"),
+                shared=True,
+                size=max(1, starts[-1]),
+                dtype=torch.uint8,
+            )
+            for rank in range(self.world_size)
+        ]
         dist.barrier()
-        return buffers
+        return [
+            PeerBuffer(
+                [file[start : start + size * dtype.itemsize].view(dtype) for file in files],
+                self.rank,
+            )
+            for start, size, dtype in zip(starts, sizes, dtypes, strict=False)
+        ]
 
     def scratch(self, rows, columns, dtype):
-        assert rows * columns * dtype.itemsize <= SCRATCH
+        assert rows * columns * dtype.itemsize <= SCRATCH + 512 * rows
         return torch.empty(rows, columns, dtype=dtype)
 
     def barrier(self):
@@ -68,29 +78,38 @@ def run(exchange):
         pass
 
 
+SIZES = (5, 0, 700, 20_000, 64)
+"""Of tensors that are averaged where they are: one needs several turns, some share one."""
+
+
+def make_small():
+    copies.SCRATCH_BYTES, copies.LANDING_BYTES = SCRATCH, SCRATCH
+
+
 def exchange_all_ways(rank, folder):
     """Results by form of the bounds and exchange."""
-    copies.SCRATCH_BYTES = SCRATCH
-    group = dist.group.WORLD
-    peers = HostPeers(group, folder)
-    found = {}
+    make_small()
+    peers = HostPeers(dist.group.WORLD, folder)
+    found: dict[tuple[str, Any], torch.Tensor] = {}
+    (landing,) = peers.allocate([copies.landing_bytes(peers)], [torch.uint8])
     for form, make_bounds in BOUNDS.items():
         bounds = make_bounds(peers.world_size)
-        (wire,) = peers.allocate([SCRATCH // 4 // 6 * 6], [torch.bfloat16])
-        for name in ("all_reduce", "reduce_scatter", "all_gather", "wide", "narrow", "narrow part"):
+        mine = slice(bounds[rank], bounds[rank + 1])
+        for name in ("reduce_scatter", "all_gather", "narrow"):
             (buffer,) = peers.allocate([bounds[-1]], [torch.float32])
             buffer.memory.copy_(values_of(rank, bounds[-1]))
-            mine = slice(bounds[rank], bounds[rank + 1])
             if name == "narrow":
-                run(copies.all_reduce_narrow(buffer.memory, bounds, wire, peers))
-            elif name == "narrow part":
-                run(copies.reduce_scatter_narrow(buffer.memory, bounds, wire, peers))
-            elif name == "wide":
-                run(copies.all_reduce(buffer, bounds, peers, torch.float64))
+                values = buffer.memory
+                run(copies.reduce_scatter_narrow(values, bounds, landing, peers, torch.bfloat16))
             else:
                 run(getattr(copies, name)(buffer, bounds, peers))
-            whole = name not in ("reduce_scatter", "narrow part")
-            found[form, name] = buffer.memory.clone() if whole else buffer.memory[mine].clone()
+            part = slice(None) if name == "all_gather" else mine
+            found[form, name] = buffer.memory[part].clone()
+    for dtype in (None, torch.float64, torch.bfloat16):
+        for _ in range(2):  # what landed before is not in the way
+            tensors = list(values_of(rank, sum(SIZES)).split(SIZES))
+            run(copies.average(tensors, landing, peers, dtype))
+        found["average", dtype] = torch.cat(tensors)
     return found
 
 
@@ -101,29 +120,34 @@ def exchanged(request):
 
 
 @pytest.mark.parametrize("form", BOUNDS)
-def test_exchanges(exchanged, form):
+def test_exchanges_of_shared_buffers(exchanged, form):
     ranks = len(exchanged)
     bounds = BOUNDS[form](ranks)
     inputs = torch.stack([values_of(rank, bounds[-1]) for rank in range(ranks)])
     # The bits of one process that adds in the order of ranks: where a number lies is no matter.
     average = inputs.mean(0)
-    exact = inputs.double().mean(0)
     gathered = torch.cat([inputs[r, bounds[r] : bounds[r + 1]] for r in range(ranks)])
     rounded = inputs.bfloat16().float().mean(0)
     for rank, found in enumerate(exchanged):
         mine = slice(bounds[rank], bounds[rank + 1])
-        assert torch.equal(found[form, "all_reduce"], average)
         assert torch.equal(found[form, "reduce_scatter"], average[mine])
         assert torch.equal(found[form, "all_gather"], gathered)
-        assert torch.equal(found[form, "wide"], exact.float())
-        assert torch.equal(found[form, "narrow"], rounded.bfloat16().float())
-        assert torch.equal(found[form, "narrow part"], rounded[mine])
+        assert torch.equal(found[form, "narrow"], rounded[mine])
+
+
+def test_averages_where_values_are(exchanged):
+    inputs = torch.stack([values_of(rank, sum(SIZES)) for rank in range(len(exchanged))])
+    rounded = inputs.bfloat16().float().mean(0).bfloat16().float()
+    for found in exchanged:
+        assert torch.equal(found["average", None], inputs.mean(0))
+        assert torch.equal(found["average", torch.float64], inputs.double().mean(0).float())
+        assert torch.equal(found["average", torch.bfloat16], rounded)
 
 
 def train_by(rank, transports, folder, backend):
     """Weights after DistributedDataParallel and ShardedOptimizer, by transport and case."""
     if backend == "gloo":
-        copies.SCRATCH_BYTES = SCRATCH
+        make_small()
         numbers = iter(range(100))
 
         def peers_of(group, _):

@@ -81,7 +81,8 @@ with init_from_environment("cuda", timeout=timedelta(seconds=8)) as environment:
 def test_a_hang_on_gpus_ends_and_is_named(transport, tmp_path):
     script = tmp_path / "hang.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(script)]
     path = os.pathsep.join([str(Path(__file__).parents[1] / "src"), *sys.path])
     began = time.monotonic()
     printed = subprocess.run(

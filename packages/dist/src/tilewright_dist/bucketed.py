@@ -13,7 +13,8 @@ A sharded optimizer may `attach`: its buckets are then divided among the ranks (
 and each rank receives the averages of its piece only.
 """
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,9 +30,13 @@ from tilewright_dist.layout import Partition, fingerprint, plan_buckets
 from tilewright_dist.missing import give_missing, lacks
 from tilewright_dist.options import ReducerOptions
 from tilewright_dist.overlapped_reducer import OverlappedReducer
-from tilewright_dist.peers import SCRATCH_BYTES, GPUPeers, PeerBuffer, Peers
+from tilewright_dist.peers import GPUPeers, PeerBuffer, Peers
 from tilewright_dist.readiness import ReadyQueue
 from tilewright_dist.wire import all_reduce, reduce_scatter
+
+SMALL_BYTES = 2**20
+"""Below it gradients are copied to their bucket together; above, one copy each is as fast as memory
+and a kernel for several is not."""
 
 
 class BucketedReducer(OverlappedReducer):
@@ -57,13 +62,12 @@ class BucketedReducer(OverlappedReducer):
         self._buckets: list[Bucket] = []
         self._views: dict[str, torch.Tensor] = {}
         self._peers: Peers | None = None
-        self._wire: PeerBuffer | None = None
+        self._landing: PeerBuffer | None = None
+        self._filled: dict[str, torch.Tensor] = {}
         if options.transport == "copy" and process_group.size() > 1:
             self._peers = GPUPeers(process_group, self._device)
-            if self._is_narrow(options.reduce_dtype):
-                assert options.reduce_dtype is not None
-                size = SCRATCH_BYTES // 4 // self._peers.world_size * self._peers.world_size
-                (self._wire,) = self._peers.allocate([size], [options.reduce_dtype])
+            size = copies.landing_bytes(self._peers)
+            (self._landing,) = self._peers.allocate([size], [torch.uint8])
         self._build(list(reversed(list(parameters))), process_group, learns=options.static_graph)
 
     @property
@@ -74,7 +78,7 @@ class BucketedReducer(OverlappedReducer):
     @property
     def shared_bytes(self) -> int:
         """Memory that other ranks read, which torch.cuda.memory_allocated does not count."""
-        buffers = [bucket.shared for bucket in self._buckets] + [self._wire]
+        buffers = [bucket.shared for bucket in self._buckets] + [self._landing]
         return sum(buffer.memory.nbytes for buffer in buffers if buffer is not None)
 
     @torch.no_grad()
@@ -87,7 +91,8 @@ class BucketedReducer(OverlappedReducer):
         self._enter_backward()
         self._refuse_scattered(name)
         if process_group is None:
-            self._put([name])
+            if not self._is_loose:
+                self._put([name])
             return
         for unit in self._queue.arrived(name):
             self._start(unit, process_group)
@@ -103,18 +108,17 @@ class BucketedReducer(OverlappedReducer):
         """
         if any(self._is_in_bucket(name) for name in self._scattered):
             raise RuntimeError("gradients have been scattered already: call zero_grad() first")
-        missing = {n: self._views[n] for n, p in self._parameters.items() if lacks(p.grad)}
+        missing = [name for name, p in self._parameters.items() if lacks(p.grad)]
         for unit in self._queue.rest():
             self._start(unit, process_group)
         anywhere = self._ask_for_missing(process_group)
         counts = self._queue.counts
         self._abandon()
         self._copy_back()
-        if not self._options.gradient_as_bucket_view:
-            missing = {name: view.clone() for name, view in missing.items()}
+        averages = self._averages_of(missing)
         self._scattered = {n for n, p in self._partitions.items() if p != "replicated"}
         try:
-            give_missing(self._parameters, missing, anywhere)
+            give_missing(self._parameters, averages, anywhere)
         finally:
             # Collective: the ranks that lack nothing are in it.
             if not self._is_final:
@@ -141,8 +145,7 @@ class BucketedReducer(OverlappedReducer):
             raise RuntimeError("a ShardedOptimizer is attached to this module already")
         self._partitions = dict(partitions)
         self._is_final = True
-        order = [name for bucket in self._buckets for name in bucket.views]
-        self._build(order, process_group, learns=self._learns)
+        self._build([*self._names()], process_group, learns=self._learns)
 
     def more_peers(self, process_group: dist.ProcessGroup) -> Peers | None:
         """The same ranks for another stream; None where collectives move the buckets."""
@@ -152,7 +155,9 @@ class BucketedReducer(OverlappedReducer):
         """Let the next backward begin: the scattered gradients have been used or zeroed."""
         self._scattered.clear()
 
-    def register_comm_hook(self, state: Any, hook: CommHook) -> None:
+    def register_comm_hook(
+        self, state: Any, hook: CommHook, process_group: dist.ProcessGroup
+    ) -> None:
         """Have a hook average the buckets.
 
         Raises:
@@ -162,7 +167,10 @@ class BucketedReducer(OverlappedReducer):
             raise RuntimeError("a communication hook is registered already")
         if self._partitions:
             raise RuntimeError("the buckets belong to a ShardedOptimizer, which scatters averages")
+        was_loose = self._is_loose
         self._hook = (state, hook)
+        if was_loose:
+            self._build([*self._names()], process_group, learns=self._learns)
 
     def _build(self, order: list[str], process_group: dist.ProcessGroup, *, learns: bool) -> None:
         """Lay the gradients out anew, in the order in which they are expected."""
@@ -177,11 +185,14 @@ class BucketedReducer(OverlappedReducer):
         what = "how gradients are laid out in buckets"
         verify_agreement(what, f"{digest} ({self._options})", process_group, self._device)
         kept = [name for name in self._views if self._is_in_bucket(name)]
+        self._units = [[slot.name for slot in layout.slots] for layout in layouts]
+        self._strides = {spec.name: spec.strides for spec in specs}
         # Of the former buckets only those stay, until they are copied, that hold gradients.
         self._buckets, self._views = [], {}
-        # What travels narrow is written to the wire's memory, and nobody reads buckets.
-        shared = self._peers if self._wire is None else None
-        self._buckets = allocate(layouts, specs, self._device, shared)
+        if not self._is_loose:
+            # Of what travels narrow nobody reads the bucket.
+            shared = None if self._is_narrow else self._peers
+            self._buckets = allocate(layouts, specs, self._device, shared)
         self._views = {n: view for bucket in self._buckets for n, view in bucket.views.items()}
         self._put(kept)
         self._learns = learns
@@ -189,15 +200,14 @@ class BucketedReducer(OverlappedReducer):
 
     def _set_queue(self, expected: Mapping[str, int] | None) -> None:
         self._learns = self._learns and expected is None
-        units = [list(bucket.views) for bucket in self._buckets]
-        self._queue = ReadyQueue(units, expected, learns=self._learns)
+        self._queue = ReadyQueue(self._units, expected, learns=self._learns)
 
     def _rebuild(self, arrivals: list[str], process_group: dist.ProcessGroup) -> None:
         """Buckets in the order of rank 0's arrivals; those that did not arrive come last."""
         self._is_final = True
-        late = [name for name in self._views if name not in set(arrivals)]
+        late = [name for name in self._names() if name not in set(arrivals)]
         order = from_first(arrivals + late, process_group, self._device)
-        if order != [name for bucket in self._buckets for name in bucket.views]:
+        if order != [*self._names()]:
             self._build(order, process_group, learns=self._learns)
 
     def _put(self, names: Iterable[str]) -> None:
@@ -212,8 +222,13 @@ class BucketedReducer(OverlappedReducer):
                 found.append((parameter, gradient, view))
         if not found:
             return
-        _, gradients, views = zip(*found, strict=True)
-        torch._foreach_copy_(views, gradients)
+        small = [(g, view) for _, g, view in found if g.nbytes < SMALL_BYTES]
+        if small:
+            gradients, views = zip(*small, strict=True)
+            torch._foreach_copy_(views, gradients)
+        for _, gradient, view in found:
+            if gradient.nbytes >= SMALL_BYTES:
+                view.copy_(gradient)
         for parameter, gradient, view in found:
             # One that is part of a graph (create_graph) has to stay what it is.
             if self._options.gradient_as_bucket_view and not gradient.requires_grad:
@@ -228,7 +243,36 @@ class BucketedReducer(OverlappedReducer):
             if gradient.data_ptr() != view.data_ptr():
                 gradient.detach().copy_(view)
 
+    @property
+    def _is_loose(self) -> bool:
+        """Whether gradients stay where backward put them: copies fetch them from anywhere."""
+        return self._peers is not None and self._hook is None and not self._partitions
+
+    @property
+    def _is_narrow(self) -> bool:
+        """Whether gradients lose bits on the wire."""
+        dtype = self._options.reduce_dtype
+        widest = max(p.dtype.itemsize for p in self._parameters.values())
+        return dtype is not None and dtype.itemsize < widest
+
+    def _names(self) -> Iterator[str]:
+        """All parameters in the order in which they are expected."""
+        return itertools.chain.from_iterable(self._units)
+
+    def _averages_of(self, missing: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Of parameters that lack a gradient here, to be theirs."""
+        if self._is_loose:
+            averages, self._filled = self._filled, {}
+            return averages
+        if self._options.gradient_as_bucket_view:
+            return {name: self._views[name] for name in missing}
+        return {name: self._views[name].clone() for name in missing}
+
     def _start(self, unit: int, process_group: dist.ProcessGroup) -> None:
+        if self._is_loose:
+            assert self._peers is not None
+            self._send(self._average(self._units[unit], self._peers))
+            return
         bucket = self._buckets[unit]
         self._put(bucket.views)
         if self._hook is not None:
@@ -249,18 +293,40 @@ class BucketedReducer(OverlappedReducer):
 
     def _copies(self, bucket: Bucket, peers: Peers) -> Exchange:
         """The same exchange by copies between GPUs."""
-        bounds, whole = bucket.layout.bounds, bucket.layout.partition == "replicated"
-        if self._wire is not None:
-            average = copies.all_reduce_narrow if whole else copies.reduce_scatter_narrow
-            return average(bucket.memory, bounds, self._wire, peers)
-        assert bucket.shared is not None
-        average = copies.all_reduce if whole else copies.reduce_scatter
-        return average(bucket.shared, bounds, peers, self._options.reduce_dtype)
+        assert self._landing is not None
+        bounds, dtype = bucket.layout.bounds, self._options.reduce_dtype
+        if bucket.layout.partition == "replicated":
+            return copies.average([bucket.memory], self._landing, peers, dtype)
+        if bucket.shared is not None:
+            return copies.reduce_scatter(bucket.shared, bounds, peers, dtype)
+        assert dtype is not None
+        return copies.reduce_scatter_narrow(bucket.memory, bounds, self._landing, peers, dtype)
 
-    def _is_narrow(self, dtype: torch.dtype | None) -> bool:
-        """Whether gradients lose bits on the wire."""
-        widest = max(p.dtype.itemsize for p in self._parameters.values())
-        return dtype is not None and dtype.itemsize < widest
+    def _average(self, names: Iterable[str], peers: Peers) -> Exchange:
+        """The same of gradients that are in no bucket."""
+        assert self._landing is not None
+        flat: list[torch.Tensor] = []
+        ordered: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for name in names:
+            parameter = self._parameters[name]
+            gradient = parameter.grad
+            if gradient is None or lacks(gradient):
+                gradient = self._filled[name] = torch.zeros_like(parameter)
+            gradient = gradient.detach()
+            dense = gradient
+            if gradient.stride() != self._strides[name]:
+                # A layout of this rank's own must not reach the others.
+                dense = torch.empty_strided(
+                    gradient.shape,
+                    self._strides[name],
+                    dtype=gradient.dtype,
+                    device=gradient.device,
+                ).copy_(gradient)
+                ordered.append((gradient, dense))
+            flat.append(dense.as_strided((dense.numel(),), (1,)))
+        yield from copies.average(flat, self._landing, peers, self._options.reduce_dtype)
+        for gradient, dense in ordered:
+            gradient.copy_(dense)
 
     def _is_in_bucket(self, name: str) -> bool:
         gradient = self._parameters[name].grad

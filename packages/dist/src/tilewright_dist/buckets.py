@@ -32,8 +32,8 @@ class Bucket:
         else:
             self.memory = torch.zeros(layout.numel, dtype=layout.dtype, device=device)
         self.views = {
-            slot.name: self.memory.as_strided(
-                specs[slot.name].shape, specs[slot.name].strides, slot.start
+            slot.name: self.memory[slot.start :].as_strided(
+                specs[slot.name].shape, specs[slot.name].strides
             )
             for slot in layout.slots
         }

@@ -245,7 +245,7 @@ class DistributedDataParallel(nn.Module):
         """
         if not isinstance(self._reducer, BucketedReducer):
             raise RuntimeError(f"strategy {self.strategy!r} has no buckets: use 'bucketed'")
-        self._reducer.register_comm_hook(state, hook)
+        self._reducer.register_comm_hook(state, hook, self.process_group)
 
     @contextlib.contextmanager
     def detect_nonfinite_gradients(self) -> Iterator[None]:

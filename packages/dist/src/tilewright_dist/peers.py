@@ -22,8 +22,7 @@ from tilewright_dist.agreement import gather_objects
 from tilewright_dist.layout import round_up
 
 SCRATCH_BYTES = 32 * 2**20
-"""What other ranks' pieces are fetched into, before they are added up. Longer pieces go in turns:
-above this size a copy runs at the link's full speed, and the adding up behind it is short."""
+"""What ranks' pieces are fetched into before they are added up; longer pieces go in turns."""
 
 _ALIGNMENT = 512  # bytes, between buffers of one allocation
 
@@ -57,7 +56,7 @@ class Peers(Protocol):
         ...
 
     def scratch(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, columns] of this rank's, until the next call."""
+        """[rows, columns] of this rank's."""
         ...
 
     def barrier(self) -> None:
@@ -84,7 +83,6 @@ class GPUPeers(Peers):
         self._device = device
         self._group_name = process_group.group_name
         self._count = 0
-        self._scratch: torch.Tensor | None = None
         self._check_place(process_group)
         (self._signals,) = self.allocate([self.world_size], [torch.int32])
         # Nobody signals before all have their zeros.
@@ -112,10 +110,8 @@ class GPUPeers(Peers):
         return buffers
 
     def scratch(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, columns] of this rank's, until the next call."""
-        if self._scratch is None:
-            self._scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=self._device)
-        return self._scratch.view(dtype)[: rows * columns].view(rows, columns)
+        """[rows, columns] of this rank's, from the pool of the current stream."""
+        return torch.empty(rows, columns, dtype=dtype, device=self._device)
 
     def barrier(self) -> None:
         """Let the current stream go on when those of all ranks have come to this point.

@@ -91,7 +91,7 @@ class Shard:
     def _cut(self, memory: torch.Tensor, segment: Segment) -> torch.Tensor:
         if self.layout.partition == "matrix":
             shape = self._parameters[segment.name].shape
-            return memory.as_strided(shape, self._strides[segment.name], segment.offset)
+            return memory[segment.offset :].as_strided(shape, self._strides[segment.name])
         if self._parameters[segment.name].dim() == 0:
             # Of one element it would be a vector, whose moments nothing tells from step counts once
             # they are whole.
