@@ -164,7 +164,7 @@ def test_two_processes(tmp_path):
     ]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert printed.returncode == 0, printed.stderr
-    assert "transport='copy' needs GPUs of one host" in printed.stdout
+    assert "the ranks are not on GPUs" in printed.stdout
     saved = json.loads(out.read_text())
     assert saved["world_size"] == 2
     assert saved["commit_info"] == {"id": "1234567", "dirty": False}

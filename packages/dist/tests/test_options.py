@@ -16,7 +16,10 @@ from tilewright_dist.testing import run_ranks
         ({"bucket_cap_mb": 0}, "bucket_cap_mb must be positive, not 0"),
         ({"first_bucket_mb": -1.0}, "first_bucket_mb must be positive"),
         ({"reduce_dtype": torch.int32}, "floating-point dtype, not torch.int32"),
-        ({"transport": "pigeon"}, "unknown transport 'pigeon'; valid: 'collective', 'copy'"),
+        (
+            {"transport": "pigeon"},
+            "unknown transport 'pigeon'; valid: 'auto', 'collective', 'copy'",
+        ),
     ],
 )
 def test_options_out_of_range(one_rank_group, options, message):

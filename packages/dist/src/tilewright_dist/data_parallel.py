@@ -35,6 +35,7 @@ from tilewright_dist.module_state import (
 )
 from tilewright_dist.naive import NaiveReducer
 from tilewright_dist.options import ReducerOptions, Transport
+from tilewright_dist.peers import can_copy
 from tilewright_dist.per_parameter import PerParameterReducer
 
 Strategy = Literal["naive", "per_parameter", "bucketed"]
@@ -92,7 +93,8 @@ class DistributedDataParallel(nn.Module):
             with gradients enabled, outside `no_sync`.
         transport: What moves the buckets. "collective" is the backend's collectives. "copy", for
             GPUs of one host and the bucketed strategy, is copies between them, which take no
-            multiprocessors from the kernels of backward; a communication hook replaces it.
+            multiprocessors from the kernels of backward: gradients stay where backward put them,
+            and a communication hook replaces it. "auto" copies where that is possible.
 
     Raises:
         TypeError: module is not an nn.Module.
@@ -117,7 +119,7 @@ class DistributedDataParallel(nn.Module):
         static_graph: bool = False,
         find_unused_parameters: bool = False,
         broadcast_buffers: bool = True,
-        transport: Transport = "collective",
+        transport: Transport = "auto",
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -134,10 +136,6 @@ class DistributedDataParallel(nn.Module):
             find_unused_parameters=find_unused_parameters,
             transport=transport,
         )
-        if transport == "copy" and strategy != "bucketed":
-            raise ValueError(
-                f"transport='copy' moves buckets, strategy {strategy!r} has none: use 'bucketed'"
-            )
         self.module = module
         self.strategy: Strategy = strategy
 
@@ -149,6 +147,9 @@ class DistributedDataParallel(nn.Module):
         device = _common_device(trainable, process_group)
         chosen = f"{strategy} ({options})"
         verify_agreement("how gradients are averaged", chosen, process_group, device)
+        options = dataclasses.replace(
+            options, transport=_settled_transport(transport, strategy, process_group, device)
+        )
         broadcast_module_state(module, process_group, device)
 
         # Weakly: gloo's threads end with the last reference to their group. Were one kept until
@@ -415,6 +416,23 @@ def _refuse_complex(
                 f"parameter {name!r} is {parameter.dtype}, whose imaginary part {reduce_dtype} "
                 "cannot carry: leave reduce_dtype None"
             )
+
+
+def _settled_transport(
+    transport: Transport, strategy: Strategy, process_group: dist.ProcessGroup, device: torch.device
+) -> Transport:
+    """What "auto" is, or the choice if it can be had. Collective."""
+    if transport == "collective":
+        return transport
+    if strategy != "bucketed":
+        obstacle = f"strategy {strategy!r} has no buckets"
+    else:
+        obstacle = can_copy(process_group, device)
+    if transport == "copy" and obstacle:
+        raise ValueError(
+            f"transport='copy' is not possible, as {obstacle}: use transport='auto' or 'collective'"
+        )
+    return "collective" if obstacle else "copy"
 
 
 def _common_device(

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import torch
 
-Transport = Literal["collective", "copy"]
+Transport = Literal["auto", "collective", "copy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class ReducerOptions:
     find_unused_parameters: bool = False
     """Whether parameters may lack a gradient."""
     transport: Transport = "collective"
-    """Whether the backend's collectives move the buckets, or copies between the host's GPUs."""
+    """Whether the backend's collectives move the buckets, or copies between the host's GPUs; or
+    what is faster of those that are possible."""
 
     def __post_init__(self) -> None:
         for name in ("bucket_cap_mb", "first_bucket_mb"):

@@ -11,6 +11,7 @@ What travels through them is in `copies.py`. One host only.
 
 import ctypes
 import functools
+import socket
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -74,8 +75,7 @@ class GPUPeers(Peers):
         device: This rank's GPU.
 
     Raises:
-        ValueError: The ranks are not GPUs of one host. On every rank alike.
-        RuntimeError: From torch: the GPUs cannot read each other's memory.
+        RuntimeError: From torch: the GPUs cannot read each other's memory; `can_copy` asks first.
     """
 
     def __init__(self, process_group: dist.ProcessGroup, device: torch.device) -> None:
@@ -83,7 +83,6 @@ class GPUPeers(Peers):
         self._device = device
         self._group_name = process_group.group_name
         self._count = 0
-        self._check_place(process_group)
         (self._signals,) = self.allocate([self.world_size], [torch.int32])
         # Nobody signals before all have their zeros.
         torch.cuda.synchronize(device)
@@ -131,16 +130,6 @@ class GPUPeers(Peers):
             address = ctypes.c_uint64(here + 4 * rank)
             _check(wait(stream, address, ctypes.c_uint32(self._count), 0))
 
-    def _check_place(self, process_group: dist.ProcessGroup) -> None:
-        host = _boot_id()
-        place = host if self._device.type == "cuda" else str(self._device)
-        places = gather_objects(place, process_group, self._device)
-        if self._device.type != "cuda" or len(set(places)) > 1:
-            raise ValueError(
-                f"transport='copy' needs GPUs of one host, and the ranks are on {len(set(places))} "
-                f"host(s), this one on {self._device}: use transport='collective'"
-            )
-
 
 @functools.cache
 def _stream_operations() -> tuple["ctypes._FuncPointer", "ctypes._FuncPointer"]:
@@ -154,12 +143,37 @@ def _check(error: int) -> None:
         raise RuntimeError(f"a stream operation between GPUs failed with CUDA error {error}")
 
 
+def can_copy(process_group: dist.ProcessGroup, device: torch.device) -> str:
+    """Why the ranks cannot read each other's memory, the same on all; empty if they can.
+
+    Collective.
+    """
+    index = device.index if device.type == "cuda" else None
+    places = gather_objects((_boot_id(), index), process_group, device)
+    obstacle = ""
+    if any(index is None for _, index in places):
+        obstacle = "the ranks are not on GPUs"
+    elif len({boot for boot, _ in places}) > 1:
+        obstacle = "the ranks are on several hosts"
+    elif len({index for _, index in places}) < len(places):
+        # Or each sees its own one only, by CUDA_VISIBLE_DEVICES.
+        obstacle = "the ranks' GPUs have no numbers of their own"
+    elif not all(_reads(device, index) for _, index in places):
+        obstacle = f"GPU {index} has no access to all others"
+    return next(filter(None, gather_objects(obstacle, process_group, device)), "")
+
+
+def _reads(device: torch.device, index: int | None) -> bool:
+    """Whether a GPU can read another's memory."""
+    if index is None or index == device.index:
+        return index is not None
+    return index < torch.cuda.device_count() and torch.cuda.can_device_access_peer(device, index)
+
+
 def _boot_id() -> str:
     """Of this host: the same in all its processes, also where containers have other names."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
             return file.read().strip()
     except OSError:
-        import socket
-
         return socket.gethostname()

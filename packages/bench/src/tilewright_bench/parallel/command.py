@@ -27,7 +27,7 @@ from tilewright_bench.parallel.ladder import Ladder, Schedule, Trained
 from tilewright_bench.parallel.setups import ALONE, PARTS, TRACED
 from tilewright_bench.saved import SavedRunError
 from tilewright_dist import DistributedEnvironment, copies, init_from_environment
-from tilewright_dist.peers import GPUPeers
+from tilewright_dist.peers import GPUPeers, can_copy
 
 LINK_SIZES = (2**10, 2**20, 25 * 2**20, 2**28)
 """Bytes of the collectives whose latency and bandwidth `plan` predicts from."""
@@ -183,10 +183,13 @@ class Measurement:
         return not any(messages)
 
     def _try_copies(self) -> None:
+        obstacle = can_copy(self._group, self._device)
+        if obstacle:
+            raise RuntimeError(obstacle)
         peers = GPUPeers(self._group, self._device)
-        (buffer,) = peers.allocate([256 * peers.world_size], [torch.float32])
-        buffer.memory.fill_(peers.rank)
-        for _ in copies.all_reduce(buffer, [256 * r for r in range(peers.world_size + 1)], peers):
+        (landing,) = peers.allocate([copies.landing_bytes(peers)], [torch.uint8])
+        values = torch.full((1000,), float(peers.rank), device=self._device)
+        for _ in copies.average([values], landing, peers):
             pass
         done = torch.cuda.Event()
         done.record()
@@ -198,8 +201,8 @@ class Measurement:
                 os._exit(3)
             time.sleep(0.01)
         expected = (peers.world_size - 1) / 2
-        if not bool((buffer.memory == expected).all()):
-            raise RuntimeError(f"copies gave {buffer.memory[:4].tolist()}, not {expected}")
+        if not bool((values == expected).all()):
+            raise RuntimeError(f"copies gave {values[:4].tolist()}, not {expected}")
 
     def _stop_in_time(self) -> None:
         if self._options.limit is None:

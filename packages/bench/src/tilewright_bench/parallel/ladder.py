@@ -229,24 +229,28 @@ class Ladder:
         trained.host_seconds.append(host / self.schedule.steps)
 
     def _updates(self, trained: Trained) -> list[float]:
-        """Seconds until the next forward may begin: what is gathered beside it is not in them."""
-        seconds = []
-        for _ in range(3):
+        """Seconds from the end of backward until the next forward may begin, in running steps.
+
+        What is gathered beside that forward is not in them, nor is the host, which is ahead.
+        """
+        self._meet()
+        spans = []
+        for _ in range(4):
             trained.backward()
-            self._meet()
-            began = time.perf_counter()
-            if self.device.type == "cuda":
-                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                events[0].record()
-                trained.update()
-                events[1].record()
-                events[1].synchronize()
-                seconds.append(self._slowest(events[0].elapsed_time(events[1]) / 1e3))
-            else:
-                trained.update()
-                seconds.append(self._slowest(time.perf_counter() - began))
-            _settle(trained)
-        return seconds
+            begin = self._mark()
+            trained.update()
+            spans.append((begin, self._mark()))
+        _settle(trained)
+        self._wait()
+        return [self._slowest(_seconds_between(begin, end)) for begin, end in spans[1:]]
+
+    def _mark(self) -> torch.cuda.Event | float:
+        """Now, on the device's clock where there is one."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _meet(self) -> None:
         self._wait()
@@ -269,6 +273,14 @@ class Ladder:
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+
+def _seconds_between(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    if isinstance(begin, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        return begin.elapsed_time(end) / 1e3
+    assert isinstance(end, float)
+    return end - begin
 
 
 def _settle(trained: Trained) -> None:

@@ -12,7 +12,7 @@ from tilewright_bench.saved import BASELINES
 FOLDER = BASELINES / "parallel"
 
 TORCH = ("torch", "torch static", "torch 100 MB")
-OURS = ("bucketed", "bucketed copy")
+OURS = ("bucketed", "bucketed 100 MB", "bucketed copy")
 HALF = ("bucketed bf16", "bucketed copy bf16")
 ZERO = ("zero1", "zero1 copy")
 

@@ -14,6 +14,9 @@ from tilewright_optim import Muon
 
 LR = 1e-4
 
+COLLECTIVE: dict[str, Any] = {"transport": "collective"}
+COPY: dict[str, Any] = {"transport": "copy"}
+
 Made = tuple[nn.Module, torch.optim.Optimizer]
 Make = Callable[[nn.Module], Made]
 
@@ -71,14 +74,16 @@ def torchs(*, bf16: bool = False, zero: bool = False, **options: Any) -> Make:
 
 def ours(**options: Any) -> Make:
     """Our DistributedDataParallel."""
-    return lambda module: (DistributedDataParallel(module, **options), _adamw(module))
+    chosen = COLLECTIVE | options
+    return lambda module: (DistributedDataParallel(module, **chosen), _adamw(module))
 
 
 def sharded(**options: Any) -> Make:
     """The same, its states divided."""
+    chosen = COLLECTIVE | options
 
     def make(module: nn.Module) -> Made:
-        wrapper = DistributedDataParallel(module, **options)
+        wrapper = DistributedDataParallel(module, **chosen)
         return wrapper, ShardedOptimizer(
             module.parameters(), torch.optim.AdamW, ddp=wrapper, lr=LR, fused=True
         )
@@ -94,9 +99,10 @@ def fsdp(module: nn.Module) -> Made:
 
 def muon(*, shard: bool, **options: Any) -> Make:
     """Muon for the blocks' matrices; nothing else is updated."""
+    chosen = COLLECTIVE | options
 
     def make(module: nn.Module) -> Made:
-        wrapper = DistributedDataParallel(module, **options)
+        wrapper = DistributedDataParallel(module, **chosen)
         matrices = [p for n, p in module.named_parameters() if p.ndim == 2 and "embed" not in n]
         if shard:
             return wrapper, ShardedOptimizer(matrices, Muon, ddp=wrapper, lr=LR)
@@ -115,7 +121,6 @@ TORCH = (
     Setup(name="torch static", make=torchs(static_graph=True), peer=True),
     Setup(name="torch 100 MB", make=torchs(bucket_cap_mb=100), peer=True),
 )
-COPY: dict[str, Any] = {"transport": "copy"}
 BF16: dict[str, Any] = {"reduce_dtype": torch.bfloat16}
 
 LADDER = (
@@ -124,6 +129,7 @@ LADDER = (
 )
 BUCKETED = (
     Setup(name="bucketed", make=ours()),
+    Setup(name="bucketed 100 MB", make=ours(bucket_cap_mb=100)),
     Setup(name="bucketed copy", make=ours(**COPY), transport="copy"),
 )
 HALF = (
