@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tilewright_model import CausalLM, ModelConfig, RopeScaling
+from tilewright_model.families import family_of
 from tilewright_model.hugging_face import (
-    family_of,
     from_hugging_face,
     tensors_on_disk,
     to_hugging_face,

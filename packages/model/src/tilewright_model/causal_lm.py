@@ -10,7 +10,6 @@ chooses. Shapes: B batch, T tokens, C hidden_size, V vocab_size.
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Self, cast, get_args
 
@@ -23,8 +22,6 @@ from tilewright_kernels import (
     Linear,
     RMSNorm,
     linear,
-    load_balancing_loss,
-    router_z_loss,
 )
 from tilewright_model.block import Block
 from tilewright_model.checkpoint import (
@@ -40,6 +37,7 @@ from tilewright_model.loss import IGNORE_INDEX, linear_loss, logits_loss, next_t
 from tilewright_model.moe import Experts, RouterOutput
 from tilewright_model.positions import Positions, SinusoidalPositions
 from tilewright_model.rotary import RotaryTables
+from tilewright_model.router_losses import balance_loss, router_loss
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -192,7 +190,7 @@ class CausalLM(nn.Module):
             input_ids, position_ids, cu_seqlens, max_seqlen, attention_mask, cache
         )
         hidden_BTC, routers = self._decode(input_ids, positions, cache)
-        aux_loss = self._balance_loss(routers, attention_mask) if routers else None
+        aux_loss = balance_loss(self.config, routers, attention_mask) if routers else None
         logits_BTV = self.project_logits(hidden_BTC) if keep_logits else None
         if labels is None:
             return CausalLMOutput(logits=logits_BTV, aux_loss=aux_loss)
@@ -202,9 +200,10 @@ class CausalLM(nn.Module):
         else:
             loss = logits_loss(logits_BTV, targets_BT, num_items)
         if aux_loss is not None and self.training:
-            loss = loss + self._router_loss(
-                routers, aux_loss, attention_mask, targets_BT, num_items
-            )
+            router = router_loss(self.config, routers, aux_loss, attention_mask)
+            if num_items is not None:  # this batch's share of them
+                router = router * ((targets_BT != IGNORE_INDEX).sum() / num_items)
+            loss = loss + router
         return CausalLMOutput(loss=loss, logits=logits_BTV, aux_loss=aux_loss)
 
     def hidden_states(
@@ -305,36 +304,6 @@ class CausalLM(nn.Module):
         return linear_loss(
             self._scaled(hidden_BTC), self._head(), targets_BT, num_items, softcap=cap
         )
-
-    def _balance_loss(
-        self, routers: Sequence[RouterOutput], attention_mask: Tensor | None
-    ) -> Tensor:
-        counts = [router.tokens_per_expert for router in routers]
-        return load_balancing_loss(
-            [router.logits for router in routers],
-            self.config.num_experts_per_tok,
-            attention_mask=attention_mask,
-            tokens_per_expert=counts if attention_mask is None else None,
-            layers=self.config.router_aux_loss_layers,
-        )
-
-    def _router_loss(
-        self,
-        routers: Sequence[RouterOutput],
-        aux_loss: Tensor,
-        attention_mask: Tensor | None,
-        targets_BT: Tensor,
-        num_items: int | Tensor | None,
-    ) -> Tensor:
-        """Weighted sum of the router's losses, by this batch's share of num_items."""
-        loss = self.config.router_aux_loss_coef * aux_loss
-        if self.config.router_z_loss_coef:
-            logits = [router.logits for router in routers]
-            z_loss = router_z_loss(logits, attention_mask=attention_mask)
-            loss = loss + self.config.router_z_loss_coef * z_loss
-        if num_items is not None:
-            loss = loss * ((targets_BT != IGNORE_INDEX).sum() / num_items)
-        return loss
 
     def save_pretrained(
         self, directory: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES

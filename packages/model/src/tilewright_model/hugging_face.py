@@ -1,11 +1,4 @@
-"""Configurations of Hugging Face's families: which one a model belongs to, and its `config.json`.
-
-    llama      dense
-    mistral    dense with a sliding window in every layer
-    qwen3      dense with qk-norm, sliding windows layer by layer
-    mixtral    every layer sparse, softmax router, weights normalized
-    qwen3_moe  sparse layers among dense ones, qk-norm
-    tilewright anything else that `ModelConfig` describes; transformers does not know it
+"""`config.json` of a model, as Hugging Face's class for its family writes and reads it.
 
 Pure data: no file is touched here.
 """
@@ -18,6 +11,7 @@ from typing import Any, cast
 import torch
 
 from tilewright_model.config import ModelConfig
+from tilewright_model.families import ARCHITECTURES, DEFAULT_THETA, DEFAULTS, family_of
 from tilewright_model.hugging_face_tensors import (
     MIXTRAL_NAMES,
     QWEN3_MOE_NAMES,
@@ -25,16 +19,6 @@ from tilewright_model.hugging_face_tensors import (
 )
 from tilewright_model.hugging_face_tensors import tensors_on_disk as _tensors_on_disk
 from tilewright_model.rope_scaling import RopeScaling, RopeType, ntk_theta
-
-ARCHITECTURES: Mapping[str, str] = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "tilewright": "TilewrightForCausalLM",
-}
-"""Known families by their `model_type`, and the class that transformers has for each."""
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys that belong to the tokenizer and travel through a model untouched."""
@@ -51,35 +35,7 @@ _REQUIRED = (
 # this model computes. All are written; on reading, another value is refused, not ignored.
 _FIXED: Mapping[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
-# What a family takes for a key that config.json leaves out (transformers 5.23), where it is not
-# what ModelConfig takes. All but ours leave embeddings untied.
-_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-    "mixtral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "num_experts_per_tok": 2,
-    },
-    "qwen3_moe": {
-        "max_position_embeddings": 32768,
-        "num_key_value_heads": 4,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "norm_topk_prob": False,
-    },
-}
-
 _ROUTER_LOSS_KEYS = ("router_aux_loss_coef", "router_aux_loss_layers", "router_z_loss_coef")
-
-_DEFAULT_THETA: Mapping[str, float] = {"mixtral": 1e6}
-"""Of families where it is not 10000."""
 
 _SCALING_KEYS: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
@@ -98,36 +54,6 @@ _SCALING_KEYS: Mapping[str, tuple[str, ...]] = {
         "high_freq_factor",
     ),
 }
-
-
-def family_of(config: ModelConfig) -> str:
-    """The `model_type` that computes what `config` describes: a key of `ARCHITECTURES`."""
-    plain = (
-        config.position_embedding == "rope"
-        and config.attn_logit_softcapping is None
-        and config.final_logit_softcapping is None
-        and config.logits_scaling == 1
-        and config.residual_dropout == 0
-        and config.num_shared_experts == 0
-        and config.router_scoring == "softmax"
-        and config.routed_scaling_factor == 1
-    )
-    windows = {config.window(layer) for layer in range(config.num_hidden_layers)}
-    one_window = len(windows) == 1
-    if not plain:
-        return "tilewright"
-    if config.num_experts == 0:
-        if config.qk_norm:
-            return "qwen3"
-        # transformers' Llama refuses a hidden_size that its heads do not divide.
-        divides = config.hidden_size % config.num_attention_heads == 0
-        if windows == {None} and divides:
-            return "llama"
-        return "mistral" if one_window else "tilewright"
-    if config.qk_norm:
-        return "qwen3_moe" if one_window else "tilewright"
-    everywhere = len(config.sparse_layers) == config.num_hidden_layers
-    return "mixtral" if everywhere and config.norm_topk_prob and one_window else "tilewright"
 
 
 def tensors_on_disk(config: ModelConfig) -> dict[str, TensorOnDisk]:
@@ -264,7 +190,7 @@ def from_hugging_face(values: Mapping[str, Any]) -> ModelConfig:
             raise ValueError(f"{key} is {values[key]!r}: only {expected!r} is computed here")
     if values.get("quantization_config") is not None:
         raise ValueError("quantization_config is set: only unquantized weights are read")
-    values = {**_DEFAULTS.get(family, {}), **values}
+    values = {**DEFAULTS.get(family, {}), **values}
     if family == "tilewright":
         return _from_ours(values)
     head_dim, heads = values.get("head_dim"), values["num_attention_heads"]
@@ -360,7 +286,7 @@ def _rope_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     found = [source["rope_theta"] for source in (parameters, values) if "rope_theta" in source]
     if len(set(found)) > 1:
         raise ValueError(f"rope_parameters says rope_theta {found[0]}, config.json {found[1]}")
-    default = _DEFAULT_THETA.get(values.get("model_type", "llama"), 10000.0)
+    default = DEFAULT_THETA.get(values.get("model_type", "llama"), 10000.0)
     theta = found[0] if found else default
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
