@@ -75,7 +75,7 @@ def test_bad_lines_can_be_skipped_and_are_reported(
     corpus_file.write_text("{]\n" + corpus_file.read_text() + '{"txt": 1}\n')
     assert main([*tiny_flags, "--on-bad-line", "skip", "--steps", "1"]) == 0
     printed = capsys.readouterr().out
-    assert f"skipped      2 lines of jsonl: {corpus_file}:1 is not JSON" in printed
+    assert f"skipped      2 lines: {corpus_file}:1 is not JSON" in printed
     assert f'{corpus_file}:302 has no "text"' in printed
 
 

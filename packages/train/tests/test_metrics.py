@@ -10,6 +10,7 @@ from tilewright_train.errors import InputError
 from tilewright_train.metrics import (
     MetricsFile,
     Record,
+    data_share,
     read_metrics,
     steady_tokens_per_second,
     truncate_metrics,
@@ -103,3 +104,13 @@ def test_throughput_leaves_out_the_first_steps() -> None:
     assert steady_tokens_per_second(records) == 7.0
     assert steady_tokens_per_second(records[:5]) == 1.0
     assert steady_tokens_per_second(records[:1]) is None
+
+
+def test_the_share_of_waiting_is_that_of_later_steps() -> None:
+    # Steps of 100 tokens take 0.5 s, of which 0.05 s is waiting; the first ten are slower.
+    slow = [Record(step=n, tokens=100 * n, tokens_per_second=10.0, data_seconds=9.0)
+            for n in range(1, 11)]  # fmt: skip
+    quick = [Record(step=n, tokens=100 * n, tokens_per_second=200.0, data_seconds=0.05)
+             for n in range(11, 31)]  # fmt: skip
+    assert data_share([Record(step=0), *slow, *quick]) == pytest.approx(0.1)
+    assert data_share([Record(step=0)]) is None

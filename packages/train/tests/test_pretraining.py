@@ -100,7 +100,8 @@ def test_the_kernels_train_as_their_references_do(tiny_flags: list[str]) -> None
         summary = json.loads((folder / "summary.json").read_text())
         operators[backend] = summary["backend"]["operators"]
     model = {
-        "apply_rotary_emb", "cross_entropy", "rms_norm", "scaled_dot_product_attention", "swiglu",
+        "apply_rotary_emb", "linear_cross_entropy", "rms_norm", "scaled_dot_product_attention",
+        "gated_mlp",
     }  # fmt: skip
     for name in model:
         assert operators["torch"][name]["torch"] > 0, name
@@ -116,7 +117,7 @@ def test_the_kernels_train_as_their_references_do(tiny_flags: list[str]) -> None
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_command_takes_triton_and_bf16(tiny_flags: list[str]) -> None:
-    flags = [*tiny_flags, "--device", "cuda", "--steps", "20"]
+    flags = [*tiny_flags, "--device", "cuda", "--steps", "20", "--document-mask", "off"]
     runs = [train(flags, "--backend", backend)[0] for backend in ("torch", "auto", "auto")]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in runs]
     assert {summary["precision"] for summary in summaries} == {"bf16"}
@@ -131,6 +132,44 @@ def test_on_a_gpu_the_command_takes_triton_and_bf16(tiny_flags: list[str]) -> No
     assert by_triton == pytest.approx(by_torch, rel=0.01)
     assert summaries[1]["val_loss"] == pytest.approx(summaries[0]["val_loss"], rel=0.01)
     assert_same_run(runs[1], runs[2])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--document-mask", "on"],
+        ["--packing", "best_fit"],
+        ["--packing", "none"],
+        ["--data", "CORPUS", "OTHER", "--weights", "1", "3", "--packing", "best_fit"],
+    ],
+)
+def test_every_packing_trains_and_is_resumed_bit_for_bit(
+    tiny_flags: list[str], tmp_path: Path, corpus_file: Path, flags: list[str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("a cat, a mat, a hat\n" * 60)
+    paths = {"CORPUS": str(corpus_file), "OTHER": str(other)}
+    flags = [*tiny_flags, *(paths.get(flag, flag) for flag in flags)]
+    whole, printed = train(flags)
+    assert ("rows is tokens, the rest padding" in printed) is ("--packing" in flags)
+    first, *_, last = [r.val_loss for r in read_metrics(whole / "metrics.jsonl") if r.val_loss]
+    assert last < first - 0.2
+    part = whole.with_name("part")
+    shutil.copytree(whole, part)
+    for done in ("step-000012", "step-000008"):
+        shutil.rmtree(part / "checkpoints" / done)
+    (part / "summary.json").unlink()
+    train(["--resume", str(part)])
+    assert_same_run(whole, part)
+    summary = json.loads((part / "summary.json").read_text())
+    assert 0.3 < summary["packing_efficiency"] <= 1
+    assert summary["data_share"] < 1
+
+
+def test_workers_change_nothing(tiny_flags: list[str]) -> None:
+    alone, _ = train(tiny_flags)
+    read_ahead, _ = train(tiny_flags, "--workers", "2", "--prefetch", "1")
+    assert_same_run(alone, read_ahead)
 
 
 def test_the_runs_own_file_starts_the_same_run_again(tiny_flags: list[str]) -> None:

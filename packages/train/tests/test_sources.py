@@ -57,7 +57,7 @@ def test_documents_come_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("plain")
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     records = open_source(str(tmp_path)).records("text", reading())
-    assert [text for _, text in records] == ["one", "tw", "o", "plain"]
+    assert [text for _, text in records] == ["one", "two", "plain"]
 
 
 def test_files_are_split_by_hash(tmp_path: Path) -> None:

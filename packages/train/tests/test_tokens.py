@@ -229,7 +229,7 @@ from tilewright_train.sources import open_source
 from tilewright_train import tokenizer
 from tilewright_train.tokens import load, prepare, prepare_tokenizer
 
-tokenizer._BATCH = 1 << 18  # characters: what is in memory at once depends on this alone
+tokenizer._BATCH = 1 << 16  # characters: what is in memory at once depends on this alone
 path, limit = Path(sys.argv[1]), int(sys.argv[2])
 
 def anonymous():
@@ -253,7 +253,7 @@ print(path.stat().st_size, 4 * tokens.numel())
 def test_a_file_larger_than_the_memory_is_streamed(tmp_path: Path) -> None:
     path = tmp_path / "large.jsonl"
     line = '{"text": "%s"}\n' % ("the cat sat on a red mat today and tomorrow. " * 40)
-    limit = 20_000_000
+    limit = 10_000_000
     with path.open("w") as stream:
         for number in range(limit // len(line) + 1):
             stream.write(line.replace("today", f"{number} days ago"))

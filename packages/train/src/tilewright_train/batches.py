@@ -214,6 +214,8 @@ class PlannedRows:
             row_of_piece,
             shape=(rows.numel(), self.seq_len),
             padding=self._padding,
+            # Alone in its row, a sample begins at place 0, and no token sees padding behind it.
+            segments=self._plan.starts.numel() > self._plan.rows,
         )
 
     def targets(self, numbers: Sequence[int]) -> int:
@@ -328,6 +330,7 @@ def assemble(
     *,
     shape: tuple[int, int],
     padding: int,
+    segments: bool = True,
 ) -> Batch:
     """Lay pieces of samples into rows, one behind the other, and pad the rows.
 
@@ -338,6 +341,7 @@ def assemble(
         row_of_piece: [P] int64, ascending.
         shape: (B, T); the pieces of a row have at most T tokens together.
         padding: The token that fills the rows.
+        segments: Whether to bound the pieces, which rows of one piece do not need.
 
     Returns:
         The batch; the first token of a piece is no target, and padding is a segment of its own.
@@ -358,15 +362,17 @@ def assemble(
         tokens = torch.where(samples.targets[sources] > 0, tokens, IGNORE_INDEX)
     labels[places] = tokens
     labels[begins] = IGNORE_INDEX
-    padded = (torch.arange(rows) * seq_len + used)[used < seq_len]
-    bounds = torch.cat([begins, padded]).sort().values
     input_ids = input_ids.view(rows, seq_len)
+    bounded = {}
+    if segments:
+        padded = (torch.arange(rows) * seq_len + used)[used < seq_len]
+        bounded = _segments(torch.cat([begins, padded]).sort().values, input_ids)
     return Batch(
         input_ids=input_ids,
         labels=labels.view(rows, seq_len),
         targets=int((labels != IGNORE_INDEX).sum()),
         tokens=int(ends[-1]),
-        **_segments(bounds, input_ids),
+        **bounded,
     )
 
 

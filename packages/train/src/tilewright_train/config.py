@@ -59,6 +59,10 @@ class DataOptions:
         _check_range(self, "vocab_size", at_least=257)
         _check_range(self, "workers", at_least=0)
         _check_range(self, "prefetch", at_least=1)
+        if isinstance(self.data, str):
+            raise InputError(
+                f"data {self.data!r} is one text: give a tuple, as in ({self.data!r},)"
+            )
         if not self.data or not all(self.data):
             raise InputError(f"data is empty: give a path, {STDLIB!r} or {STORIES!r}")
         if twice := sorted({data for data in self.data if self.data.count(data) > 1}):

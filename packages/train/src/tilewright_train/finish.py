@@ -14,7 +14,12 @@ from tilewright_train.automatic import Chosen
 from tilewright_train.bigram import BigramModel
 from tilewright_train.config import STDLIB
 from tilewright_train.evaluation import draw_sample
-from tilewright_train.metrics import Record, read_metrics, steady_tokens_per_second
+from tilewright_train.metrics import (
+    Record,
+    data_share,
+    read_metrics,
+    steady_tokens_per_second,
+)
 from tilewright_train.preparation import Prepared
 from tilewright_train.progress import Reporter, format_seconds
 
@@ -69,7 +74,8 @@ def finish(
         f"validation   loss {last:.4f}, perplexity {math.exp(last):.1f}; before training"
         f" {first:.4f}; bigram model on the same tokens {bigram:.4f}{capped}",
         f"speed        {summary['tokens_per_second'] or 0:,.0f} tokens/s, the median of later"
-        f" steps; {format_seconds(records[-1].time)} in all",
+        f" steps; {format_seconds(records[-1].time)} in all,"
+        f" {summary['data_share'] or 0:.1%} of it waiting for data",
         f"backends     {_backends_in_words(report)}",
         "sample",
         *(f"    {line}" for line in text.splitlines()),
@@ -103,6 +109,8 @@ def _summary(
         "parameters": count_parameters(prepared.model_config).total,
         "tokens": records[-1].tokens,
         "tokens_per_second": steady_tokens_per_second(records),
+        "data_share": data_share(records),
+        "packing_efficiency": prepared.training.efficiency,
         "peak_memory_bytes": max(record.peak_memory_bytes for record in records),
         "seconds": records[-1].time,
         "device": machine.describe(device),

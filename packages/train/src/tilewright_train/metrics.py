@@ -6,6 +6,7 @@ file holds every step once.
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterable
@@ -126,11 +127,14 @@ def steady_tokens_per_second(records: Iterable[Record]) -> float | None:
 
 
 def data_share(records: Iterable[Record]) -> float | None:
-    """Share of the time of later steps that was spent waiting for batches; see above for which."""
+    """Share of the time of later steps that went into waiting for batches; see above for which.
+
+    Time between the steps, in which losses were measured or checkpoints written, does not count.
+    """
     steps = [r for r in records if r.data_seconds is not None and r.tokens_per_second]
     steady = steps[min(10, len(steps) // 2) :]
-    first = steady[0].step if steady else 0
-    tokens = {r.step: r.tokens for r in steady}
-    a_step = tokens[first] / first if steady else 0
-    seconds = sum(a_step / (r.tokens_per_second or 1) for r in steady)
-    return sum(r.data_seconds or 0 for r in steady) / seconds if seconds else None
+    if not steady:
+        return None
+    a_step = steady[0].tokens / steady[0].step
+    seconds = sum(a_step / (r.tokens_per_second or math.inf) for r in steady)
+    return sum(r.data_seconds or 0.0 for r in steady) / seconds

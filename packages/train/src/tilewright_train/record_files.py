@@ -21,7 +21,7 @@ TEXT_ENDINGS = (".txt", ".md", ".rst", ".py")
 """What counts as plain text in a folder. A file that is named itself may end in anything."""
 
 LINE_LIMIT = 1 << 28
-"""Bytes that a line of jsonl may have, 256 MiB: it has to fit in memory, some twelve times over."""
+"""Bytes that a line of jsonl may have, 256 MiB: its record has to fit in memory."""
 
 _PACKED = (".gz", ".zst")
 _REMEDY = 'mend it, or skip such lines with "--on-bad-line skip"'
