@@ -25,6 +25,9 @@ _SMALL = _bf16("256x1024")
 _LOGITS = _bf16("16384x32768", "8192x131072")
 _LONG = _bf16("4x4096x16x16x128", "1x16384x16x16x128")
 _HALF_BILLION = "130x503367168"
+_DECODER, _MIXTURE, _OF_ACTIVE_SIZE = _bf16(
+    "503367168x16x2048", "497193216x16x2048", "157307136x16x2048"
+)
 _THOUSAND_SMALL = "1000x1024000"
 _NARROW_HEADS = _bf16("4x4096x32x32x64")
 _PROJECTIONS = _bf16("16384x1536x32768", "16384x4096x131072")
@@ -382,6 +385,25 @@ BARS: dict[str, tuple[Bar, ...]] = {
             quantity="part",
             limit=0.03,
             than=("moe_mlp", _EXPERTS[0]),
+        ),
+    ),
+    "model": (
+        Bar(
+            operators=("causal_lm",),
+            cases=(_DECODER,),
+            directions=("fwd+bwd",),
+            quantity="speed",
+            limit=1.1,
+            peers=("compile",),
+        ),
+        # 0.8 of the tokens a second of a dense model that is as large for a token.
+        Bar(
+            operators=("causal_lm",),
+            cases=(_MIXTURE,),
+            directions=("fwd+bwd",),
+            quantity="part",
+            limit=1.25,
+            than=("causal_lm", _OF_ACTIVE_SIZE),
         ),
     ),
 }
