@@ -13,6 +13,8 @@ what it would change. Kinds of markers, with operators as in `Case.operator`:
                                     baselines/training/<device>-<name>.json
     loads: experts                  docs/images/<name>_loads.svg, of the loads recorded there
     rates: inference                docs/images/<name>_rates.svg and a table, of the rates there
+    parallel: bars steps …          steps on several GPUs (`tilewright_bench.parallel.pages`), from
+                                    baselines/parallel/<device>-x<GPUs>.json
 
 An operator that has a benchmark but no baseline yet is said to be not measured yet.
 """
@@ -29,6 +31,8 @@ from tilewright_bench.bars import BARS
 from tilewright_bench.discovery import operators_in
 from tilewright_bench.judge import judge
 from tilewright_bench.pages import Marker, filled
+from tilewright_bench.parallel import pages as parallel_pages
+from tilewright_bench.parallel import results as parallel
 from tilewright_bench.plots import Plot
 from tilewright_bench.rows import Row, groups_of, rows_of
 from tilewright_bench.saved import BASELINES, SavedRun, SavedRunError, baselines_of
@@ -41,6 +45,9 @@ from tilewright_bench.tables import (
 )
 
 NOT_MEASURED = "Not measured yet."
+
+_RECORDS = ("losses", "loads", "rates", "parallel")
+"""Kinds of markers whose words are no operators."""
 
 BENCHMARKS = Path("packages/bench/benchmarks")
 IMAGES = Path("docs/images")
@@ -100,6 +107,7 @@ class Figures:
             "losses": self._losses,
             "loads": self._loads,
             "rates": self._rates,
+            "parallel": self._parallel,
         }
         if marker.kind not in kinds:
             raise marker.error(f"{marker.kind!r} is none of {', '.join(kinds)}")
@@ -108,7 +116,7 @@ class Figures:
             if marker.kind != "bars":
                 what = f"operator, as in {marker.kind}: rms_norm"
             raise marker.error(f"name at least one {what}")
-        for item in marker.items if marker.kind not in ("losses", "loads", "rates") else ():
+        for item in marker.items if marker.kind not in _RECORDS else ():
             self._check_name(marker, item.split("/")[0])
         return kinds[marker.kind](marker)
 
@@ -230,6 +238,24 @@ class Figures:
             self.plots[path] = plot(record)
             image = _image(title, path, marker.page)
             parts.append(f"{image}\n\n{table(record)}\n\n{_trained_with(record)}")
+        return "\n\n".join(parts)
+
+    def _parallel(self, marker: Marker) -> str:
+        runs = parallel.load(self._root, self._device)
+        parts = []
+        for item in marker.items:
+            if item not in parallel_pages.ITEMS:
+                raise marker.error(f"{item!r} is none of {', '.join(parallel_pages.ITEMS)}")
+            if not runs:
+                parts.append(NOT_MEASURED)
+            elif item != "timeline":
+                parts.append(parallel_pages.text(runs, item))
+            elif (drawn := parallel_pages.timeline(runs)) is not None:
+                path = parallel_pages.drawing_path(IMAGES)
+                self.plots[path] = drawn
+                parts.append(_image(drawn.title, path, marker.page))
+            else:
+                parts.append(NOT_MEASURED)
         return "\n\n".join(parts)
 
     def _gpu(self, source: Source) -> str:

@@ -190,6 +190,7 @@ class Ladder:
             self.say(f"  {setup.name}: {errors[setup.name]}")
             return None
         _settle(trained)
+        gc.collect()
         trained.held_bytes = self._allocated() - before + _shared_bytes(trained)
         held = trained.held_bytes / 2**30
         seconds = time.perf_counter() - began

@@ -1,0 +1,122 @@
+"""The simulator beside what was measured: from one GPU, the links, and a step on two GPUs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tilewright_bench.parallel.results import step_seconds
+from tilewright_dist import Cluster, Layer, Link, Workload, plan
+from tilewright_dist.planning import Scheme
+
+Run = Mapping[str, Any]
+
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("bucketed", "zero1"),
+    ("bucketed copy", "zero1 copy"),
+)
+"""Setups without and with divided states that send alike: the first one's step on the fewest GPUs
+says how much communication disturbs computation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """One step, predicted and measured."""
+
+    part: str
+    """Of the run."""
+    setup: str
+    """Way of training."""
+    scheme: Literal["ddp", "zero1", "zero3"]
+    """What the simulator takes it for."""
+    world_size: int
+    """Number of GPUs."""
+    interference: float
+    """Seconds lost for each of hidden communication."""
+    predicted: float
+    """Seconds of a step."""
+    measured: float
+    """The same; of the step that gave `interference` no prediction."""
+    is_fitted: bool
+    """Whether this is that step."""
+
+
+def compare(runs: Sequence[Run]) -> Iterator[Compared]:
+    """All steps of runs on different numbers of GPUs, the fewest first."""
+    for part in ("eager", "compiled"):
+        for ddp, zero1 in PAIRS:
+            there = [run for run in runs if _has(run, part, ddp)]
+            if not there:
+                continue
+            interference = _interference(there[0], part, ddp)
+            for run in there:
+                for setup, scheme in ((ddp, "ddp"), (zero1, "zero1")):
+                    if not _has(run, part, setup):
+                        continue
+                    yield Compared(
+                        part=part,
+                        setup=setup,
+                        scheme=scheme,
+                        world_size=run["world_size"],
+                        interference=interference,
+                        predicted=_plan(run, part, scheme, interference).step,
+                        measured=step_seconds(run["parts"][part]["setups"][setup]),
+                        is_fitted=run is there[0] and setup == ddp,
+                    )
+
+
+def table(runs: Sequence[Run], names: Mapping[str, str]) -> str:
+    """Predicted and measured steps, in Markdown."""
+    lines = [
+        "| | GPUs | interference | predicted, ms | measured, ms | off by |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in compare(runs):
+        off = "fitted" if row.is_fitted else f"{row.predicted / row.measured - 1:+.1%}"
+        lines.append(
+            f"| {names.get(row.setup, row.setup)}, {row.part} | {row.world_size} "
+            f"| {row.interference:.2f} | {row.predicted * 1e3:.1f} | {row.measured * 1e3:.1f} "
+            f"| {off.replace('%', ' %')} |"
+        )
+    return "\n".join(lines)
+
+
+def workload(run: Run, part: str) -> Workload:
+    """The decoder as one GPU of the run trains it alone."""
+    measured = run["parts"][part]
+    alone = step_seconds(measured["setups"]["alone"])
+    phases = measured["phases"]
+    scale = alone / sum(phases.values())
+    size = run["size"]
+    block = 4 * size["hidden"] ** 2 + 3 * size["hidden"] * size["intermediate"] + 2 * size["hidden"]
+    outside = size["parameters"] - size["layers"] * block
+    return Workload(
+        layers=[Layer(parameters=outside)] + [Layer(parameters=block)] * size["layers"],
+        **{name: seconds * scale for name, seconds in phases.items()},
+    )
+
+
+def cluster(run: Run, interference: float) -> Cluster:
+    """The links of a run: latency of its smallest, bandwidth of its largest all-reduce."""
+    links = [link for link in run["links"] if link["name"] == "all_reduce"]
+    small = min(links, key=lambda link: link["num_bytes"])
+    large = max(links, key=lambda link: link["num_bytes"])
+    # Of an all-reduce, which the simulator makes of two halves.
+    link = Link(bandwidth=large["bus_gb_per_s"] * 1e9, latency=small["seconds"] / 2)
+    return Cluster(gpus_per_host=8, inside=link, between=link, interference=interference)
+
+
+def _plan(run: Run, part: str, scheme: Scheme, interference: float):
+    return plan(workload(run, part), cluster(run, interference), run["world_size"], scheme)
+
+
+def _interference(run: Run, part: str, setup: str) -> float:
+    """What makes the prediction of a step its measurement."""
+    quiet = _plan(run, part, "ddp", 0.0)
+    measured = step_seconds(run["parts"][part]["setups"][setup])
+    hidden = quiet.communication - quiet.exposed
+    return max(0.0, (measured - quiet.step) / hidden) if hidden > 0 else 0.0
+
+
+def _has(run: Run, part: str, setup: str) -> bool:
+    measured = run["parts"].get(part, {})
+    return bool(measured.get("phases")) and setup in measured["setups"] and bool(run["links"])
