@@ -11,12 +11,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from tilewright_dist import DistributedDataParallel, ShardedOptimizer, bucketed, copies
+from tilewright_dist import (
+    DistributedDataParallel,
+    ShardedOptimizer,
+    bucketed,
+    copies,
+    data_parallel,
+)
 from tilewright_dist.layout import round_up
 from tilewright_dist.peers import PeerBuffer
 from tilewright_dist.testing import run_ranks
-from tilewright_dist.testing_models import Stack, adamw_groups, device_of, train
+from tilewright_dist.testing_models import Stack, adamw_groups, device_of, rows_of, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,18 +151,24 @@ def test_averages_where_values_are(exchanged):
         assert torch.equal(found["average", torch.bfloat16], rounded)
 
 
+def pretend(folder):
+    """Let processes on a CPU take copies."""
+    make_small()
+    numbers = iter(range(100))
+
+    def peers_of(group, _):
+        place = Path(folder) / str(next(numbers))
+        place.mkdir(exist_ok=True)
+        return HostPeers(group, place)
+
+    vars(bucketed)["GPUPeers"] = peers_of
+    vars(data_parallel)["can_copy"] = lambda *_: ""
+
+
 def train_by(rank, transports, folder, backend):
     """Weights after DistributedDataParallel and ShardedOptimizer, by transport and case."""
     if backend == "gloo":
-        make_small()
-        numbers = iter(range(100))
-
-        def peers_of(group, _):
-            place = Path(folder) / str(next(numbers))
-            place.mkdir(exist_ok=True)
-            return HostPeers(group, place)
-
-        vars(bucketed)["GPUPeers"] = peers_of
+        pretend(folder)
     found = {}
     for transport in transports:
         for case, dtype in (("plain", None), ("narrow", torch.bfloat16), ("wide", torch.float64)):
@@ -205,6 +218,62 @@ def test_sharded_and_plain_training_are_equal_at_any_number_of_ranks():
             for form in ("flat", "matrix"):
                 replicated = found["copy", case, "replicated"]
                 assert torch.equal(found["copy", case, form], replicated), (case, form)
+
+
+SMALL_MB: dict[str, Any] = {"bucket_cap_mb": 2e-3}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": SMALL_MB,
+    "static graph": SMALL_MB | {"static_graph": True},
+    "unused found": SMALL_MB | {"find_unused_parameters": True},
+    "no views": SMALL_MB | {"gradient_as_bucket_view": False},
+    "a bucket each": {"bucket_cap_mb": 1e-6, "first_bucket_mb": 1e-6},
+    "hook": SMALL_MB,
+}
+
+
+def accumulate_by(rank, transport, folder, backend):
+    """Gradients by options after two backwards under no_sync and one outside; twice, then twice
+    with parameters that rank 1 lacks, where they are looked for."""
+    if backend == "gloo":
+        pretend(folder)
+    found = {}
+    for case, options in OPTIONS.items():
+        model: Any = Stack().to(device_of(rank))
+        wrapper = DistributedDataParallel(model, transport=transport, **options)
+        if case == "hook":
+            wrapper.register_comm_hook(None, default_hooks.allreduce_hook)
+
+        def backward(micro, wrapper=wrapper):
+            wrapper(rows_of(rank, micro).to(device_of(rank))).square().mean().backward()
+
+        for number in range(4 if case == "unused found" else 2):
+            wrapper.zero_grad(set_to_none=number != 1)
+            if number > 1 and rank == 1:
+                # The loss of this rank is that of the first block alone.
+                model.blocks[0](rows_of(rank, 0).to(device_of(rank))).sum().backward()
+                wrapper.finish_gradient_synchronization()
+                continue
+            if number < 2 and case != "static graph":
+                with wrapper.no_sync():
+                    backward(0)
+                    backward(1)
+            backward(2)
+        parts = [p.grad for p in model.parameters() if p.grad is not None]
+        found[case] = torch.cat([part.reshape(-1).cpu() for part in parts])
+    return found
+
+
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.multigpu(2))])
+def test_options_mean_the_same_with_copies(backend):
+    with tempfile.TemporaryDirectory() as folder:
+        expected, found = (
+            run_ranks(accumulate_by, transport, folder, backend, backend=backend, timeout=90)
+            for transport in ("collective", "copy")
+        )
+    for case in OPTIONS:
+        assert torch.equal(expected[0][case], expected[1][case]), case
+        for rank in found:
+            assert torch.equal(rank[case], expected[0][case]), case
 
 
 def test_copies_need_gpus_of_one_host_and_buckets():

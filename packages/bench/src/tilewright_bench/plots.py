@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tilewright_bench.curves import Curves, draw_curves
+from tilewright_bench.parallel.drawing import Timelines, draw_timelines
 from tilewright_bench.rows import OURS, Row, groups_of, lead
 from tilewright_bench.tables import DIRECTIONS, NAMES, case_text
 
@@ -77,7 +78,7 @@ class Roofline:
     points: tuple[tuple[str, str, float, float], ...]
 
 
-Plot = Bars | Roofline | Curves
+Plot = Bars | Roofline | Curves | Timelines
 
 
 def bars(rows: Sequence[Row]) -> Bars:
@@ -134,6 +135,8 @@ def draw(plot: Plot, path: Path) -> None:
             _draw_bars(plot, figure)
         elif isinstance(plot, Curves):
             draw_curves(plot, figure)
+        elif isinstance(plot, Timelines):
+            draw_timelines(plot, figure)
         else:
             _draw_roofline(plot, figure)
         path.parent.mkdir(parents=True, exist_ok=True)
