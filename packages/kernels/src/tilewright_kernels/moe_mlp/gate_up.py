@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tilewright_kernels._launch import cdiv
+from tilewright_kernels._launch import cdiv, is_hopper
 from tilewright_kernels._operator import Operator
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.grouped_mm.blocks import most_blocks
@@ -26,6 +26,7 @@ from tilewright_kernels.grouped_mm.launches import (
     pointer_options,
     table_of,
     tile_for,
+    with_rows,
 )
 from tilewright_kernels.grouped_mm.pointers import dot_rows, rows_of_program, store_rows
 from tilewright_kernels.moe_route.rows import launch_permute
@@ -86,7 +87,9 @@ def launch_gate_up(
     if R == 0 or N == 0:
         return
     top_k = R // T
-    if K and hopper_can(x, w_gate_up, h, gate_up) and N % 8 == 0 and w_gate_up.is_contiguous():
+    if is_hopper(x.device) and x.element_size() == 2:
+        x, w_gate_up = with_rows(x), w_gate_up.contiguous()
+    if K and hopper_can(x, w_gate_up, h, gate_up) and N % 8 == 0:
         # Imported here: Gluon is there where Triton is, and this file must not need it.
         from tilewright_kernels.moe_mlp.hopper import (
             expert_gate_up_gather_kernel,

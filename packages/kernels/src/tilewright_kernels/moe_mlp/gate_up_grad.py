@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tilewright_kernels._launch import cdiv
+from tilewright_kernels._launch import cdiv, is_hopper
 from tilewright_kernels._operator import Operator
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.grouped_mm.blocks import most_blocks
@@ -94,6 +94,8 @@ def launch_gate_up_grad(
     (R, K), (E, _, N) = dy.shape, w_down.shape
     if R == 0 or N == 0:
         return dy.new_zeros(R, 1, dtype=weights.dtype) if wants_dots else None
+    if is_hopper(dy.device) and dy.element_size() == 2 and w_down.stride(-1) != 1:
+        w_down = w_down.contiguous()
     if K and hopper_can(dy, w_down, gate_up, dgate_up, h) and N % 8 == 0:
         from tilewright_kernels.moe_mlp.hopper import expert_gate_up_grad_hopper_kernel
 
