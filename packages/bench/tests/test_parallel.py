@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from tilewright_bench import plots
 from tilewright_bench.commands import main
-from tilewright_bench.parallel import results, trace
+from tilewright_bench.parallel import pages, prediction, results, trace
 from tilewright_bench.parallel.decoder import SIZES, Decoder
+from tilewright_dist import plan
 
 
 def kernel(name, begin, end, correlation, stream=7, category="kernel"):
@@ -129,6 +132,79 @@ def test_what_is_missing_is_not_measured():
     # A bar for another number of ranks has an empty cell.
     assert "speed ≥ 1.05× torch's DDP + ZeroRedundancyOptimizer |  |  |" in table
     assert "NO" not in results.text(RUN).splitlines()[-1]
+
+
+def link(num_bytes, seconds):
+    size = {"name": "all_reduce", "num_bytes": num_bytes, "seconds": seconds}
+    return size | {"bus_gb_per_s": num_bytes / seconds / 1e9 * 1.5}
+
+
+def run_on(world_size):
+    """A run whose steps are what the simulator says of interference 1, on slow links."""
+    size = asdict(SIZES["0.5b"]) | {"parameters": SIZES["0.5b"].parameters}
+    setups = {"alone": setup(70.0, held=5.7)}
+    run = {
+        "world_size": world_size,
+        "size": size,
+        "links": [link(1024, 2e-5), link(2**28, 1e-3)],
+        "machine_info": {"gpu": "a GPU", "driver": "1.2", "torch": "2.11"},
+        "commit_info": {"id": "1234567890abc"},
+        "parts": {
+            "eager": {
+                "setups": setups,
+                "phases": {"forward": 0.021, "backward": 0.044, "optimizer": 0.004},
+                "timelines": {"bucketed": trace.timeline(STEP)},
+            }
+        },
+    }
+    for name, scheme in (("bucketed", "ddp"), ("zero1", "zero1")):
+        predicted = plan(
+            prediction.workload(run, "eager"), prediction.cluster(run, 1.0), world_size, scheme
+        )
+        setups[name] = setup(predicted.step * 1e3, held=5.0)
+    return run
+
+
+def test_prediction_finds_what_disturbs_on_the_fewest_gpus():
+    rows = list(prediction.compare([run_on(2), run_on(4)]))
+    assert [(row.setup, row.world_size) for row in rows] == [
+        *(("bucketed", 2), ("zero1", 2), ("bucketed", 4), ("zero1", 4)),
+    ]
+    for row in rows:
+        assert row.interference == pytest.approx(1.0)
+        assert row.predicted == pytest.approx(row.measured)
+    # Forward, backward and update of the clock's events, scaled to the step.
+    alone = prediction.workload(run_on(2), "eager")
+    assert alone.forward + alone.backward + alone.optimizer == pytest.approx(0.07)
+    assert alone.parameters == SIZES["0.5b"].parameters
+
+
+def test_pages():
+    runs = [run_on(2), run_on(4)]
+    steps = pages.text(runs, "steps")
+    assert "| no communication | 70.0 |  | 1.0 | 5.70 | 70.0 |  | 1.0 | 5.70 |" in steps
+    assert steps.endswith(
+        "2 and 4 a GPU (driver 1.2), torch 2.11, commit `1234567890`: "
+        "`packages/bench/baselines/parallel/h200-x2.json`, "
+        "`packages/bench/baselines/parallel/h200-x4.json`."
+    )
+    assert "| bucketed, NCCL, eager | 2 | 1.00 |" in pages.text(runs, "plan")
+    assert "| bucketed, NCCL, eager | 4 | 6.0 | 1.7 | 0.7 | 0.7 |" in pages.text(runs, "trace")
+    assert "| ZeRO-1, eager | time ≤ 1.02× our DDP |" in pages.text(runs, "bars")
+    drawn = pages.timeline(runs)
+    assert drawn is not None
+    assert drawn.title == "A step on 4 GPUs, eager, rank 0"
+    assert dict(dict(drawn.rows)["bucketed, NCCL"])["communication"] == ((4.0, 5.7),)
+    assert pages.timeline([]) is None
+
+
+def test_a_timeline_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = pages.timeline([run_on(4)])
+    assert drawn is not None
+    plots.draw(drawn, tmp_path / "timeline.svg")
+    assert plots.digest_in(tmp_path / "timeline.svg") == plots.digest(drawn)
+    assert "bucketed, NCCL" in (tmp_path / "timeline.svg").read_text()
 
 
 def test_parameters_of_the_decoder():
