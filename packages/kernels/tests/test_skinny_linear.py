@@ -10,6 +10,7 @@ from tilewright_kernels import skinny_linear, use_backend
 from tilewright_kernels.skinny_linear import (
     RowsTile,
     RowTile,
+    row_tile,
     rows_tile,
     skinny_linear_reference,
 )
@@ -80,7 +81,7 @@ def test_matches_float64(form, rows, dtype, device):
 @pytest.mark.parametrize("splits", [2, 3])
 def test_programs_that_share_k(form, splits, monkeypatch, dtype, device):
     # Steps of 16 among the programs: 5 for two, 2 + 1 + 2 for three.
-    tile = RowsTile(16, 16, splits, 4, 2)
+    tile = RowsTile(16, 16, splits, 4)
     monkeypatch.setattr(module, "rows_tile", lambda *_: tile)
     x, weight, options = make(form, 5, 45, 72, dtype, device)
     counters = torch.zeros(3, dtype=torch.int32, device=device)
@@ -148,7 +149,7 @@ def test_any_shape(rows, n, k, form, dtype):
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_bits_repeat_and_nothing_else_is_written(rows, monkeypatch, device):
-    monkeypatch.setattr(module, "rows_tile", lambda *_: RowsTile(16, 16, 2, 4, 2))
+    monkeypatch.setattr(module, "rows_tile", lambda *_: RowsTile(16, 16, 2, 4))
     x, weight, options = make("norm residual", rows, 45, 72, torch.float32, device)
     before = x.clone(), weight.clone(), options["residual"].clone()
     with use_backend("triton"):
@@ -167,11 +168,16 @@ def test_a_row_is_the_same_in_every_batch_of_several(device):
 
 
 def test_tiles_fill_the_device():
-    # Shapes of a 0.5 B decoder on 132 multiprocessors: all of them read, none twice as much.
-    for n, k, gated in ((4608, 1536, False), (1536, 1536, False), (4096, 1536, True)):
-        tile = rows_tile(n, k, 2, gated, 132)
-        assert 66 <= -(-n // tile.BLOCK_N) * tile.SPLITS <= 132
-    assert rows_tile(1536, 4096, 2, False, 132).SPLITS > 1
+    # Products of a 0.5 B decoder on 132 multiprocessors: each has a program, or more.
+    shapes = ((4608, 1536, False), (1536, 1536, False), (4096, 1536, True), (1536, 4096, False))
+    for n, k, gated in shapes:
+        several, one = rows_tile(n, k, 2, gated, 132), row_tile(n, k, 2, gated)
+        assert -(-n // several.BLOCK_N) * several.SPLITS >= 132
+        assert -(-n // one.BLOCK_N) >= 132
+        # What a thread holds of W at once: 256 bytes, which leaves registers for the rest.
+        for tile in (several, one):
+            rows = tile.BLOCK_N * (2 if gated else 1)
+            assert rows * tile.BLOCK_K * 2 <= 256 * 32 * tile.num_warps
 
 
 def test_opcheck(device):

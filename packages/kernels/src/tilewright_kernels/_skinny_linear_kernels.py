@@ -22,6 +22,18 @@ def await_previous_launch(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def weight_rows(n, N, weight_ptr, row_stride, GATED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the rows of a tile of W begin: BLOCK_N of them, and if gated as many of up below."""
+    if GATED:
+        r = tl.arange(0, 2 * BLOCK_N)
+        up = (r // BLOCK_N).to(tl.int64) * N
+        rows = weight_ptr + (tl.program_id(0) * BLOCK_N + r % BLOCK_N + up) * row_stride
+    else:
+        rows = weight_ptr + n.to(tl.int64) * row_stride
+    return rows
+
+
+@triton.jit
 def skinny_linear_row_kernel(
     x_ptr, weight_ptr, norm_weight_ptr, residual_ptr, out_ptr, weight_row_stride, N,
     EPS: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
@@ -33,21 +45,20 @@ def skinny_linear_row_kernel(
     x̂ = x · r · norm_weight, and r, one number, is applied to the sums: nobody waits for it. All
     weights of a step are in flight at once; the next step's are asked for before they are used.
     """
+    HEIGHT: tl.constexpr = BLOCK_N * (2 if GATED else 1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = (tl.program_id(0) * BLOCK_N + tl.arange(0, HEIGHT) % BLOCK_N < N)[:, None]
     cols = tl.arange(0, BLOCK_K)
-    there = (n < N)[:, None]
-    rows = weight_ptr + n.to(tl.int64)[:, None] * weight_row_stride + cols[None, :]
-    up_rows = rows + N.to(tl.int64) * weight_row_stride if GATED else rows
+    rows = weight_rows(n, N, weight_ptr, weight_row_stride, GATED, BLOCK_N)[:, None] + cols[None, :]
     if not PREFETCH:
         await_previous_launch(OVERLAP)
-    mask = there & (cols < K)[None, :]
-    w = tl.load(rows, mask=mask, other=0.0, eviction_policy="evict_first")
-    up = tl.load(up_rows, mask=mask, other=0.0, eviction_policy="evict_first") if GATED else w
+    w = tl.load(
+        rows, mask=there & (cols < K)[None, :], other=0.0, eviction_policy="evict_first"
+    )  # fmt: skip
     if PREFETCH:
         await_previous_launch(OVERLAP)
 
-    acc = tl.zeros((BLOCK_N,), dtype=ACC)
-    up_acc = tl.zeros((BLOCK_N,), dtype=ACC)
+    acc = tl.zeros((HEIGHT,), dtype=ACC)
     squares = tl.zeros((BLOCK_K,), dtype=ACC)
     for k in tl.static_range(0, K, BLOCK_K):
         here = k + cols < K
@@ -55,28 +66,23 @@ def skinny_linear_row_kernel(
         if norm_weight_ptr is not None:
             squares += x * x
             x *= tl.load(norm_weight_ptr + k + cols, mask=here, other=0.0).to(ACC)
-        now, up_now = w, up
+        now = w
         if k + BLOCK_K < K:
-            mask = there & (k + BLOCK_K + cols < K)[None, :]
             w = tl.load(
-                rows + k + BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first"
+                rows + k + BLOCK_K, mask=there & (k + BLOCK_K + cols < K)[None, :], other=0.0,
+                eviction_policy="evict_first",
             )  # fmt: skip
-            if GATED:
-                up = tl.load(
-                    up_rows + k + BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first"
-                )  # fmt: skip
         acc += tl.sum(now.to(ACC) * x[None, :], 1)
-        if GATED:
-            up_acc += tl.sum(up_now.to(ACC) * x[None, :], 1)
     if norm_weight_ptr is not None:
-        r = tl.rsqrt(tl.sum(squares, 0) / K + EPS)
-        acc *= r
-        up_acc *= r
+        acc *= tl.rsqrt(tl.sum(squares, 0) / K + EPS)
     if GATED:
-        acc = silu(acc) * up_acc
+        gate, up = tl.split(acc.reshape(2, BLOCK_N).permute(1, 0))
+        out = silu(gate) * up
+    else:
+        out = acc
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + n, mask=n < N, other=0.0).to(ACC)
-    tl.store(out_ptr + n, acc.to(out_ptr.dtype.element_ty), mask=n < N)
+        out += tl.load(residual_ptr + n, mask=n < N, other=0.0).to(ACC)
+    tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
@@ -93,97 +99,88 @@ def skinny_linear_rows_kernel(
     K is shared by SPLITS programs. Each leaves its sums in parts [SPLITS, N, M] (and the squares'),
     and whoever arrives last adds them up in order, so the bits do not depend on who that was.
     """
+    HEIGHT: tl.constexpr = BLOCK_N * (2 if GATED else 1)
+    STEPS: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
     split = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = (tl.program_id(0) * BLOCK_N + tl.arange(0, HEIGHT) % BLOCK_N < N)[:, None]
     m = tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_K)
-    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    begin = split * STEPS // SPLITS * BLOCK_K
-    end = (split + 1) * STEPS // SPLITS * BLOCK_K
-    rows = weight_ptr + n.to(tl.int64)[:, None] * weight_row_stride + cols[None, :]
-    up_rows = rows + N.to(tl.int64) * weight_row_stride if GATED else rows
-    x_rows = x_ptr + m[:, None] * x_row_stride + cols[None, :]
+    k = split * STEPS * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows = weight_rows(n, N, weight_ptr, weight_row_stride, GATED, BLOCK_N)[:, None]
+    if not PREFETCH:
+        await_previous_launch(OVERLAP)
+    w = tl.load(
+        rows + k[None, :], mask=there & (k < K)[None, :], other=0.0, eviction_policy="evict_first"
+    )  # fmt: skip
     if PREFETCH:
-        LINE: tl.constexpr = min(BLOCK_K, 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth)
-        first = tl.minimum(n, N - 1).to(tl.int64)[:, None] * weight_row_stride
-        for k in tl.range(begin, end, BLOCK_K):
-            col = tl.minimum(k + tl.arange(0, BLOCK_K // LINE) * LINE, K - 1)
-            lines = weight_ptr + first + col[None, :]
-            fetch_to_l2(lines)
-            if GATED:
-                fetch_to_l2(lines + N.to(tl.int64) * weight_row_stride)
-    await_previous_launch(OVERLAP)
+        await_previous_launch(OVERLAP)
 
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
-    up_acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
-    squares = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC)
-    for k in tl.range(begin, end, BLOCK_K):
-        here = k + cols < K
-        mask = (n < N)[:, None] & here[None, :]
-        x = tl.load(x_rows + k, mask=(m < M)[:, None] & here[None, :], other=0.0)
-        w = tl.load(rows + k, mask=mask, other=0.0, eviction_policy="evict_first")
+    acc = tl.zeros((HEIGHT, BLOCK_M), dtype=ACC)
+    square = tl.zeros((BLOCK_M,), dtype=ACC)
+    for step in tl.static_range(STEPS):
+        here = (k < K)[None, :]
+        x_at = x_ptr + m[:, None] * x_row_stride + k[None, :]
+        x = tl.load(x_at, mask=(m < M)[:, None] & here, other=0.0)
         if norm_weight_ptr is not None:
             wide = x.to(ACC)
-            squares += wide * wide
-            scale = tl.load(norm_weight_ptr + k + cols, mask=here, other=0.0).to(ACC)
-            x = (wide * scale[None, :]).to(x.dtype)
-        acc = tl.dot(w, x.T, acc, input_precision="ieee", out_dtype=ACC)
-        if GATED:
-            up = tl.load(up_rows + k, mask=mask, other=0.0, eviction_policy="evict_first")
-            up_acc = tl.dot(up, x.T, up_acc, input_precision="ieee", out_dtype=ACC)
-    square = tl.sum(squares, 1)
+            square += tl.sum(wide * wide, 1)
+            scale = tl.load(norm_weight_ptr + k[None, :], mask=here, other=0.0).to(ACC)
+            x = (wide * scale).to(x.dtype)
+        now = w
+        k += BLOCK_K
+        if step + 1 < STEPS:
+            w = tl.load(
+                rows + k[None, :], mask=there & (k < K)[None, :], other=0.0,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+        acc = tl.dot(now, x.T, acc, input_precision="ieee", out_dtype=ACC)
     if SPLITS == 1:
         _finish_rows(
-            acc, up_acc, square, norm_weight_ptr, residual_ptr, out_ptr, residual_row_stride,
-            m, n, M, N, EPS, K, GATED, ACC,
+            acc, square, norm_weight_ptr, residual_ptr, out_ptr, residual_row_stride,
+            n, m, M, N, EPS, K, GATED, ACC, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
-        # Sums of a split: one tile or two, then the squares, which every block of columns has too.
+        # The sums of a split are a tile for each block of columns, and its squares.
         block, blocks = tl.program_id(0), tl.num_programs(0)
-        width = blocks * BLOCK_N
-        size = (width * (2 if GATED else 1) + blocks) * BLOCK_M
-        tile = n[:, None] * BLOCK_M + m[None, :]
-        square_at = size - (blocks - block) * BLOCK_M + m
-        mine = parts_ptr + split * size
+        SIZE: tl.constexpr = (HEIGHT + 1) * BLOCK_M
+        tile = tl.arange(0, HEIGHT)[:, None] * BLOCK_M + m[None, :]
+        mine = parts_ptr + (split * blocks + block) * SIZE
         tl.store(mine + tile, acc)
-        if GATED:
-            tl.store(mine + width * BLOCK_M + tile, up_acc)
-        tl.store(mine + square_at, square)
+        tl.store(mine + HEIGHT * BLOCK_M + m, square)
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr + block, 1, sem="acq_rel") == SPLITS - 1:
-            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
-            up_acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=ACC)
+            acc = tl.zeros((HEIGHT, BLOCK_M), dtype=ACC)
             square = tl.zeros((BLOCK_M,), dtype=ACC)
             for other in tl.static_range(SPLITS):
-                theirs = parts_ptr + other * size
+                theirs = parts_ptr + (other * blocks + block) * SIZE
                 acc += tl.load(theirs + tile, cache_modifier=".cg")
-                if GATED:
-                    up_acc += tl.load(theirs + width * BLOCK_M + tile, cache_modifier=".cg")
-                square += tl.load(theirs + square_at, cache_modifier=".cg")
+                square += tl.load(theirs + HEIGHT * BLOCK_M + m, cache_modifier=".cg")
             tl.store(arrived_ptr + block, 0)
             _finish_rows(
-                acc, up_acc, square, norm_weight_ptr, residual_ptr, out_ptr, residual_row_stride,
-                m, n, M, N, EPS, K, GATED, ACC,
+                acc, square, norm_weight_ptr, residual_ptr, out_ptr, residual_row_stride,
+                n, m, M, N, EPS, K, GATED, ACC, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
 @triton.jit
 def _finish_rows(
-    acc, up_acc, square, norm_weight_ptr, residual_ptr, out_ptr, residual_row_stride,
-    m, n, M, N, EPS: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
+    acc, square, norm_weight_ptr, residual_ptr, out_ptr, residual_row_stride, n, m, M, N,
+    EPS: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """From sums over all of K to out."""
     if norm_weight_ptr is not None:
-        r = tl.rsqrt(square / K + EPS)[None, :]
-        acc *= r
-        up_acc *= r
+        acc *= tl.rsqrt(square / K + EPS)[None, :]
     if GATED:
-        acc = silu(acc) * up_acc
+        gate, up = tl.split(acc.reshape(2, BLOCK_N, BLOCK_M).permute(1, 2, 0))
+        out = silu(gate) * up
+    else:
+        out = acc
     mask = (n < N)[:, None] & (m < M)[None, :]
     if residual_ptr is not None:
         at = residual_ptr + m[None, :] * residual_row_stride + n[:, None]
-        acc += tl.load(at, mask=mask, other=0.0).to(ACC)
-    tl.store(out_ptr + m[None, :] * N + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask)
+        out += tl.load(at, mask=mask, other=0.0).to(ACC)
+    tl.store(out_ptr + m[None, :] * N + n[:, None], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
