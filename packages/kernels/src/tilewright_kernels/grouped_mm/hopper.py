@@ -287,14 +287,11 @@ def _steps_of(rows, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_sums(
-    a_desc, b_desc, a_bufs, b_bufs, full, slot, tile, start, k, tiles_m, tiles_n, pred,
-    GROUP_M: gl.constexpr,
-):  # fmt: skip
+def _fetch_sums(a_desc, b_desc, a_bufs, b_bufs, full, slot, place, start, k, pred):
     """Start the copies of one step's operands, whole rows of both."""
     bar, a, b = full.index(slot), a_bufs.index(slot), b_bufs.index(slot)
     BLOCK_K: gl.constexpr = a_bufs.shape[1]
-    m, n = tile_at(tile % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+    m, n = place
     row = start + k * BLOCK_K
     mbarrier.expect(bar, (128 + 256) * BLOCK_K * 2, pred=pred)
     tma.async_copy_global_to_shared(a_desc, [row, m * 128], bar, a, pred=pred)
@@ -302,20 +299,31 @@ def _fetch_sums(
 
 
 @gluon.jit
+def _place_in_group(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
+    """Row and column of a tile among those of its group's product."""
+    m, n = tile_at(tile % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+    return m, n
+
+
+@gluon.jit
 def _following_sum(
-    tile, k, start, rows, later_start, later_rows, offs_ptr, tiles, tiles_of_group,
-    BLOCK_K: gl.constexpr,
+    tile, k, place, rows_of, later, offs_ptr, tiles, tiles_m, tiles_n,
+    BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """The step after this one, and the group of the tile after its tile."""
+    """The step after this one, its tile's place and group, and the group of the tile after."""
+    m, n = place
+    start, rows = rows_of
+    later_start, later_rows = later
     k += 1
     if k == _steps_of(rows, BLOCK_K):
         k = 0
         tile += gl.num_programs(0)
+        m, n = _place_in_group(tile, tiles_m, tiles_n, GROUP_M)
         start, rows = later_start, later_rows
         later_start, later_rows = _group_at(
-            offs_ptr, tile + gl.num_programs(0), tiles, tiles_of_group
+            offs_ptr, tile + gl.num_programs(0), tiles, tiles_m * tiles_n
         )
-    return tile, k, start, rows, later_start, later_rows
+    return tile, k, (m, n), (start, rows), (later_start, later_rows)
 
 
 @gluon.jit
@@ -347,18 +355,16 @@ def _multiply_sums(
     )
     a_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     b_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
-    tiles_of_group = tiles_m * tiles_n
     tile, k = gl.program_id(0), 0
-    start, rows = _group_at(offs_ptr, tile, tiles, tiles_of_group)
-    later_start, later_rows = _group_at(offs_ptr, tile + gl.num_programs(0), tiles, tiles_of_group)
-    my_rows, my_later_rows = rows, later_rows
+    place = _place_in_group(tile, tiles_m, tiles_n, GROUP_M)
+    rows_of = _group_at(offs_ptr, tile, tiles, tiles_m * tiles_n)
+    later = _group_at(offs_ptr, tile + gl.num_programs(0), tiles, tiles_m * tiles_n)
+    _start, my_rows = rows_of
+    _start, my_later_rows = later
     for slot in gl.static_range(STAGES - 1):
-        _fetch_sums(
-            a_desc, b_desc, a_bufs, b_bufs, full, slot, tile, start, k, tiles_m, tiles_n,
-            tile < tiles, GROUP_M,
-        )  # fmt: skip
-        tile, k, start, rows, later_start, later_rows = _following_sum(
-            tile, k, start, rows, later_start, later_rows, offs_ptr, tiles, tiles_of_group, BLOCK_K
+        _fetch_sums(a_desc, b_desc, a_bufs, b_bufs, full, slot, place, rows_of[0], k, tile < tiles)
+        tile, k, place, rows_of, later = _following_sum(
+            tile, k, place, rows_of, later, offs_ptr, tiles, tiles_m, tiles_n, BLOCK_K, GROUP_M
         )
     step = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -373,12 +379,11 @@ def _multiply_sums(
             gl.thread_barrier()
             _fetch_sums(
                 a_desc, b_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES,
-                tile, start, k, tiles_m, tiles_n, tile < tiles, GROUP_M,
+                place, rows_of[0], k, tile < tiles,
             )  # fmt: skip
-            tile, k, start, rows, later_start, later_rows = _following_sum(
-                tile, k, start, rows, later_start, later_rows, offs_ptr, tiles, tiles_of_group,
-                BLOCK_K,
-            )  # fmt: skip
+            tile, k, place, rows_of, later = _following_sum(
+                tile, k, place, rows_of, later, offs_ptr, tiles, tiles_m, tiles_n, BLOCK_K, GROUP_M
+            )
             step += 1
         current = step % STAGES
         mbarrier.wait(full.index(current), step // STAGES & 1)
@@ -394,15 +399,15 @@ def _multiply_sums(
         gl.thread_barrier()
         _fetch_sums(
             a_desc, b_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES,
-            tile, start, k, tiles_m, tiles_n, tile < tiles, GROUP_M,
+            place, rows_of[0], k, tile < tiles,
         )  # fmt: skip
-        tile, k, start, rows, later_start, later_rows = _following_sum(
-            tile, k, start, rows, later_start, later_rows, offs_ptr, tiles, tiles_of_group, BLOCK_K
+        tile, k, place, rows_of, later = _following_sum(
+            tile, k, place, rows_of, later, offs_ptr, tiles, tiles_m, tiles_n, BLOCK_K, GROUP_M
         )
         step += 1
         my_rows = my_later_rows
         _start, my_later_rows = _group_at(
-            offs_ptr, index + 2 * gl.num_programs(0), tiles, tiles_of_group
+            offs_ptr, index + 2 * gl.num_programs(0), tiles, tiles_m * tiles_n
         )
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         hand_over(acc, parts, tile_full, tile_empty, index // gl.num_programs(0))
