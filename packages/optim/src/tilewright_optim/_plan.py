@@ -98,13 +98,16 @@ class Launch:
 
     def refresh(self) -> bool:
         """Take up the present gradients; False if anything else has changed."""
-        params = self.columns.params
-        grads: list[Any] = list(map(_GRAD, params))
+        params, grads = self.columns.params, self.columns.grads
+        sample, sample_places = self._sample
         try:
-            return (
-                self._take(grads)
-                and lie_at(params, self.places[0], self._indices)
-                and addresses(self._sample[0]) == self._sample[1]
+            # The passes that are loops in C++ go first: they wait for the memory of several tensors
+            # at once, and Python's then find it in the caches.
+            if not lie_at(params, self.places[0], self._indices):
+                return False
+            stayed = bool(grads) and lie_at(grads, self.grad_places, self._indices)
+            return self._take(list(map(_GRAD, params)), stayed) and (
+                addresses(sample) == sample_places
             )
         except (TypeError, RuntimeError):  # a gradient of None, or one without an address
             return False
@@ -113,10 +116,9 @@ class Launch:
         """Keep none of them alive; the next `refresh` looks at its own as if they were new."""
         self.columns = self.columns._replace(grads=[])
 
-    def _take(self, grads: list[Tensor]) -> bool:
-        before = self.columns.grads
-        same = bool(before) and all(map(is_, grads, before))
-        if same and lie_at(grads, self.grad_places, self._indices):
+    def _take(self, grads: list[Any], stayed: bool) -> bool:
+        """Whether gradients are fit; `stayed`: the last ones are where they were."""
+        if stayed and all(map(is_, grads, self.columns.grads)):
             return True
         places = addresses(grads)
         if places != self.grad_places:  # a list that is itself is not compared again
@@ -189,10 +191,10 @@ class Plan:
         members = group["params"]
         return (
             _options(group) == self._options
+            and all(launch.contiguous and launch.refresh() for launch in self.launches)
             and len(members) == len(self._members)
             and all(map(is_, members, self._members))
             and all(map(is_, map(_GRAD, self._without), repeat(None)))
-            and all(launch.contiguous and launch.refresh() for launch in self.launches)
         )
 
     def forget_gradients(self) -> None:
