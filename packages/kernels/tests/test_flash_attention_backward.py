@@ -9,7 +9,7 @@ import torch
 
 from tilewright_kernels._operator import Operator
 from tilewright_kernels._triton import INTERPRETED
-from tilewright_kernels.flash_attention import backward, tiles
+from tilewright_kernels.flash_attention import backward, backward_problem, tiles
 from tilewright_kernels.flash_attention.masks import Mask, keep_reference
 from tilewright_kernels.testing import FLOATING, assert_as_accurate, check_deterministic
 
@@ -356,6 +356,28 @@ def test_adds_only_where_that_pays(monkeypatch, device):
         kernels.clear()
 
 
+def test_scratch_memory_of_short_sequences_is_short(monkeypatch, device):
+    # Sequences of one token: 16 rows each and not 128, beside 100 tokens.
+    sizes: list[int] = []
+    monkeypatch.setattr(
+        OPERATOR,
+        "launch",
+        lambda kernel, *args, **_: sizes.extend(
+            x.numel() for x in args if isinstance(x, torch.Tensor) and x.dtype == torch.float32
+        ),
+    )
+    problem = make_packed([(1, 1)] * 100, dtype=torch.float32, device=device)
+    out, lse, _ = oracle(problem, torch.float64)
+    grads = [torch.empty_like(x) for x in (problem.q, problem.k, problem.v)]
+    backward.launch_backward(
+        OPERATOR, problem.dout, problem.q, problem.k, problem.v, out.float(), lse.float(), *grads,
+        mask=problem.mask, scale=1.0, softcap=0.0, dropout_p=0.0, seed=None,
+        cu_seqlens_q=problem.cu_q, cu_seqlens_k=problem.cu_k, max_seqlen_q=1, max_seqlen_k=1,
+        deterministic=False,
+    )  # fmt: skip
+    assert max(sizes) <= 2 * 16 * 2 * 16 * 110
+
+
 def test_tiles_fit_their_sequences():
     tile = backward.tile_for("keys", 128, 2, 4096, 4096)
     assert tile == backward.TILES["keys"][2][128]
@@ -364,7 +386,7 @@ def test_tiles_fit_their_sequences():
     assert backward.tile_for("keys", 16, 2, 4096, 0).BLOCK_N == 16
     for by_size in backward.TILES.values():
         for tile in (tile for by_width in by_size.values() for tile in by_width.values()):
-            assert backward.PADDED % tile.BLOCK_M == 0
+            assert backward_problem.PADDED % tile.BLOCK_M == 0
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -385,7 +407,7 @@ def test_sums_are_put_in_order(packed, device):
     OPERATOR.launch(
         backward.attention_backward_unpack_kernel, (2 * 2 * 2,), sums.contiguous(), out, cu_seqlens,
         0.5, 70, 2, 256 if packed else 128, *out.stride()[:3],
-        D=width, BLOCK_D=64, PACKED=packed, num_warps=4,
+        D=width, BLOCK_D=64, PACKED=packed, PADDED=128, num_warps=4,
     )  # fmt: skip
     expected = torch.cat(dq)[None] if packed else torch.stack(dq)
     assert torch.equal(out, 0.5 * expected)
@@ -404,17 +426,22 @@ def test_hopper_kernel_only_where_that_pays(monkeypatch):
         OPERATOR, "launch", lambda kernel, *_, **__: kernels.append(kernel.__name__)
     )
     monkeypatch.setattr(tiles, "is_hopper", lambda device: True)
-    many, few, window = Mask(), Mask(causal=True), Mask(causal=True, left=1024)
-    x, lse = torch.zeros(1, 2048, 1, 128, dtype=torch.bfloat16), torch.zeros(1, 1, 2048)
-    for mask, deterministic, expected in (
-        (many, False, ["rows", "hopper", "unpack"]),
-        (many, True, ["queries", "keys"]),
-        (few, False, ["queries", "keys"]),
-        (window, False, ["queries", "keys"]),
+    monkeypatch.setattr(backward, "HOPPER_KEYS", {64: math.inf, 128: 1536})
+    every, half = Mask(), Mask(causal=True)
+    portable, split, fused = ["queries", "keys"], ["queries_hopper", "keys_hopper"], ["hopper"]
+    for length, width, mask, deterministic, dropout_p, expected in (
+        (2048, 128, every, False, 0.0, ["rows", *fused, "unpack"]),
+        (2048, 128, every, True, 0.0, split),
+        (2048, 128, half, False, 0.0, split),
+        (2048, 64, every, False, 0.0, split),
+        (2048, 128, every, False, 0.5, portable),
+        (2048, 256, every, False, 0.0, portable),
+        (64, 128, every, False, 0.0, portable),
     ):
+        x = torch.zeros(1, length, 1, width, dtype=torch.bfloat16)
         backward.launch_backward(
-            OPERATOR, x, x, x, x, x, lse, x, x, x, mask=mask, scale=1.0, softcap=0.0,
-            dropout_p=0.0, seed=None, deterministic=deterministic,
+            OPERATOR, x, x, x, x, x, torch.zeros(1, 1, length), x, x, x, mask=mask, scale=1.0,
+            softcap=0.0, dropout_p=dropout_p, seed=None, deterministic=deterministic,
         )  # fmt: skip
         assert kernels == [f"attention_backward_{name}_kernel" for name in expected]
         kernels.clear()

@@ -118,6 +118,20 @@ def test_attn_mask_of_float32(device):
             torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", [-1e9, torch.finfo(torch.float32).min])
+def test_attn_mask_of_finite_numbers_stays_finite(hidden, dtype, device):
+    # The first query sees nothing but in numbers that 16 bits round to -inf: all weights are equal.
+    q, k, v = make(4, 24, dtype, device=device)
+    bias = torch.zeros(4, 24, device=device)
+    bias[0] = hidden
+    bias[1, 3:] = -torch.inf
+    with use_backend("torch"):
+        out = scaled_dot_product_attention(q * 0, k, v, bias)
+    torch.testing.assert_close(out[:, :, 0], v.mean(-2), atol=2e-2, rtol=0)
+    torch.testing.assert_close(out[:, :, 1], v[:, :, :3].mean(-2), atol=2e-2, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
 def test_queries_that_neither_attn_mask_nor_window_lets_see_anything(dtype, device):
     # The last three lie past all keys by more than the window.

@@ -80,7 +80,11 @@ def test_options(options, device):
     dim = DIM[device.type]
     # In 16 bits the tanh of a softcap is approximate: see test_flash_attention_functional.py.
     dtype = torch.float32 if "softcap" in options else None
-    check_packed(make_packed(device, dtype=dtype, dims=(dim, dim + dim // 2)), **options)
+    # A key alone has p = 1 whatever its score, and what its gradient is in float32, is the rounding
+    # of dp - delta, whose terms are far larger than dout.
+    sequences = [n for n in SEQUENCES[device.type] if n[1] != 1]
+    inputs = make_packed(device, sequences, dtype, dims=(dim, dim + dim // 2))
+    check_packed(inputs, **options)
 
 
 def test_tokens_after_the_last_sequence_are_zero(device):

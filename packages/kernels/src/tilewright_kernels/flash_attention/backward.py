@@ -25,7 +25,7 @@ from tilewright_kernels._operator import Operator
 from tilewright_kernels._tf32 import rounded_to_tf32
 from tilewright_kernels._triton import HAS_TRITON, INTERPRETED
 from tilewright_kernels.flash_attention.backward_keys import attention_backward_keys_kernel
-from tilewright_kernels.flash_attention.backward_problem import PADDED, Problem, problem_of
+from tilewright_kernels.flash_attention.backward_problem import Problem, problem_of
 from tilewright_kernels.flash_attention.backward_queries import attention_backward_queries_kernel
 from tilewright_kernels.flash_attention.backward_rows import (
     attention_backward_finish_kernel,
@@ -40,6 +40,7 @@ from tilewright_kernels.flash_attention.operands import (
     strides_of,
 )
 from tilewright_kernels.flash_attention.tiles import (
+    HOPPER_QUERIES,
     Tile,
     fitted,
     hopper_takes,
@@ -51,12 +52,12 @@ if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROWS = 32
-"""Queries that one program of the kernels before and after the tiles takes; divides PADDED."""
+"""Queries, at most, that one program of the kernels before and after the tiles takes."""
 
 HOPPER_HEAD = 40
 """The least head dimension that the kernels for Hopper take."""
 
-HOPPER_KEYS = {64: math.inf, 128: 1536}
+HOPPER_KEYS = {64: math.inf, 128: 4096}
 """Width of its tiles -> keys that a query must see in the mean for it to be the faster mode.
 
 Clearing and rounding the sums of dq costs the same for few keys as for many. H200, bfloat16,
@@ -64,9 +65,6 @@ Clearing and rounding the sums of dq costs the same for few keys as for many. H2
 6.22 ms, 2048 keys 1.58 against 1.73 ms, 1024 keys (a window) 0.96 against 0.91 ms. 32 heads of 64,
 2048 keys: 3.82 against 3.50 ms in a slow run, with dp started after s.
 """
-
-SPLIT_HOPPER = False
-"""Whether the kernels of the queries and of the keys have their own for Hopper."""
 
 ADDS_PAY = {2: False, 4: True, 8: True}
 """Bytes of an element -> whether dq is added up atomically where bits need not repeat.
@@ -107,7 +105,7 @@ TILES: dict[str, dict[int, dict[int, Tile]]] = {
 def tile_for(
     kernel: str, width: int, element_size: int, len_q: int, len_k: int, dropout: bool = False
 ) -> Tile:
-    """The kernel's tile for a padded head dimension; BLOCK_M is at most PADDED."""
+    """The kernel's tile for a padded head dimension; BLOCK_M is 128 at most."""
     tile = narrowest(TILES[kernel][element_size], width)
     if dropout and kernel != "queries":
         # Random words of a whole tile do not fit in registers beside both sums.
@@ -160,7 +158,8 @@ def launch_backward(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
-    hopper = not problem.flags["HAS_DROPOUT"] and hopper_takes(HOPPER_HEAD, q, k, v, dout)
+    dropout, long = problem.flags["HAS_DROPOUT"], problem.lengths[0] > HOPPER_QUERIES
+    hopper = not dropout and long and hopper_takes(HOPPER_HEAD, q, k, v, dout)
     if not deterministic and dq is not None and dk is not None and dv is not None:
         if hopper and problem.keys_seen >= HOPPER_KEYS[hopper_width(q, v)]:
             _launch_rows(problem, out, dout, lse, dlse, None)
@@ -172,7 +171,6 @@ def launch_backward(
             _launch_keys(problem, q, k, v, dout, dk, dv, sums, False)
             _launch_finish(problem, sums, dq)
             return
-    hopper = hopper and SPLIT_HOPPER
     if dq is None:
         _launch_rows(problem, out, dout, lse, dlse, None)
     else:
@@ -185,15 +183,17 @@ def _launch_rows(
     problem: Problem, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None,
     sums: Tensor | None,
 ) -> None:  # fmt: skip
-    tiles = cdiv(problem.lengths[0], PADDED) * (PADDED // ROWS)
+    padding = problem.flags["PADDED"]
+    rows = min(ROWS, padding)
+    tiles = cdiv(problem.lengths[0], padding) * (padding // rows)
     problem.operator.launch(
         attention_backward_rows_kernel, (tiles * problem.heads * problem.batch,),
         out, dout, lse, dlse, problem.lse2, problem.minus_delta, sums, problem.cu_seqlens_q,
         problem.lengths[0], problem.heads, problem.rows_per_head, len(problem.lse2),
         *strides(out, dout), *strides_of(lse), *strides_of(dlse),
         D=problem.widths["D_V"], BLOCK_D=problem.widths["BLOCK_DV"],
-        BLOCK_SUMS=problem.widths["BLOCK_D"], ROWS=ROWS,
-        **problem.constants("PACKED", "ACC"), num_warps=4,
+        BLOCK_SUMS=problem.widths["BLOCK_D"], ROWS=rows,
+        **problem.constants("PACKED", "PADDED", "ACC"), num_warps=4,
     )  # fmt: skip
 
 
@@ -212,7 +212,8 @@ def _launch_queries(
     tile = _tile(problem, "queries", q)
     widths = problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"]
     read, tma = sources((k, v), (tile.BLOCK_N, tile.BLOCK_N), widths)
-    tiles = cdiv(problem.lengths[0], PADDED) * (PADDED // tile.BLOCK_M)
+    padding = problem.flags["PADDED"]
+    tiles = cdiv(problem.lengths[0], padding) * (padding // tile.BLOCK_M)
     problem.operator.launch(
         attention_backward_queries_kernel, (tiles * problem.heads * problem.batch,),
         *read, q, k, v, dout, out, lse, dlse, problem.lse2, problem.minus_delta, dq,
@@ -252,13 +253,14 @@ def _launch_keys(
 
 
 def _launch_finish(problem: Problem, sums: Tensor, dq: Tensor) -> None:
-    tiles = cdiv(problem.lengths[0], ROWS)
+    rows = min(ROWS, problem.flags["PADDED"])
+    tiles = cdiv(problem.lengths[0], rows)
     problem.operator.launch(
         attention_backward_finish_kernel, (tiles * problem.heads * problem.batch,),
         sums, dq, problem.cu_seqlens_q, problem.scale, problem.lengths[0], problem.heads,
         problem.rows_per_head, len(problem.lse2), *strides(dq),
-        D=problem.widths["D"], BLOCK_D=problem.widths["BLOCK_D"], ROWS=ROWS,
-        **problem.constants("PACKED", "ACC"), num_warps=4,
+        D=problem.widths["D"], BLOCK_D=problem.widths["BLOCK_D"], ROWS=rows,
+        **problem.constants("PACKED", "PADDED", "ACC"), num_warps=4,
     )  # fmt: skip
 
 
@@ -276,7 +278,7 @@ def _launch_hopper(
         attention_backward_unpack_kernel, (tiles * problem.heads * problem.batch,),
         sums, dq, problem.cu_seqlens_q, problem.scale, problem.lengths[0], problem.heads,
         problem.rows_per_head, *strides(dq), D=problem.widths["D"], BLOCK_D=block_d,
-        **problem.constants("PACKED"), num_warps=4,
+        **problem.constants("PACKED", "PADDED"), num_warps=4,
     )  # fmt: skip
 
 

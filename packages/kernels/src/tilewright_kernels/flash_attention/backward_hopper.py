@@ -31,7 +31,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from tilewright_kernels._launch import cdiv
 from tilewright_kernels.flash_attention.backward_problem import Problem
-from tilewright_kernels.flash_attention.backward_tiles import score_scales, scratch_row
+from tilewright_kernels.flash_attention.backward_tiles import (
+    SCRATCH_ROWS,
+    score_scales,
+    scratch_row,
+)
 from tilewright_kernels.flash_attention.hopper_tasks import (
     FLAGS,
     describe,
@@ -187,7 +191,9 @@ def attention_backward_hopper_kernel(
     # are 64 registers, need to be kept across the mask.
     HIDDEN: gl.constexpr = -(2.0**63) if CAP != "" else 0.0
     row, head = begin, kv_head * GROUP
-    scratch = scratch_row(batch, head, kv_heads * GROUP, first_q, rows_per_head, PACKED)
+    scratch = scratch_row(
+        batch, head, kv_heads * GROUP, first_q, rows_per_head, PACKED, SCRATCH_ROWS
+    )
     if steps > 0:
         mbarrier.expect(keys_full, 4 * BLOCK_N * BLOCK_D)
         _copy(k_desc, keys_full, k, index, kv_head, first_k + first_key, True)

@@ -46,7 +46,7 @@ def _walk_queries(
     q_strides, dout_strides, GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr,
     TMA: tl.constexpr, SUMS_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what queries begin … end - 1 of each head of the group contribute to dk and dv.
@@ -62,7 +62,7 @@ def _walk_queries(
             head = kv_head * GROUP + step // blocks
             row = begin + step % blocks * BLOCK_M
         query = (row + tl.arange(0, BLOCK_M))[None, :]
-        scratch = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED) + row
+        scratch = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED, PADDED) + row
         rows = scratch + tl.arange(0, BLOCK_M)
 
         q = load_rows(
@@ -119,7 +119,7 @@ def attention_backward_keys_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr,
+    CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr,
     TMA: tl.constexpr, SUMS_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of BLOCK_N keys of one key head, and their part of dq, unscaled, where sums is given.
@@ -172,7 +172,7 @@ def attention_backward_keys_kernel(
             left, right, inner, outer, kept, rows_per_head, all_rows,
             q_strides, dout_strides, GROUP, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
             HAS_LEFT, HAS_RIGHT, CAP, HAS_DROPOUT,
-            PACKED, TMA and part == 0, SUMS_TMA, ACC, PRECISION,
+            PACKED, PADDED, TMA and part == 0, SUMS_TMA, ACC, PRECISION,
         )  # fmt: skip
     store_rows(
         dk * scale, dk_ptr, index, kv_head, first_k, first_key, len_k,

@@ -25,7 +25,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from tilewright_kernels._launch import cdiv, num_programs
 from tilewright_kernels.flash_attention.backward_problem import Problem
-from tilewright_kernels.flash_attention.backward_tiles import score_scales, scratch_row
+from tilewright_kernels.flash_attention.backward_tiles import (
+    SCRATCH_ROWS,
+    score_scales,
+    scratch_row,
+)
 from tilewright_kernels.flash_attention.hopper_tasks import (
     FLAGS,
     GROUPS,
@@ -89,7 +93,13 @@ def _fetch(
         if first < len_k:
             tell(tile, batch, kv_head, message, message_bars, turn)
             first_scratch = scratch_row(
-                batch, kv_head * GROUP, shape[1] * GROUP, first_q, rows_per_head, PACKED
+                batch,
+                kv_head * GROUP,
+                shape[1] * GROUP,
+                first_q,
+                rows_per_head,
+                PACKED,
+                SCRATCH_ROWS,
             )
             steps = (end - begin) // BLOCK_M * GROUP
             row, head, scratch = begin, kv_head * GROUP, first_scratch

@@ -85,11 +85,13 @@ def problem_of(
     heads, kv_heads = q.shape[2], k.shape[2]
     if cu_seqlens_q is None:
         batch, lengths = len(q), (q.shape[1], k.shape[1])
-        rows_per_head = cdiv(q.shape[1], PADDED) * PADDED
+        rows = min(PADDED, padded(max(1, lengths[0])))
+        rows_per_head = cdiv(q.shape[1], rows) * rows
     else:
         batch, lengths = len(cu_seqlens_q) - 1, (max_seqlen_q, max_seqlen_k)
-        # Sequence b begins at cu[b] + b · PADDED rounded down: see scratch_row.
-        rows_per_head = (q.shape[1] // PADDED + batch + 1) * PADDED
+        rows = min(PADDED, padded(max(1, lengths[0])))
+        # Sequence b begins at cu[b] + b · rows rounded down: see scratch_row.
+        rows_per_head = (q.shape[1] // rows + batch + 1) * rows
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse2, minus_delta = q.new_empty((2, len(q) * heads * rows_per_head), dtype=wide)
     kept = kept_words(dropout_p)
@@ -103,6 +105,7 @@ def problem_of(
         "CAP": cap_of(softcap, q),
         "HAS_DROPOUT": kept < 2**32,
         "PACKED": cu_seqlens_q is not None,
+        "PADDED": rows,
         "ACC": accumulator(q.dtype),
         "PRECISION": dot_precision(q.dtype),
     }

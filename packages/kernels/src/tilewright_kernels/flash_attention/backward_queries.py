@@ -9,7 +9,6 @@ computed here and in backward_keys.py, which runs afterwards: as dout is here an
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.flash_attention.backward_rows import row_terms
 from tilewright_kernels.flash_attention.backward_tiles import (
-    SCRATCH_ROWS,
     probabilities,
     score_scales,
     scratch_row,
@@ -84,19 +83,20 @@ def attention_backward_queries_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PACKED: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, PADDED: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head, and `row_terms`, for the kernel of the keys.
 
     The last queries have most keys to see and are started first.
     """
-    tiles = tl.cdiv(num_q, SCRATCH_ROWS) * (SCRATCH_ROWS // BLOCK_M)
+    tiles = tl.cdiv(num_q, PADDED) * (PADDED // BLOCK_M)
     first_query = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     head = tl.program_id(0) // tiles % heads
     batch = tl.program_id(0) // tiles // heads
     kv_head = head // GROUP
     index, first_q, len_q, first_k, len_k = sequence(batch, num_q, num_k, cu_q_ptr, cu_k_ptr)
-    if first_query >= tl.cdiv(len_q, SCRATCH_ROWS) * SCRATCH_ROWS:
+    if first_query >= tl.cdiv(len_q, PADDED) * PADDED:
         return
     shift = shift_of(len_q, len_k, BOTTOM_RIGHT)
     begin, full_begin, full_end, end = key_blocks(
@@ -121,7 +121,7 @@ def attention_backward_queries_kernel(
         D_V, BLOCK_M, BLOCK_DV, False, False,
     )  # fmt: skip
     query = first_query + tl.arange(0, BLOCK_M)
-    rows = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED) + query
+    rows = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED, PADDED) + query
     out = load_rows(
         out_ptr, index, head, first_q, first_query, len_q, (out_batch, out_row, out_head), D_V,
         BLOCK_M, BLOCK_DV, False, False,

@@ -28,7 +28,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from tilewright_kernels._launch import cdiv, num_programs
 from tilewright_kernels.flash_attention.backward_problem import Problem
 from tilewright_kernels.flash_attention.backward_rows import row_terms
-from tilewright_kernels.flash_attention.backward_tiles import score_scales, scratch_row
+from tilewright_kernels.flash_attention.backward_tiles import (
+    SCRATCH_ROWS,
+    score_scales,
+    scratch_row,
+)
 from tilewright_kernels.flash_attention.hopper_tasks import (
     FLAGS,
     GROUPS,
@@ -48,11 +52,11 @@ from tilewright_kernels.flash_attention.operands import strides, strides_of
 from tilewright_kernels.flash_attention.sequence_rows import sequence
 from tilewright_kernels.flash_attention.tiles import heads_together, hopper_width
 
-BLOCK_N, STAGES = 64, {64: 8, 128: 4}
-"""Keys of a tile, and how many tiles of keys and of values there is room for, by head dimension."""
+BLOCK_N, STAGES = {64: 128, 128: 64}, 4
+"""Keys of a tile by its width, and how many tiles of keys and of values there is room for."""
 
-LATE = False
-"""Whether dp is started when dq is there, not before."""
+LATE = {64: True, 128: False}
+"""Width -> whether dp is started when dq is there, not before: dp takes its registers."""
 
 
 @gluon.jit
@@ -129,7 +133,10 @@ def _row_terms(
         out, dout.load(layout), lse_ptr, dlse_ptr, index, head, first_q, rows, len_q,
         lse_strides, dlse_strides, gl.float32,
     )  # fmt: skip
-    to = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED).to(gl.int64) + rows
+    to = (
+        scratch_row(batch, head, heads, first_q, rows_per_head, PACKED, SCRATCH_ROWS).to(gl.int64)
+        + rows
+    )
     gl.store(lse2_ptr + to, lse2)
     gl.store(minus_delta_ptr + to, minus_delta)
     lse2 = gl.convert_layout(lse2, rows_of)[:, None]
@@ -406,10 +413,11 @@ def launch_backward_queries_hopper(
     counter = None if tasks <= programs else q.new_zeros((1,), dtype=torch.int32)
     problem.operator.launch(
         attention_backward_queries_hopper_kernel, (min(tasks, programs),),
-        describe(q, ROWS.value, width), describe(k, BLOCK_N, width), describe(v, BLOCK_N, width),
+        describe(q, ROWS.value, width), describe(k, BLOCK_N[width], width),
+        describe(v, BLOCK_N[width], width),
         describe(dout, ROWS.value, width), out, lse, dlse, problem.lse2, problem.minus_delta, dq,
         counter, problem.cu_seqlens_q, problem.cu_seqlens_k, problem.scale, problem.softcap,
         problem.batch, heads, len_q, len_k, *problem.mask.window, together, problem.rows_per_head,
         *strides(out, dq), *strides_of(lse), *strides_of(dlse), **problem.constants(*FLAGS),
-        D=q.shape[3], D_V=v.shape[3], STAGES=STAGES[width], LATE=LATE, num_warps=4, maxnreg=168,
+        D=q.shape[3], D_V=v.shape[3], STAGES=STAGES, LATE=LATE[width], num_warps=4, maxnreg=168,
     )  # fmt: skip

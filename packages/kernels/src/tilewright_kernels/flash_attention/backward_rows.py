@@ -7,7 +7,7 @@ After: the float32 sums of dq in the type of dq.
 """
 
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.flash_attention.backward_tiles import SCRATCH_ROWS, scratch_row
+from tilewright_kernels.flash_attention.backward_tiles import scratch_row
 from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
 
 
@@ -43,17 +43,17 @@ def attention_backward_rows_kernel(
     out_batch, out_row, out_head, dout_batch, dout_row, dout_head,
     lse_batch, lse_head, lse_row, dlse_batch, dlse_head, dlse_row,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SUMS: tl.constexpr, ROWS: tl.constexpr,
-    PACKED: tl.constexpr, ACC: tl.constexpr,
+    PACKED: tl.constexpr, PADDED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """`row_terms` of all queries, in padded rows; zeros where dq will be summed, if it will."""
-    tiles = tl.cdiv(len_q, SCRATCH_ROWS) * (SCRATCH_ROWS // ROWS)
+    tiles = tl.cdiv(len_q, PADDED) * (PADDED // ROWS)
     row = tl.program_id(0) % tiles * ROWS
     head = tl.program_id(0) // tiles % heads
     batch = tl.program_id(0) // tiles // heads
     index, first, length, _, _ = sequence(batch, len_q, len_q, cu_q_ptr, cu_q_ptr)
-    if row >= tl.cdiv(length, SCRATCH_ROWS) * SCRATCH_ROWS:
+    if row >= tl.cdiv(length, PADDED) * PADDED:
         return
-    scratch = scratch_row(batch, head, heads, first, rows_per_head, PACKED)
+    scratch = scratch_row(batch, head, heads, first, rows_per_head, PACKED, PADDED)
     out = load_rows(
         out_ptr, index, head, first, row, length, (out_batch, out_row, out_head), D,
         ROWS, BLOCK_D, False, False,
@@ -83,7 +83,7 @@ def attention_backward_finish_kernel(
     scale: tl.float64,
     len_q, heads, rows_per_head, all_rows, dq_batch, dq_row, dq_head,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    PACKED: tl.constexpr, ACC: tl.constexpr,
+    PACKED: tl.constexpr, PADDED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dq = scale · sumsᵀ: backward_keys.py adds up dq transposed."""
     tiles = tl.cdiv(len_q, ROWS)
@@ -93,7 +93,7 @@ def attention_backward_finish_kernel(
     index, first, length, _, _ = sequence(batch, len_q, len_q, cu_q_ptr, cu_q_ptr)
     if row >= length:
         return
-    rows = scratch_row(batch, head, heads, first, rows_per_head, PACKED).to(tl.int64)
+    rows = scratch_row(batch, head, heads, first, rows_per_head, PACKED, PADDED).to(tl.int64)
     rows += row + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D).to(tl.int64)[:, None]
     sums = tl.load(sums_ptr + cols * all_rows + rows[None, :])
@@ -110,7 +110,7 @@ def attention_backward_unpack_kernel(
     # pyrefly: ignore[not-a-type]
     scale: tl.float64,
     len_q, heads, rows_per_head, dq_batch, dq_row, dq_head,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """dq = scale · sums of 64 queries, whose elements lie as backward_hopper.py adds them up.
 
@@ -124,7 +124,7 @@ def attention_backward_unpack_kernel(
     index, first, length, _, _ = sequence(batch, len_q, len_q, cu_q_ptr, cu_q_ptr)
     if row >= length:
         return
-    at = scratch_row(batch, head, heads, first, rows_per_head, PACKED) + row
+    at = scratch_row(batch, head, heads, first, rows_per_head, PACKED, PADDED) + row
     sums_ptr += tl.cast(at, tl.int64) * BLOCK_D
     sums = tl.load(sums_ptr + tl.arange(0, 64 * BLOCK_D))
     sums = sums.reshape(4, 2, BLOCK_D // 16, 8, 4, 2, 2).permute(0, 5, 3, 1, 2, 4, 6)

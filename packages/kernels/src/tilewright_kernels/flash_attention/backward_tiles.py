@@ -8,18 +8,21 @@ from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.flash_attention.online_softmax import tanh
 
 SCRATCH_ROWS = tl.constexpr(128)
-"""Rows of a sequence in scratch memory are padded to a multiple of this: no block needs a mask."""
+"""Rows of a sequence in scratch memory are padded to a multiple of this, or of the power of two
+that the longest sequence fits in: no block needs a mask."""
 
 
 @triton.jit
-def scratch_row(batch, head, heads, first_q, rows_per_head, PACKED: tl.constexpr):
+def scratch_row(
+    batch, head, heads, first_q, rows_per_head, PACKED: tl.constexpr, PADDED: tl.constexpr
+):
     """The row of scratch memory where the queries of a sequence and head begin.
 
     Dense: [batch, heads, rows_per_head]. Packed: [heads, rows_per_head], in which each sequence
-    begins at a multiple of SCRATCH_ROWS, and none reaches the next.
+    begins at a multiple of PADDED, and none reaches the next.
     """
     if PACKED:
-        padded = (first_q + batch * SCRATCH_ROWS) // SCRATCH_ROWS * SCRATCH_ROWS
+        padded = (first_q + batch * PADDED) // PADDED * PADDED
         row = head * rows_per_head + padded
     else:
         row = (batch * heads + head) * rows_per_head

@@ -52,7 +52,7 @@ def torch_attention(
         )
     if attn_mask is not None and attn_mask.is_floating_point():
         # torch takes float32 beside 16 bits, but one of its CUDA kernels reads it as if it were 16.
-        attn_mask = attn_mask.to(query.dtype)
+        attn_mask = _rounded(attn_mask, query.dtype)
     gqa = query.dim() > 2 and query.shape[-3] > key.shape[-3] > 1
     options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": gqa}
     len_q, len_k = query.shape[-2], key.shape[-2]
@@ -66,6 +66,14 @@ def torch_attention(
     if attn_mask.dtype == torch.bool:
         return masked_attention(query, key, value, attn_mask & visible, **options)
     return masked_attention(query, key, value, visible, attn_mask, **options)
+
+
+def _rounded(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias in another type; what is finite stays so, lest a row of -1e9 see nothing at all."""
+    if bias.dtype == dtype:
+        return bias
+    limits = torch.finfo(dtype)
+    return torch.where(bias.isinf(), bias, bias.clamp(limits.min, limits.max)).to(dtype)
 
 
 def masked_attention(

@@ -36,6 +36,7 @@ from tilewright_kernels.flash_attention.online_softmax import (
 from tilewright_kernels.flash_attention.operands import dot_precision, sources, strides
 from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
 from tilewright_kernels.flash_attention.tiles import (
+    HOPPER_QUERIES,
     Tile,
     fitted,
     heads_together,
@@ -56,9 +57,6 @@ TILES: dict[int, dict[int, Tile]] = {
 
 HOPPER_HEAD = 33
 """The least head dimension that `forward_hopper` is for."""
-
-HOPPER_QUERIES = 64
-"""More than so many: it has a tile of one size."""
 
 DROPOUT_BLOCK_N = 32
 """Keys at a time with dropout, by 8 warps: random words take the registers of the rest."""

@@ -66,8 +66,8 @@ def scaled_dot_product_attention(
         key: [*, K, T_k, D] of query's dtype.
         value: [*, K, T_k, D_v] of query's dtype.
         attn_mask: bool, true where a query sees a key, or numbers added to the scores, in float32
-            or query's dtype; broadcasts to [*, H, T_q, T_k]. Not in the kernels: torch computes it,
-            and a warning says so.
+            (rounded) or query's dtype; broadcasts to [*, H, T_q, T_k]. Not in the kernels: torch
+            computes it, and a warning says so.
         dropout_p: probability with which a weight of the sum becomes 0, the others growing by
             1 / (1 - p). Set it to 0 outside of training. Its seed is drawn from the generator of
             query's device.

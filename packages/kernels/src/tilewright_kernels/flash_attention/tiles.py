@@ -8,6 +8,9 @@ from torch import Tensor
 from tilewright_kernels._launch import is_hopper, next_power_of_2
 from tilewright_kernels.flash_attention.operands import describable
 
+HOPPER_QUERIES = 64
+"""More than so many are for Hopper's kernels, which have tiles of one size."""
+
 AnyTile = TypeVar("AnyTile")
 
 CACHED = 32 * 2**20
