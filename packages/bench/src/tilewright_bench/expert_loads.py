@@ -44,7 +44,7 @@ def loads(record: Mapping[str, Any]) -> Curves:
                 title="largest load of a layer",
                 x="steps",
                 y="load ÷ mean",
-                logarithmic="y",
+                logarithmic="",
                 lines=tuple(largest),
             ),
             Panel(
@@ -58,7 +58,7 @@ def loads(record: Mapping[str, Any]) -> Curves:
                 title="assignments over capacity",
                 x="capacity ÷ mean load",
                 y="dropped, %",
-                logarithmic="x",
+                logarithmic="",
                 lines=tuple(lost),
             ),
         )
