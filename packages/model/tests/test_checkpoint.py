@@ -168,7 +168,7 @@ Q0, Q1 = (f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))
         (
             _edit(lambda t: t.update({"lm_head.weight": torch.zeros(40, 24)})),
             ValueError,
-            "lm_head.weight is unexpected",
+            r"lm_head.weight is not model.embed_tokens.weight, .* tie_word_embeddings to false",
         ),
         (
             _edit(lambda t: t.update({Q0: torch.zeros(8, 24)})),
@@ -197,6 +197,18 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     damage(tmp_path)
     with pytest.raises(error, match=message):
         CausalLM.from_pretrained(tmp_path)
+
+
+def test_tensors_that_follow_from_others_are_ignored(tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path)
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+
+    _edit(add)(tmp_path)
+    assert_same(CausalLM.from_pretrained(tmp_path), model)
 
 
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tilewright_model import CausalLM
 
-FAMILIES = ("llama", "qwen3", "mixtral", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "qwen3", "mixtral", "qwen3_moe")
 VOCAB, LENGTH = 48, 11
 
 
@@ -37,6 +37,8 @@ def random_config(family: str, seed: int) -> transformers.PreTrainedConfig:
         "bos_token_id": None,
         "eos_token_id": None,
     }
+    if family == "mistral":
+        values |= {"sliding_window": 4}
     if family == "mixtral":
         values |= {"num_local_experts": draw.choice([3, 4]), "num_experts_per_tok": 2}
         values |= {"sliding_window": draw.choice([None, 4])}

@@ -191,6 +191,7 @@ def read_weights(
         for path in paths:
             file = _open(path, stack)
             source |= dict.fromkeys(file.keys(), file)
+        _drop_what_follows(Path(directory), config, source)
         _check_names(Path(directory), expected, source)
         _check_shapes(Path(directory), expected, source)
         pieces: dict[str, list[str]] = {}
@@ -200,6 +201,28 @@ def read_weights(
             parameter: _join({name: expected[name] for name in names}, source, device, dtype)
             for parameter, names in pieces.items()
         }
+
+
+def _drop_what_follows(directory: Path, config: ModelConfig, source: dict[str, Any]) -> None:
+    """Forget tensors that some files hold beside what they follow from.
+
+    Qwen3's released files have the tied output projection as well, old ones of Llama the rotary
+    frequencies.
+
+    Raises:
+        ValueError: the output projection is another matrix than the embedding.
+    """
+    for name in [name for name in source if name.endswith("rotary_emb.inv_freq")]:
+        del source[name]
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings and head in source and embedding in source:
+        tied = (source[name].get_tensor(name) for name in (head, embedding))
+        if not torch.equal(*tied):
+            raise ValueError(
+                f"weights in {directory}: {head} is not {embedding}, and {CONFIG_NAME} ties them: "
+                f"set tie_word_embeddings to false there"
+            )
+        del source[head]
 
 
 def _join(
