@@ -20,14 +20,14 @@ from tilewright_dist import (
     copies,
     data_parallel,
 )
-from tilewright_dist.layout import round_up
+from tilewright_dist.layout import BucketLayout, Slot, round_up
 from tilewright_dist.peers import PeerBuffer
 from tilewright_dist.testing import run_ranks
 from tilewright_dist.testing_models import Stack, adamw_groups, device_of, rows_of, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCRATCH = 2**14  # bytes: pieces of some thousands of elements go in turns
+LANDING = 2**14  # bytes: pieces of some thousands of elements go in turns
 
 
 class HostPeers:
@@ -61,10 +61,6 @@ class HostPeers:
             for start, size, dtype in zip(starts, sizes, dtypes, strict=False)
         ]
 
-    def scratch(self, rows, columns, dtype):
-        assert rows * columns * dtype.itemsize <= SCRATCH + 512 * rows
-        return torch.empty(rows, columns, dtype=dtype)
-
     def barrier(self):
         dist.barrier()
 
@@ -90,7 +86,14 @@ SIZES = (5, 0, 700, 20_000, 64)
 
 
 def make_small():
-    copies.SCRATCH_BYTES, copies.LANDING_BYTES = SCRATCH, SCRATCH
+    copies.LANDING_BYTES = LANDING
+
+
+def layout_of(bounds):
+    """Two tensors with a gap between them, cut by the bounds."""
+    half = bounds[-1] // 2
+    slots = (Slot("first", 0, max(0, half - 100)), Slot("second", half, bounds[-1]))
+    return BucketLayout(dtype=torch.float32, partition="flat", slots=slots, bounds=tuple(bounds))
 
 
 def exchange_all_ways(rank, folder):
@@ -101,17 +104,16 @@ def exchange_all_ways(rank, folder):
     (landing,) = peers.allocate([copies.landing_bytes(peers)], [torch.uint8])
     for form, make_bounds in BOUNDS.items():
         bounds = make_bounds(peers.world_size)
-        mine = slice(bounds[rank], bounds[rank + 1])
-        for name in ("reduce_scatter", "all_gather", "narrow"):
-            (buffer,) = peers.allocate([bounds[-1]], [torch.float32])
-            buffer.memory.copy_(values_of(rank, bounds[-1]))
-            if name == "narrow":
-                values = buffer.memory
-                run(copies.reduce_scatter_narrow(values, bounds, landing, peers, torch.bfloat16))
-            else:
-                run(getattr(copies, name)(buffer, bounds, peers))
-            part = slice(None) if name == "all_gather" else mine
-            found[form, name] = buffer.memory[part].clone()
+        (buffer,) = peers.allocate([bounds[-1]], [torch.float32])
+        buffer.memory.copy_(values_of(rank, bounds[-1]))
+        run(copies.all_gather(buffer, bounds, peers))
+        found[form, "all_gather"] = buffer.memory.clone()
+        layout = layout_of(bounds)
+        for dtype in (None, torch.bfloat16, torch.float64):
+            values = values_of(rank, bounds[-1])
+            named = {slot.name: values[slot.start : slot.stop] for slot in layout.slots}
+            run(copies.scatter_average(named, layout, landing, peers, dtype))
+            found[form, dtype] = values
     for dtype in (None, torch.float64, torch.bfloat16):
         for _ in range(2):  # what landed before is not in the way
             tensors = list(values_of(rank, sum(SIZES)).split(SIZES))
@@ -127,19 +129,25 @@ def exchanged(request):
 
 
 @pytest.mark.parametrize("form", BOUNDS)
-def test_exchanges_of_shared_buffers(exchanged, form):
+def test_pieces(exchanged, form):
     ranks = len(exchanged)
     bounds = BOUNDS[form](ranks)
     inputs = torch.stack([values_of(rank, bounds[-1]) for rank in range(ranks)])
     # The bits of one process that adds in the order of ranks: where a number lies is no matter.
-    average = inputs.mean(0)
+    averages = {
+        None: inputs.mean(0),
+        torch.bfloat16: inputs.bfloat16().float().mean(0),
+        torch.float64: inputs.double().mean(0).float(),
+    }
     gathered = torch.cat([inputs[r, bounds[r] : bounds[r + 1]] for r in range(ranks)])
-    rounded = inputs.bfloat16().float().mean(0)
     for rank, found in enumerate(exchanged):
-        mine = slice(bounds[rank], bounds[rank + 1])
-        assert torch.equal(found[form, "reduce_scatter"], average[mine])
         assert torch.equal(found[form, "all_gather"], gathered)
-        assert torch.equal(found[form, "narrow"], rounded[mine])
+        for dtype, average in averages.items():
+            expected = inputs[rank].clone()
+            for segment in layout_of(bounds).segments(rank):
+                part = slice(segment.offset, segment.offset + segment.stop - segment.start)
+                expected[part] = average[part]
+            assert torch.equal(found[form, dtype], expected)
 
 
 def test_averages_where_values_are(exchanged):

@@ -26,7 +26,7 @@ from tilewright_dist.agreement import from_first, verify_agreement
 from tilewright_dist.buckets import Bucket, allocate, describe
 from tilewright_dist.channel import Exchange
 from tilewright_dist.comm_hook import CommHook, GradBucket, HookHandle
-from tilewright_dist.layout import Partition, fingerprint, plan_buckets
+from tilewright_dist.layout import BucketLayout, Partition, fingerprint, plan_buckets
 from tilewright_dist.missing import give_missing, lacks
 from tilewright_dist.options import ReducerOptions
 from tilewright_dist.overlapped_reducer import OverlappedReducer
@@ -58,7 +58,7 @@ class BucketedReducer(OverlappedReducer):
         self._hook: tuple[Any, CommHook] | None = None
         self._partitions: dict[str, Partition] = {}
         self._is_final = False
-        self._scattered: set[str] = set()
+        self._scattered: dict[str, torch.Tensor] = {}
         self._buckets: list[Bucket] = []
         self._views: dict[str, torch.Tensor] = {}
         self._peers: Peers | None = None
@@ -78,8 +78,17 @@ class BucketedReducer(OverlappedReducer):
     @property
     def shared_bytes(self) -> int:
         """Memory that other ranks read, which torch.cuda.memory_allocated does not count."""
-        buffers = [bucket.shared for bucket in self._buckets] + [self._landing]
-        return sum(buffer.memory.nbytes for buffer in buffers if buffer is not None)
+        return 0 if self._landing is None else self._landing.memory.nbytes
+
+    @property
+    def layouts(self) -> list[BucketLayout]:
+        """Where gradients lie, and whose they are, in starting order."""
+        return self._layouts
+
+    def begin(self) -> None:
+        """Forget what a backward that raised has left behind, and gradients that are gone."""
+        super().begin()
+        self._scattered = {n: g for n, g in self._scattered.items() if self._still_has(n)}
 
     @torch.no_grad()
     def gradient_arrived(self, name: str, process_group: dist.ProcessGroup | None) -> None:
@@ -106,7 +115,7 @@ class BucketedReducer(OverlappedReducer):
             RuntimeError: A gradient is missing, without find_unused_parameters; or all of this
                 window are averaged and scattered already.
         """
-        if any(self._is_in_bucket(name) for name in self._scattered):
+        if any(self._still_has(name) for name in self._scattered):
             raise RuntimeError("gradients have been scattered already: call zero_grad() first")
         missing = [name for name, p in self._parameters.items() if lacks(p.grad)]
         for unit in self._queue.rest():
@@ -116,10 +125,10 @@ class BucketedReducer(OverlappedReducer):
         self._abandon()
         self._copy_back()
         averages = self._averages_of(missing)
-        self._scattered = {n for n, p in self._partitions.items() if p != "replicated"}
         try:
             give_missing(self._parameters, averages, anywhere)
         finally:
+            self._scattered = self._divided()
             # Collective: the ranks that lack nothing are in it.
             if not self._is_final:
                 self._rebuild([*counts], process_group)
@@ -185,14 +194,13 @@ class BucketedReducer(OverlappedReducer):
         what = "how gradients are laid out in buckets"
         verify_agreement(what, f"{digest} ({self._options})", process_group, self._device)
         kept = [name for name in self._views if self._is_in_bucket(name)]
+        self._layouts = list(layouts)
         self._units = [[slot.name for slot in layout.slots] for layout in layouts]
         self._strides = {spec.name: spec.strides for spec in specs}
         # Of the former buckets only those stay, until they are copied, that hold gradients.
         self._buckets, self._views = [], {}
         if not self._is_loose:
-            # Of what travels narrow nobody reads the bucket.
-            shared = None if self._is_narrow else self._peers
-            self._buckets = allocate(layouts, specs, self._device, shared)
+            self._buckets = allocate(layouts, specs, self._device)
         self._views = {n: view for bucket in self._buckets for n, view in bucket.views.items()}
         self._put(kept)
         self._learns = learns
@@ -246,14 +254,20 @@ class BucketedReducer(OverlappedReducer):
     @property
     def _is_loose(self) -> bool:
         """Whether gradients stay where backward put them: copies fetch them from anywhere."""
-        return self._peers is not None and self._hook is None and not self._partitions
+        return self._peers is not None and self._hook is None
 
-    @property
-    def _is_narrow(self) -> bool:
-        """Whether gradients lose bits on the wire."""
-        dtype = self._options.reduce_dtype
-        widest = max(p.dtype.itemsize for p in self._parameters.values())
-        return dtype is not None and dtype.itemsize < widest
+    def _divided(self) -> dict[str, torch.Tensor]:
+        """Gradients of which each rank has its part only."""
+        names = (name for name, partition in self._partitions.items() if partition != "replicated")
+        found = ((name, self._parameters[name].grad) for name in names)
+        return {name: gradient for name, gradient in found if gradient is not None}
+
+    def _still_has(self, name: str) -> bool:
+        """Whether a parameter has the gradient that was scattered: held, so its address is its."""
+        gradient = self._parameters[name].grad
+        if gradient is None or lacks(gradient):
+            return False
+        return gradient.data_ptr() == self._scattered[name].data_ptr()
 
     def _names(self) -> Iterator[str]:
         """All parameters in the order in which they are expected."""
@@ -271,7 +285,7 @@ class BucketedReducer(OverlappedReducer):
     def _start(self, unit: int, process_group: dist.ProcessGroup) -> None:
         if self._is_loose:
             assert self._peers is not None
-            self._send(self._average(self._units[unit], self._peers))
+            self._send(self._average(self._layouts[unit], self._peers))
             return
         bucket = self._buckets[unit]
         self._put(bucket.views)
@@ -281,9 +295,6 @@ class BucketedReducer(OverlappedReducer):
             seen = GradBucket(bucket, self._parameters, index=unit, is_last=is_last)
             self._handles.append(HookHandle(hook(state, seen), bucket.memory))
             return
-        if self._peers is not None:
-            self._send(self._copies(bucket, self._peers))
-            return
         dtype = self._options.reduce_dtype
         if bucket.layout.partition == "replicated":
             exchange = all_reduce(bucket.memory, process_group, dtype)
@@ -291,23 +302,13 @@ class BucketedReducer(OverlappedReducer):
             exchange = reduce_scatter(bucket.memory, bucket.layout.bounds, process_group, dtype)
         self._send(exchange)
 
-    def _copies(self, bucket: Bucket, peers: Peers) -> Exchange:
-        """The same exchange by copies between GPUs."""
+    def _average(self, layout: BucketLayout, peers: Peers) -> Exchange:
+        """Average gradients where they are, by copies between GPUs."""
         assert self._landing is not None
-        bounds, dtype = bucket.layout.bounds, self._options.reduce_dtype
-        if bucket.layout.partition == "replicated":
-            return copies.average([bucket.memory], self._landing, peers, dtype)
-        if bucket.shared is not None:
-            return copies.reduce_scatter(bucket.shared, bounds, peers, dtype)
-        assert dtype is not None
-        return copies.reduce_scatter_narrow(bucket.memory, bounds, self._landing, peers, dtype)
-
-    def _average(self, names: Iterable[str], peers: Peers) -> Exchange:
-        """The same of gradients that are in no bucket."""
-        assert self._landing is not None
-        flat: list[torch.Tensor] = []
+        flat: dict[str, torch.Tensor] = {}
         ordered: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for name in names:
+        for slot in layout.slots:
+            name = slot.name
             parameter = self._parameters[name]
             gradient = parameter.grad
             if gradient is None or lacks(gradient):
@@ -323,8 +324,12 @@ class BucketedReducer(OverlappedReducer):
                     device=gradient.device,
                 ).copy_(gradient)
                 ordered.append((gradient, dense))
-            flat.append(dense.as_strided((dense.numel(),), (1,)))
-        yield from copies.average(flat, self._landing, peers, self._options.reduce_dtype)
+            flat[name] = dense.as_strided((dense.numel(),), (1,))
+        dtype = self._options.reduce_dtype
+        if layout.partition == "replicated":
+            yield from copies.average(list(flat.values()), self._landing, peers, dtype)
+        else:
+            yield from copies.scatter_average(flat, layout, self._landing, peers, dtype)
         for gradient, dense in ordered:
             gradient.copy_(dense)
 
@@ -338,9 +343,9 @@ class BucketedReducer(OverlappedReducer):
         """Accept a gradient after scattering only if it was not added to what was scattered."""
         if name not in self._scattered:
             return
-        if self._is_in_bucket(name):
+        if self._still_has(name):
             raise RuntimeError(
                 f"the gradient of {name!r} was added to one that is averaged and scattered: run "
                 "all but the last backward of a step under no_sync(), zero_grad() after the step"
             )
-        self._scattered.remove(name)
+        del self._scattered[name]

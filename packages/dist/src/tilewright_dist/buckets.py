@@ -61,15 +61,11 @@ def describe(
 
 
 def allocate(
-    layouts: Sequence[BucketLayout],
-    specs: Iterable[TensorSpec],
-    device: torch.device,
-    peers: Peers | None = None,
+    layouts: Iterable[BucketLayout], specs: Iterable[TensorSpec], device: torch.device
 ) -> list[Bucket]:
-    """Memory for layouts, which other ranks read where there are peers (collective then)."""
+    """Memory for layouts."""
     by_name = {spec.name: spec for spec in specs}
-    shared = shared_memory(layouts, peers)
-    return [Bucket(x, by_name, device, buffer) for x, buffer in zip(layouts, shared, strict=True)]
+    return [Bucket(layout, by_name, device) for layout in layouts]
 
 
 def shared_memory(

@@ -5,20 +5,20 @@ values for its piece, adds them up, and the others get the averages from it. Onl
 kernel, which reads as much as is averaged: 10 µs for 25 MiB. Pieces are added in the order of
 ranks, so the bits depend neither on who adds nor on where a number lies.
 
-`average` pushes values from wherever they are, so that a gradient need not be copied to a bucket
+Averages push values from wherever they are, so that a gradient need not be copied to a bucket
 first: a millisecond or two of a step. What lands, and what is fetched back, is in memory that ranks
-share. The others work on buffers that are shared themselves: they begin with a barrier (what is
-fetched has been written) and end with one (nobody writes again before all have fetched).
+share. `all_gather` works on buffers that are shared themselves: it begins with a barrier (what is
+fetched has been written) and ends with one (nobody writes again before all have fetched).
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from tilewright_dist.channel import Exchange
-from tilewright_dist.layout import round_up
-from tilewright_dist.peers import SCRATCH_BYTES, PeerBuffer, Peers
+from tilewright_dist.layout import BucketLayout, round_up
+from tilewright_dist.peers import PeerBuffer, Peers
 
 LANDING_BYTES = 64 * 2**20
 """Of values that are averaged at once: more than most buckets hold."""
@@ -48,10 +48,7 @@ def average(
     """
     if not values:
         return
-    own = values[0].dtype
-    is_narrow = reduce_dtype is not None and reduce_dtype.itemsize < own.itemsize
-    dtype = reduce_dtype if is_narrow and reduce_dtype is not None else own
-    adds_in = own if is_narrow else reduce_dtype or own
+    dtype, adds_in = _dtypes(values[0].dtype, reduce_dtype)
     rows = [memory.view(dtype).view(peers.world_size + 1, -1) for memory in landing.ranks]
     mine = rows[peers.rank]
     for load in _loads(values, peers.world_size, mine.shape[1]):
@@ -76,61 +73,38 @@ def average(
     yield None
 
 
-def reduce_scatter(
-    buffer: PeerBuffer, bounds: Sequence[int], peers: Peers, dtype: torch.dtype | None = None
-) -> Exchange:
-    """Replace this rank's piece of a buffer by its average; the others' pieces stay.
-
-    Args:
-        buffer: The values.
-        bounds: Rank r owns elements bounds[r] to bounds[r + 1].
-        peers: The ranks.
-        dtype: In which they are added; None is the values' own.
-    """
-    peers.barrier()
-    first, last = bounds[peers.rank], bounds[peers.rank + 1]
-    for start, stop in _turns(first, last, peers.world_size * buffer.memory.itemsize):
-        received = peers.scratch(peers.world_size, stop - start, buffer.memory.dtype)
-        for rank in _others_first(peers):
-            received[rank].copy_(buffer.ranks[rank][start:stop])
-        _mean(received, buffer.memory[start:stop], dtype or buffer.memory.dtype)
-    peers.barrier()
-    yield None
-
-
-def reduce_scatter_narrow(
-    values: torch.Tensor,
-    bounds: Sequence[int],
+def scatter_average(
+    values: Mapping[str, torch.Tensor],
+    layout: BucketLayout,
     landing: PeerBuffer,
     peers: Peers,
-    dtype: torch.dtype,
+    reduce_dtype: torch.dtype | None = None,
 ) -> Exchange:
-    """The same of values that travel narrow and are added in their own dtype.
+    """Replace what this rank owns of tensors by its average; the rest of them stays.
 
     Args:
-        values: Flat; anywhere.
-        bounds: Rank r owns elements bounds[r] to bounds[r + 1].
-        landing: As for `average`.
+        values: Those of the layout by name; flat, contiguous, of one dtype, anywhere.
+        layout: Says which rank owns what.
+        landing: `landing_bytes` of uint8.
         peers: The ranks.
-        dtype: What travels.
+        reduce_dtype: As in `average`; averages are not rounded, as they do not travel.
     """
-    ranks = [memory.view(dtype).view(peers.world_size + 1, -1)[:-1] for memory in landing.ranks]
-    rows = ranks[peers.rank]
-    width = rows.shape[1]
-    longest = max(b - a for a, b in itertools.pairwise(bounds))
+    dtype, adds_in = _dtypes(layout.dtype, reduce_dtype)
+    rows = [memory.view(dtype).view(peers.world_size + 1, -1) for memory in landing.ranks]
+    mine = rows[peers.rank]
+    width = mine.shape[1]
+    sent = {n: v if v.dtype == dtype else v.to(dtype) for n, v in values.items()}
+    longest = max(b - a for a, b in itertools.pairwise(layout.bounds))
     for start in range(0, longest, width):
-        pieces = [
-            values[a + start : max(a + start, min(b, a + start + width))]
-            for a, b in itertools.pairwise(bounds)
-        ]
-        for row, piece in zip(rows, pieces, strict=True):
-            row[: piece.numel()].copy_(piece)
-        peers.barrier()
-        mine = pieces[peers.rank]
-        received = peers.scratch(peers.world_size, mine.numel(), dtype)
         for rank in _others_first(peers):
-            received[rank].copy_(ranks[rank][peers.rank, : mine.numel()])
-        _mean(received, mine, values.dtype)
+            for name, begin, end, at in _window(layout, rank, start, width):
+                rows[rank][peers.rank, at : at + end - begin].copy_(sent[name][begin:end])
+        peers.barrier()
+        owned = list(_window(layout, peers.rank, start, width))
+        used = max((at + end - begin for _, begin, end, at in owned), default=0)
+        averages = mine[:-1, :used].mean(0, dtype=adds_in)
+        for name, begin, end, at in owned:
+            values[name][begin:end].copy_(averages[at : at + end - begin])
         peers.barrier()
     yield None
 
@@ -174,11 +148,24 @@ def _loads(
         yield load
 
 
-def _turns(first: int, last: int, bytes_an_element: int) -> Iterator[tuple[int, int]]:
-    """Parts of a piece that fit into the scratch together with the other ranks'."""
-    step = SCRATCH_BYTES // bytes_an_element // 128 * 128
-    for start in range(first, last, step):
-        yield start, min(last, start + step)
+def _window(
+    layout: BucketLayout, rank: int, start: int, width: int
+) -> Iterator[tuple[str, int, int, int]]:
+    """What lies in a part of a rank's piece: tensor, begin and end in it, place in the part."""
+    first = layout.bounds[rank] + start
+    for segment in layout.segments(rank):
+        begin = max(segment.offset, first)
+        end = min(segment.offset + segment.stop - segment.start, first + width)
+        if begin < end:
+            moved = segment.start - segment.offset
+            yield segment.name, begin + moved, end + moved, begin - first
+
+
+def _dtypes(own: torch.dtype, reduce_dtype: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
+    """What travels, and in what is added."""
+    if reduce_dtype is not None and reduce_dtype.itemsize < own.itemsize:
+        return reduce_dtype, own
+    return own, reduce_dtype or own
 
 
 def _others_first(peers: Peers) -> list[int]:

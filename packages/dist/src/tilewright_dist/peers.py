@@ -22,9 +22,6 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 from tilewright_dist.agreement import gather_objects
 from tilewright_dist.layout import round_up
 
-SCRATCH_BYTES = 32 * 2**20
-"""What ranks' pieces are fetched into before they are added up; longer pieces go in turns."""
-
 _ALIGNMENT = 512  # bytes, between buffers of one allocation
 
 
@@ -54,10 +51,6 @@ class Peers(Protocol):
 
     def allocate(self, sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[PeerBuffer]:
         """Buffers of some numbers of elements, zeros; the same on all ranks. Collective."""
-        ...
-
-    def scratch(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, columns] of this rank's."""
         ...
 
     def barrier(self) -> None:
@@ -107,10 +100,6 @@ class GPUPeers(Peers):
             ]
             buffers.append(PeerBuffer(ranks, self.rank, handle))
         return buffers
-
-    def scratch(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, columns] of this rank's, from the pool of the current stream."""
-        return torch.empty(rows, columns, dtype=dtype, device=self._device)
 
     def barrier(self) -> None:
         """Let the current stream go on when those of all ranks have come to this point.

@@ -14,6 +14,7 @@ waiting in `overlap.py`.
 """
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -358,12 +359,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if parameter.requires_grad
         }
         self._reducer.attach(partitions, self._group)
-        buckets = [b for b in self._reducer.buckets[::-1] if b.layout.partition != "replicated"]
-        shared = shared_memory([bucket.layout for bucket in buckets], self._peers)
+        # Copies leave gradients where they are: there is no bucket then.
+        memories = [bucket.memory for bucket in self._reducer.buckets]
+        pairs = itertools.zip_longest(self._reducer.layouts, memories)
+        divided = [(x, m) for x, m in pairs if x.partition != "replicated"][::-1]
+        shared = shared_memory([layout for layout, _ in divided], self._peers)
         rank = self._group.rank()
         return [
-            Shard(bucket.layout, self._parameters, rank, bucket.memory, buffer)
-            for bucket, buffer in zip(buckets, shared, strict=True)
+            Shard(layout, self._parameters, rank, memory, buffer)
+            for (layout, memory), buffer in zip(divided, shared, strict=True)
         ]
 
     def _shards_alone(
