@@ -143,7 +143,7 @@ def launch_rows(
         b_described = b if b_rows is None else b_rows
         if hopper_can(rows, b_described, out):
             # Imported here: Gluon is there where Triton is, and this file must not need it.
-            from tilewright_kernels.grouped_mm.hopper import grouped_rows_hopper_kernel
+            from tilewright_kernels.grouped_mm.hopper_rows import grouped_rows_hopper_kernel
 
             table = table_of(operator, blocks, offs, R, HOPPER_BLOCK_M)
             block_k = HOPPER_OPTIONS["BLOCK_K"]
@@ -185,7 +185,7 @@ def launch_sums(operator: Operator, a: Tensor, b: Tensor, offs: Tensor, out: Ten
     if is_hopper(a.device) and a.element_size() == 2:
         a_rows, b_rows = with_rows(a), with_rows(b)
         if hopper_can(a_rows, b_rows, out):
-            from tilewright_kernels.grouped_mm.hopper import grouped_sums_hopper_kernel
+            from tilewright_kernels.grouped_mm.hopper_sums import grouped_sums_hopper_kernel
 
             block_k = HOPPER_OPTIONS["BLOCK_K"]
             tiles = G * cdiv(M, HOPPER_BLOCK_M) * cdiv(N, 256)

@@ -11,13 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from tilewright_kernels.grouped_mm.hopper import (
-    barriers,
-    block_at,
-    buffers,
-    multiply_rows,
-    store_chunk,
-)
+from tilewright_kernels.grouped_mm.hopper import barriers, block_at, buffers
+from tilewright_kernels.grouped_mm.hopper_rows import multiply_rows, store_chunk
 
 
 @gluon.jit
