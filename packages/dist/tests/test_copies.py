@@ -295,3 +295,35 @@ def refuse(rank):
     with pytest.raises(ValueError, match="not possible") as not_here:
         DistributedDataParallel(nn.Linear(2, 1), transport="copy")
     return str(not_here.value)
+
+
+def scatter_twice(rank, folder):
+    pretend(folder)
+    model = Stack()
+    wrapper = DistributedDataParallel(model, transport="copy")
+    kind: Any = torch.optim.AdamW
+    optimizer = ShardedOptimizer(model.parameters(), kind, ddp=wrapper, lr=0.01)
+
+    def backward(micro):
+        wrapper(rows_of(rank, micro)).square().mean().backward()
+
+    backward(0)
+    with pytest.raises(RuntimeError, match="added to one that is averaged and scattered"):
+        backward(1)
+    # By the module: the optimizer does not hear of it.
+    model.zero_grad()
+    with wrapper.no_sync():
+        backward(0)
+    backward(1)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.wait_for_parameters()
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def test_gradients_are_scattered_once():
+    with tempfile.TemporaryDirectory() as folder:
+        one, other = run_ranks(scatter_twice, folder)
+    assert torch.equal(one, other)
+    assert not torch.equal(one, torch.cat([p.detach().reshape(-1) for p in Stack().parameters()]))
