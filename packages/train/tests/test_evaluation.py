@@ -1,5 +1,7 @@
 """The validation loss is the mean over all predictions; a sample begins with its prompt."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -39,6 +41,23 @@ def test_the_loss_does_not_depend_on_how_rows_are_grouped(model: CausalLM) -> No
                 model, parts, batch_size=batch_size, environment=ALONE, autocast=FP32
             )
             assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_belongs_to_training_alone_is_left_out(model: CausalLM) -> None:
+    config = dataclasses.replace(model.config, num_experts=4, router_aux_loss_coef=1.0)
+    torch.manual_seed(0)
+    dry = CausalLM(config)
+    wet = CausalLM(dataclasses.replace(config, residual_dropout=0.5, attention_dropout=0.5))
+    wet.load_state_dict(dry.state_dict())
+    tokens = torch.randint(260, (3 * 8 + 1,), generator=torch.Generator().manual_seed(0))
+    samples = Samples(tokens, torch.tensor([tokens.numel()]))
+    rows = WindowRows(samples, seq_len=9, seed=None, document_mask=False)
+    parts = ValidationRows(parts=((rows, (0, 1, 2)),))
+    ids = rows.read(range(3)).input_ids
+    expected = dry.eval()(ids, labels=ids).loss.item()  # neither dropout nor the routers' losses
+    loss = validation_loss(wet, parts, batch_size=3, environment=ALONE, autocast=FP32)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert wet.training
 
 
 def test_a_sample_begins_with_its_prompt_and_depends_on_the_seed(model: CausalLM) -> None:

@@ -1,5 +1,8 @@
 """The validation loss, and a sample of what the model writes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
@@ -8,6 +11,17 @@ from tilewright_dist import DistributedEnvironment
 from tilewright_model import CausalLM, generate
 from tilewright_train.data import ValidationRows
 from tilewright_train.tokenizer import decode, end_token
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout and without the losses of routers, and as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
@@ -30,10 +44,11 @@ def validation_loss(
     """
     total = torch.zeros((), dtype=torch.float64, device=environment.device)
     shares = {"rank": environment.rank, "world_size": environment.world_size}
-    for batch in rows.batches(batch_size, **shares):
-        with autocast:
-            loss = model(**batch.to(environment.device).inputs, num_items=1).loss
-        total += loss.double()
+    with evaluating(model):
+        for batch in rows.batches(batch_size, **shares):
+            with autocast:
+                loss = model(**batch.to(environment.device).inputs, num_items=1).loss
+            total += loss.double()
     if environment.process_group is not None:
         dist.all_reduce(total, group=environment.process_group)
     return float(total) / rows.targets
@@ -62,7 +77,7 @@ def draw_sample(
     positions = model.config.max_position_embeddings
     start = [end, *tokenizer.encode(prompt).ids][-(positions // 2) :]
     device = model.embed_tokens.weight.device
-    with autocast:
+    with evaluating(model), autocast:
         drawn = generate(
             model,
             torch.tensor([start], device=device),
