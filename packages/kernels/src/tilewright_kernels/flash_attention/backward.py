@@ -168,15 +168,17 @@ def launch_backward(
         if not hopper and ADDS_PAY[q.element_size()]:
             sums = q.new_empty((problem.widths["BLOCK_D"], len(problem.lse2)), dtype=lse.dtype)
             _launch_rows(problem, out, dout, lse, dlse, sums)
-            _launch_keys(problem, q, k, v, dout, dk, dv, sums, False)
+            _launch_keys(problem, q, k, v, dout, dk, dv, sums, None)
             _launch_finish(problem, sums, dq)
             return
+    # How many tiles have been taken, by each of two kernels.
+    counters = q.new_zeros((2, 1), dtype=torch.int32) if hopper else (None, None)
     if dq is None:
         _launch_rows(problem, out, dout, lse, dlse, None)
     else:
-        _launch_queries(problem, q, k, v, dout, out, lse, dlse, dq, hopper)
+        _launch_queries(problem, q, k, v, dout, out, lse, dlse, dq, counters[0])
     if dk is not None and dv is not None:
-        _launch_keys(problem, q, k, v, dout, dk, dv, None, hopper)
+        _launch_keys(problem, q, k, v, dout, dk, dv, None, counters[1])
 
 
 def _launch_rows(
@@ -199,15 +201,15 @@ def _launch_rows(
 
 def _launch_queries(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor,
-    dlse: Tensor | None, dq: Tensor, hopper: bool,
+    dlse: Tensor | None, dq: Tensor, counter: Tensor | None,
 ) -> None:  # fmt: skip
-    if hopper:
+    if counter is not None:
         # Imported here, as below: Gluon is there where Triton is, and this file must not need it.
         from tilewright_kernels.flash_attention.backward_queries_hopper import (
             launch_backward_queries_hopper,
         )
 
-        launch_backward_queries_hopper(problem, q, k, v, dout, out, lse, dlse, dq)
+        launch_backward_queries_hopper(problem, q, k, v, dout, out, lse, dlse, dq, counter)
         return
     tile = _tile(problem, "queries", q)
     widths = problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"]
@@ -225,14 +227,14 @@ def _launch_queries(
 
 def _launch_keys(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dk: Tensor, dv: Tensor,
-    sums: Tensor | None, hopper: bool,
+    sums: Tensor | None, counter: Tensor | None,
 ) -> None:  # fmt: skip
-    if hopper:
+    if counter is not None:
         from tilewright_kernels.flash_attention.backward_keys_hopper import (
             launch_backward_keys_hopper,
         )
 
-        launch_backward_keys_hopper(problem, q, k, v, dout, dk, dv)
+        launch_backward_keys_hopper(problem, q, k, v, dout, dk, dv, counter)
         return
     tile = _tile(problem, "keys" if sums is None else "all", q)
     widths = problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"]

@@ -12,7 +12,6 @@ Left to `backward_keys`: heads wider than 128, float32, dropout, tensors that no
 and dq: backward_hopper.py has that among its products.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -320,8 +319,9 @@ def attention_backward_keys_hopper_kernel(
 
 
 def launch_backward_keys_hopper(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dk: Tensor, dv: Tensor
-) -> None:
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dk: Tensor, dv: Tensor,
+    counter: Tensor,
+) -> None:  # fmt: skip
     """Write dk and dv.
 
     Args:
@@ -332,6 +332,7 @@ def launch_backward_keys_hopper(
         dout: [B, T_q, H, D_v].
         dk: like k.
         dv: like v.
+        counter: int32 that is 0, of tiles.
     """
     (len_q, len_k), kv_heads = problem.lengths, problem.kv_heads
     width, group = hopper_width(q, v), problem.flags["GROUP"]
@@ -339,14 +340,13 @@ def launch_backward_keys_hopper(
     together = heads_together(bytes_per_head, kv_heads * problem.batch)
     tasks = cdiv(len_k, GROUPS.value * ROWS.value) * kv_heads * problem.batch
     programs = num_programs(q.device, per_sm=1)
-    counter = None if tasks <= programs else q.new_zeros((1,), dtype=torch.int32)
     problem.operator.launch(
         attention_backward_keys_hopper_kernel, (min(tasks, programs),),
         describe(q, BLOCK_M, width), describe(k, ROWS.value, width),
         describe(v, ROWS.value, width), describe(dout, BLOCK_M, width),
         describe_vector(problem.lse2, BLOCK_M), describe_vector(problem.minus_delta, BLOCK_M),
-        dk, dv, counter, problem.cu_seqlens_q, problem.cu_seqlens_k, problem.scale,
-        problem.softcap, problem.batch, kv_heads, len_q, len_k, *problem.mask.window, together,
+        dk, dv, counter if tasks > programs else None, problem.cu_seqlens_q,
+        problem.cu_seqlens_k, problem.scale, problem.softcap, problem.batch, kv_heads, len_q, len_k, *problem.mask.window, together,
         problem.rows_per_head, *strides(dk, dv), **problem.constants(*FLAGS),
         D=q.shape[3], D_V=v.shape[3], STAGES=STAGES[width], num_warps=4, maxnreg=168,
     )  # fmt: skip

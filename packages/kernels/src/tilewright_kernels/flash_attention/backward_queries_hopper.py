@@ -15,7 +15,6 @@ Left to `backward_queries`: heads wider than 128, float32, dropout, and tensors 
 fits.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -389,7 +388,7 @@ def attention_backward_queries_hopper_kernel(
 
 def launch_backward_queries_hopper(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor,
-    dlse: Tensor | None, dq: Tensor,
+    dlse: Tensor | None, dq: Tensor, counter: Tensor,
 ) -> None:  # fmt: skip
     """Write dq, and lse2 and minus_delta of the problem.
 
@@ -403,6 +402,7 @@ def launch_backward_queries_hopper(
         lse: [B, H, T_q], in base e.
         dlse: gradient of lse, like it, or None.
         dq: like q.
+        counter: int32 that is 0, of tiles.
     """
     (len_q, len_k), heads = problem.lengths, problem.heads
     width, group = hopper_width(q, v), problem.flags["GROUP"]
@@ -410,13 +410,12 @@ def launch_backward_queries_hopper(
     together = heads_together(bytes_per_head, problem.kv_heads * problem.batch) * group
     tasks = cdiv(len_q, GROUPS.value * ROWS.value) * heads * problem.batch
     programs = num_programs(q.device, per_sm=1)
-    counter = None if tasks <= programs else q.new_zeros((1,), dtype=torch.int32)
     problem.operator.launch(
         attention_backward_queries_hopper_kernel, (min(tasks, programs),),
         describe(q, ROWS.value, width), describe(k, BLOCK_N[width], width),
-        describe(v, BLOCK_N[width], width),
-        describe(dout, ROWS.value, width), out, lse, dlse, problem.lse2, problem.minus_delta, dq,
-        counter, problem.cu_seqlens_q, problem.cu_seqlens_k, problem.scale, problem.softcap,
+        describe(v, BLOCK_N[width], width), describe(dout, ROWS.value, width), out, lse, dlse,
+        problem.lse2, problem.minus_delta, dq, counter if tasks > programs else None,
+        problem.cu_seqlens_q, problem.cu_seqlens_k, problem.scale, problem.softcap,
         problem.batch, heads, len_q, len_k, *problem.mask.window, together, problem.rows_per_head,
         *strides(out, dq), *strides_of(lse), *strides_of(dlse), **problem.constants(*FLAGS),
         D=q.shape[3], D_V=v.shape[3], STAGES=STAGES, LATE=LATE[width], num_warps=4, maxnreg=168,
