@@ -483,3 +483,22 @@ def test_less_memory_than_torchs_grouped_product(recompute):
             return torch.cuda.max_memory_allocated() - before
 
     assert peak("triton", recompute=recompute) < peak("torch")
+
+
+@pytest.mark.gpu
+def test_beyond_2_to_31_elements():
+    # gate_up has 66000 x 32768 of them. The last tokens' rows are the last of both experts.
+    tensors, routing = make(33000, 64, 16384, 2, 2, dtype=torch.float16, device="cuda")
+    x, w_gate_up, w_down, weights = tensors
+    with use_backend("triton"):
+        y = layer(routing)(*tensors)
+        dx, dweights = torch.autograd.grad(y, (x, weights), torch.ones_like(y))
+    last = slice(-50, None)
+    some = (x[last].detach().requires_grad_(), w_gate_up, w_down, weights[last].detach())
+    some[3].requires_grad_()
+    order = moe_permutation_reference(routing.ids[last], 2)
+    expected = reference(Routing(some[3], routing.ids[last], *order[:4]))(*some)
+    grads = torch.autograd.grad(expected, (some[0], some[3]), torch.ones_like(expected))
+    for ours, theirs in ((y, expected), (dx, grads[0]), (dweights, grads[1])):
+        error = (ours[last].double() - theirs.double()).norm() / theirs.double().norm()
+        assert error < 4e-3
