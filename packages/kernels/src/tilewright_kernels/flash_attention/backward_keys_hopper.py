@@ -346,7 +346,8 @@ def launch_backward_keys_hopper(
         describe(v, ROWS.value, width), describe(dout, BLOCK_M, width),
         describe_vector(problem.lse2, BLOCK_M), describe_vector(problem.minus_delta, BLOCK_M),
         dk, dv, counter if tasks > programs else None, problem.cu_seqlens_q,
-        problem.cu_seqlens_k, problem.scale, problem.softcap, problem.batch, kv_heads, len_q, len_k, *problem.mask.window, together,
-        problem.rows_per_head, *strides(dk, dv), **problem.constants(*FLAGS),
+        problem.cu_seqlens_k, problem.scale, problem.softcap, problem.batch, kv_heads,
+        len_q, len_k, *problem.mask.window, together, problem.rows_per_head, *strides(dk, dv),
+        **problem.constants(*FLAGS),
         D=q.shape[3], D_V=v.shape[3], STAGES=STAGES[width], num_warps=4, maxnreg=168,
     )  # fmt: skip
