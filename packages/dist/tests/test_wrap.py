@@ -34,19 +34,38 @@ def rows(rank, step):
     return torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + rank))
 
 
+class Nested(Stack):
+    """The same parameters in lists within a list and a dictionary, and a list within a block."""
+
+    def __init__(self, seed=0):
+        super().__init__(seed)
+        first, second = self.blocks
+        second.more = nn.ModuleList([nn.Tanh()])
+        del self.blocks
+        self.parts = nn.ModuleDict({"stages": nn.ModuleList([nn.ModuleList([first, second])])})
+
+    def forward(self, x):
+        stages: Any = self.parts["stages"]
+        for block in stages[0]:
+            x = torch.tanh(block(x))
+        return self.head(x)
+
+
 def train_each_way(rank):
     states = {}
-    for parallel in WAYS:
-        module, optimizer = wrap(Stack(seed=rank), make_optimizer, parallel=parallel)
+    for case in (*WAYS, "nested"):
+        parallel: Any = "fsdp" if case == "nested" else case
+        model = Nested(rank) if case == "nested" else Stack(rank)
+        module, optimizer = wrap(model, make_optimizer, parallel=parallel)
         for step in range(3):
             module(rows(rank, step)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         if isinstance(optimizer, ShardedOptimizer):
             optimizer.wait_for_parameters()
-        states[parallel] = [
-            p.full_tensor().detach() if isinstance(p, DTensor) else p.detach()
-            for p in module.parameters()
+        by_place = sorted(module.named_parameters(), key=lambda named: "head" in named[0])
+        states[case] = [
+            p.full_tensor().detach() if isinstance(p, DTensor) else p.detach() for _, p in by_place
         ]
         assert isinstance(next(module.parameters()), DTensor) == (parallel == "fsdp")
     return states
@@ -61,8 +80,8 @@ def test_all_ways_take_the_steps_of_one_process():
         optimizer.step()
         optimizer.zero_grad()
     for states in ranks:
-        for parallel in WAYS:
-            for found, expected in zip(states[parallel], model.parameters(), strict=True):
+        for case in (*WAYS, "nested"):
+            for found, expected in zip(states[case], model.parameters(), strict=True):
                 torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-5)
 
 

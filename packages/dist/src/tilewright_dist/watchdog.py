@@ -3,8 +3,8 @@
 On CUDA an exchange is queued and the host goes on. If a rank never joins it, the stream of all
 others waits: in a kernel of NCCL, whose own watchdog ends the process after the group's timeout
 without a name, or, with copies between GPUs, in a wait that no one limits. A thread looks at the
-last exchange now and then. When one has been under way for longer than the timeout, it holds the
-roll call of `failure.py`, says who is missing, and ends the process, as an error could be raised
+last exchange now and then. When one has been under way for nearly the timeout, it holds the roll
+call of `failure.py`, says who is missing, and ends the process, as an error could be raised
 nowhere: the program's own thread waits in the driver.
 """
 
@@ -20,13 +20,14 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from tilewright_dist.failure import absent_ranks
+from tilewright_dist.failure import ROLL_CALL_SECONDS, absent_ranks
 
 LOOKS = 20
 """A timeout, at least; once a second at most."""
 
-HEAD_START = 0.9
-"""Of the timeout: before NCCL's own watchdog ends the process without a name."""
+HEAD_START = 2 * ROLL_CALL_SECONDS
+"""Before the timeout, at most half of it: time for a roll call before NCCL's own watchdog ends the
+process without a name."""
 
 _RELAXED = 2
 """Mode of the driver in which a query does not end a graph's capture by another thread."""
@@ -58,7 +59,7 @@ class Watchdog:
         self._process_group = weakref.ref(process_group)
         self._device = device
         timeout = process_group._get_backend(device).options._timeout.total_seconds()
-        self._timeout = HEAD_START * timeout
+        self._timeout = max(timeout / 2, timeout - HEAD_START)
         self._interval = min(1.0, self._timeout / LOOKS)
         self._end = end or _say_and_exit
         self._latest: tuple[float, Awaited] | None = None

@@ -1,6 +1,6 @@
 """One place to choose how a module is trained on several ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -73,14 +73,23 @@ def wrap(
 def _shard_fully(
     module: nn.Module, process_group: dist.ProcessGroup, options: dict[str, Any]
 ) -> None:
-    """Apply fully_shard to the blocks (elements of ModuleLists), then to what is left."""
+    """Apply fully_shard to the blocks, then to what is left."""
     verify_module_state(module, process_group)
     device = next(module.parameters()).device
     # fully_shard divides what each rank has: replicas that differ would be mixed.
     broadcast_module_state(module, process_group, device)
     mesh = DeviceMesh.from_group(process_group, device.type)
-    for child in module.modules():
-        if isinstance(child, nn.ModuleList):
-            for block in child:
-                fully_shard(block, mesh=mesh, **options)
+    for block in list(_blocks(module)):
+        fully_shard(block, mesh=mesh, **options)
     fully_shard(module, mesh=mesh, **options)
+
+
+def _blocks(module: nn.Module, *, in_list: bool = False) -> Iterator[nn.Module]:
+    """Elements of ModuleLists, of lists in one another the innermost, and nothing in a block."""
+    for child in module.children():
+        is_called = not isinstance(child, nn.ModuleList | nn.ModuleDict)
+        if in_list and is_called:
+            yield child
+        else:
+            is_list = isinstance(child, nn.ModuleList) or (in_list and not is_called)
+            yield from _blocks(child, in_list=is_list)
