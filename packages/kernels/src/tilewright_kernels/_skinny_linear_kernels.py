@@ -117,7 +117,7 @@ def skinny_linear_rows_kernel(
 
     acc = tl.zeros((HEIGHT, BLOCK_M), dtype=ACC)
     square = tl.zeros((BLOCK_M,), dtype=ACC)
-    for step in tl.static_range(STEPS):
+    for _ in tl.range(STEPS):
         here = (k < K)[None, :]
         x_at = x_ptr + m[:, None] * x_row_stride + k[None, :]
         x = tl.load(x_at, mask=(m < M)[:, None] & here, other=0.0)
@@ -128,7 +128,8 @@ def skinny_linear_rows_kernel(
             x = (wide * scale).to(x.dtype)
         now = w
         k += BLOCK_K
-        if step + 1 < STEPS:
+        if STEPS > 1:
+            # After the last step nobody uses it.
             w = tl.load(
                 rows + k[None, :], mask=there & (k < K)[None, :], other=0.0,
                 eviction_policy="evict_first",

@@ -79,8 +79,8 @@ def skinny_linear_reference(
     return y if residual is None else y + residual
 
 
-# One row, elements of 16 bits: rows of W at most (both halves counted), tile. Microseconds a product
-# on an H200 in a graph, launches overlapping, for (out, in): 4608, 1536 with (8, 512, 4) 5.0, whole
+# One row, elements of 16 bits: rows of W at most (both halves counted), tile. Microseconds a
+# product on an H200 in a graph, launches overlapping, for (out, in): 4608, 1536 with (8, 512, 4) 5.0, whole
 # K 6.0; 2 · 4096, 1536 with (8, 512, 2) 6.8, whole K 9.1; 1536, 1536 with (8, 2048, 8) 2.5, 512 of
 # K 3.3; 1536, 4096 with (4, 4096, 8) 4.3; 32768, 1536 with (4, 512, 2) 24.6.
 ROW_TILES: dict[int, RowTile] = {
@@ -104,8 +104,11 @@ def row_tile(n: int, k: int, element_size: int, gated: bool) -> RowTile:
 def rows_tile(n: int, k: int, element_size: int, gated: bool, programs: int) -> RowsTile:
     """For several rows: as many programs as run at one time, or nearly."""
     rows = n * (2 if gated else 1)
+    if element_size > 2:  # no tensor cores, and products that are unrolled: small ones
+        splits = max(1, min(MAX_SPLITS, programs // cdiv(rows, 32), cdiv(k, 64)))
+        return RowsTile(16 if gated else 32, 32, splits, 4)
     many = cdiv(rows, 64) >= 2 * programs
-    block_k = max(16, min((256 if many else 512) * 2 // element_size, next_power_of_2(k)))
+    block_k = max(16, min(256 if many else 512, next_power_of_2(k)))
     splits = 1 if many else min(MAX_SPLITS, cdiv(k, block_k))
     height = 64 if cdiv(rows, 64) * splits >= programs else 32
     return RowsTile(
@@ -173,7 +176,7 @@ def skinny_linear_forward(
         x, weight, norm_weight, residual, out, parts, counters if tile.SPLITS > 1 else None,
         x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
         len(x), width,
-        **known, BLOCK_M=block_m, **tile._asdict(), **options,
+        **known, BLOCK_M=block_m, **tile._asdict(), num_stages=1, **options,
     )  # fmt: skip
     return out
 
