@@ -80,9 +80,12 @@ def skinny_linear_reference(
 
 
 # One row, elements of 16 bits: rows of W at most (both halves counted), tile. Microseconds a
-# product on an H200 in a graph, launches overlapping, for (out, in): 4608, 1536 with (8, 512, 4) 5.0, whole
-# K 6.0; 2 · 4096, 1536 with (8, 512, 2) 6.8, whole K 9.1; 1536, 1536 with (8, 2048, 8) 2.5, 512 of
-# K 3.3; 1536, 4096 with (4, 4096, 8) 4.3; 32768, 1536 with (4, 512, 2) 24.6.
+# product on an H200, in a graph with launches that overlap, for (out, in):
+#     4608, 1536     (8, 512, 4) 5.0, whole K 6.0
+#     2 · 4096, 1536 (8, 512, 2) 6.8, whole K 9.1
+#     1536, 1536     (8, 2048, 8) 2.5, 512 of K 3.3
+#     1536, 4096     (4, 4096, 8) 4.3, 1024 of K 5.5
+#     32768, 1536    (4, 512, 2) 24.6, whole K 27.9
 ROW_TILES: dict[int, RowTile] = {
     2048: RowTile(8, 4096, 8),
     6144: RowTile(8, 512, 4),
