@@ -1,9 +1,9 @@
 """Stories with an ending that agrees with them, and one that contradicts them in the same words.
 
-Two people get two things, each of a colour. The ending says which coloured things there were in the
-end; the contradicting one exchanges the things. The two endings hold the same words in another
-order, so with a tokenizer that splits at spaces they have the same tokens, and neither is likelier
-for its words or its length.
+Two people get a thing each. The ending says what they had in the end and what not: one thing of the
+story, and one that is not in it. The contradicting one exchanges the two. So the two endings hold
+the same words in another order: with a tokenizer that splits at spaces they have the same tokens,
+and neither is likelier for its words or its length.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,9 @@ _REQUESTS = ("Finish the story: {}", "How does this end? {}", "{} What happened 
 _MEETINGS = ("{0} and {1} met in the {2}.", "{0} met {1} in the {2}.", "One day {0} saw {1}.")
 _GETTING = ("{} found a {} {}.", "{} got a {} {}.", "{} took a {} {}.")
 _ENDINGS = (
-    "They went home with the {} {} and the {} {}.",
-    "In the end they had the {} {} and the {} {}.",
-    "They kept the {} {} and the {} {}.",
+    "In the end they had the {} and no {}.",
+    "They went home with the {}, not with the {}.",
+    "They kept the {} and had no {}.",
 )
 
 
@@ -60,22 +60,18 @@ def preference(split: str, number: int) -> Preference:
 
 
 def _plot(draw: Draw, *, held_out: bool) -> _Plot:
-    names, colours, things = _cast(draw)
-    while is_held_out("plot", *names, *colours, *things) != held_out:
-        names, colours, things = _cast(draw)
+    names, things = draw.sample(NAMES, 2), draw.sample(THINGS, 3)
+    while is_held_out("plot", *names, *things) != held_out:
+        names, things = draw.sample(NAMES, 2), draw.sample(THINGS, 3)
     meeting = draw.choice(_MEETINGS).format(*names, draw.choice(PLACES))
+    colours = draw.sample(COLOURS, 2)
     getting = [
-        draw.choice(_GETTING).format(*said) for said in zip(names, colours, things, strict=True)
+        draw.choice(_GETTING).format(*said) for said in zip(names, colours, things[:2], strict=True)
     ]
-    # The ending begins with either of the two, so that its order tells nothing.
-    (one, its), (other, others) = draw.sample(list(zip(colours, things, strict=True)), 2)
+    there, absent = things[draw.below(2)], things[2]
     ending = draw.choice(_ENDINGS)
     return _Plot(
         " ".join([meeting, *getting]),
-        ending.format(one, its, other, others),
-        ending.format(one, others, other, its),
+        ending.format(there, absent),
+        ending.format(absent, there),
     )
-
-
-def _cast(draw: Draw) -> tuple[list[str], list[str], list[str]]:
-    return draw.sample(NAMES, 2), draw.sample(COLOURS, 2), draw.sample(THINGS, 2)

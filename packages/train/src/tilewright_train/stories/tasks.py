@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tilewright_train.records import Conversation, Message
 from tilewright_train.stories.drawing import Draw, Split, is_held_out
-from tilewright_train.stories.words import COLOURS, NAMES, NUMBERS, THINGS
+from tilewright_train.stories.words import COLOURS, NUMBERS, THINGS
 
 
 class Instruction(NamedTuple):
@@ -66,29 +66,27 @@ def instruction(split: Split, number: int) -> Instruction:
     return Instruction(name, template.format(**instance.fields), instance.answer)
 
 
-def _tied(
-    draw: Draw, left: tuple[str, ...], right: tuple[str, ...], fact: str
-) -> tuple[str, str, str]:
-    """Two or three facts that tie a word of each list, and the two words of one to ask about."""
-    count = 2 + draw.below(2)
-    ties = list(zip(draw.sample(left, count), draw.sample(right, count), strict=True))
-    *most, last = (fact.format(*tie) for tie in ties)
-    return f"{', '.join(most)} and {last}", *draw.choice(ties)
+def _described(draw: Draw, most: int) -> list[tuple[str, str]]:
+    """Two or more things, each of a colour of its own."""
+    count = 2 + draw.below(most - 1)
+    return list(zip(draw.sample(COLOURS, count), draw.sample(THINGS, count), strict=True))
+
+
+def _listed(described: list[tuple[str, str]]) -> str:
+    *most, last = (f"a {colour} {thing}" for colour, thing in described)
+    return f"{', '.join(most)} and {last}"
 
 
 def _colour(draw: Draw) -> Instance:
-    facts, colour, thing = _tied(draw, COLOURS, THINGS, "a {} {}")
-    return Instance({"facts": facts, "thing": thing}, colour)
+    described = _described(draw, 3)
+    colour, thing = draw.choice(described)
+    return Instance({"facts": _listed(described), "thing": thing}, colour)
 
 
 def _thing(draw: Draw) -> Instance:
-    facts, colour, thing = _tied(draw, COLOURS, THINGS, "a {} {}")
-    return Instance({"facts": facts, "colour": colour}, thing)
-
-
-def _owner(draw: Draw) -> Instance:
-    facts, name, thing = _tied(draw, NAMES, THINGS, "{} has a {}")
-    return Instance({"facts": facts, "thing": thing}, name)
+    described = _described(draw, 3)
+    colour, thing = draw.choice(described)
+    return Instance({"facts": _listed(described), "colour": colour}, f"the {colour} {thing}")
 
 
 def _words(draw: Draw, least: int, most: int) -> list[str]:
@@ -96,8 +94,18 @@ def _words(draw: Draw, least: int, most: int) -> list[str]:
 
 
 def _repeat(draw: Draw) -> Instance:
-    words = " ".join(_words(draw, 2, 5))
+    """Words, or things with their colours."""
+    words = _listed(_described(draw, 3)) if draw.below(2) else " ".join(_words(draw, 2, 5))
     return Instance({"words": words}, words)
+
+
+def _swap(draw: Draw) -> Instance:
+    """Two words, or two things with their colours."""
+    if draw.below(2):
+        described = _described(draw, 2)
+        return Instance({"words": _listed(described)}, _listed(described[::-1]))
+    one, other = draw.sample(THINGS, 2)
+    return Instance({"words": f"{one} {other}"}, f"{other} {one}")
 
 
 def _first(draw: Draw) -> Instance:
@@ -108,11 +116,6 @@ def _first(draw: Draw) -> Instance:
 def _last(draw: Draw) -> Instance:
     words = _words(draw, 2, 5)
     return Instance({"words": " ".join(words)}, words[-1])
-
-
-def _swap(draw: Draw) -> Instance:
-    one, other = draw.sample(THINGS, 2)
-    return Instance({"words": f"{one} {other}"}, f"{other} {one}")
 
 
 def _count(draw: Draw) -> Instance:
@@ -132,11 +135,6 @@ TASKS: Mapping[str, Task] = {
         _thing,
         ("There is {facts}. What is {colour}?", "I see {facts}. Which thing is {colour}?",
          "What is {colour}? There is {facts}.", "Here is {facts}. Name the {colour} thing."),
-    ),
-    "owner": Task(
-        _owner,
-        ("{facts}. Who has the {thing}?", "{facts}. Who owns the {thing}?",
-         "Who has the {thing}? {facts}.", "{facts}. Name the owner of the {thing}."),
     ),
     "repeat": Task(
         _repeat,
