@@ -152,7 +152,7 @@ def caches(model: CausalLM, batch: int, tokens: int) -> list[dict[str, Any]]:
     def allocated() -> int:
         return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
-    def run(kind: str) -> tuple[list[float], list[int]]:
+    def run(kind: str, tokens: int) -> tuple[list[float], list[int]]:
         before = allocated()
         rows = (
             KVCache(config, batch, tokens, device=device, dtype=dtype) if kind == "rows" else None
@@ -175,8 +175,8 @@ def caches(model: CausalLM, batch: int, tokens: int) -> list[dict[str, Any]]:
 
     results = []
     for kind in ("rows", "concatenation"):
-        run(kind)  # what is compiled is compiled
-        times, memory = run(kind)
+        run(kind, 50)  # what is compiled is compiled
+        times, memory = run(kind, tokens)
         # Without the first 50, which have the start in them.
         elapsed = times[-1] - times[0]
         results.append(
