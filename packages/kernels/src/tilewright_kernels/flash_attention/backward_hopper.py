@@ -36,14 +36,14 @@ from tilewright_kernels.flash_attention.backward_tiles import (
     score_scales,
     scratch_row,
 )
+from tilewright_kernels.flash_attention.hopper_backward_tiles import shown, weights, write_rows
 from tilewright_kernels.flash_attention.hopper_tasks import (
     FLAGS,
     describe,
     describe_vector,
     following,
 )
-from tilewright_kernels.flash_attention.masks import query_blocks, shift_of, visible
-from tilewright_kernels.flash_attention.online_softmax import tanh
+from tilewright_kernels.flash_attention.masks import query_blocks, shift_of
 from tilewright_kernels.flash_attention.operands import strides
 from tilewright_kernels.flash_attention.sequence_rows import sequence
 from tilewright_kernels.flash_attention.tiles import heads_together
@@ -106,17 +106,6 @@ def _add(sums_ptr, dq, BLOCK_D: gl.constexpr):
     flat = parts.reshape((64 * BLOCK_D,))
     layout: gl.constexpr = flat.type.layout
     gl.atomic_add(sums_ptr + gl.arange(0, 64 * BLOCK_D, layout), flat, sem="relaxed")
-
-
-@gluon.jit
-def _store(x, pointer, row, length, row_stride, D: gl.constexpr, BLOCK_D: gl.constexpr):
-    """Rows row … of one head, as far as there are any."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [8, 1], [1, 0])
-    x = gl.convert_layout(x.to(pointer.dtype.element_ty), layout)
-    rows = row + gl.arange(0, x.shape[0], gl.SliceLayout(1, layout))
-    cols = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))
-    offsets = rows.to(gl.int64)[:, None] * row_stride + cols[None, :]
-    gl.store(pointer + offsets, x, mask=(rows < length)[:, None] & (cols < D)[None, :])
 
 
 @gluon.jit(
@@ -185,11 +174,7 @@ def attention_backward_hopper_kernel(
     dq_zeros = gl.zeros((BLOCK_M, BLOCK_D), gl.float32, dq_layout)
     dk = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_D), gl.float32, dk_layout))
     dv = warpgroup_mma_init(gl.zeros((BLOCK_N, BLOCK_D), gl.float32, dk_layout))
-    key = (first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, s_layout)))[:, None]
     inner, outer = score_scales(scale, softcap, CAP)
-    # A capped score of -2⁶³ has the probability 0 and a finite slope; then neither p nor t, which
-    # are 64 registers, need to be kept across the mask.
-    HIDDEN: gl.constexpr = -(2.0**63) if CAP != "" else 0.0
     row, head = begin, kv_head * GROUP
     scratch = scratch_row(
         batch, head, kv_heads * GROUP, first_q, rows_per_head, PACKED, SCRATCH_ROWS
@@ -240,16 +225,11 @@ def attention_backward_hopper_kernel(
             else:
                 s = warpgroup_mma_wait(1, deps=(s,))
             lse2 = lse2[None, :]
-            t = tanh(s * inner, CAP) if CAP != "" else gl.exp2(s * inner - lse2)
-            if (row < full_begin) | (row >= full_end):
-                query = (row + gl.arange(0, BLOCK_M, gl.SliceLayout(0, s_layout)))[None, :]
-                seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
-                t = gl.where(seen, t, HIDDEN)
-            if CAP != "":
-                p = gl.exp2(t * outer - lse2)
-                ds = p * (1.0 - t * t)
-            else:
-                p, ds = t, t
+            t = shown(
+                s, lse2, inner, (row < full_begin) | (row >= full_end), first_key, row, len_k,
+                shift, (left, right), CAP, HAS_LEFT, HAS_RIGHT, True,
+            )  # fmt: skip
+            p, ds = weights(t, lse2, outer, CAP)
             if EARLY:
                 dq = warpgroup_mma_wait(1, deps=(dq,))
                 if step > 0:
@@ -272,12 +252,9 @@ def attention_backward_hopper_kernel(
         dq = warpgroup_mma_wait(0, deps=(dq,))
         _add(sums, dq, BLOCK_D)
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
-    to_dk = index.to(gl.int64) * dk_batch + kv_head.to(gl.int64) * dk_head
-    to_dv = index.to(gl.int64) * dv_batch + kv_head.to(gl.int64) * dv_head
-    to_dk += first_k.to(gl.int64) * dk_row
-    to_dv += first_k.to(gl.int64) * dv_row
-    _store(dk * scale, dk_ptr + to_dk, first_key, len_k, dk_row, D, BLOCK_D)
-    _store(dv, dv_ptr + to_dv, first_key, len_k, dv_row, D_V, BLOCK_D)
+    dk_strides, dv_strides = (dk_batch, dk_row, dk_head), (dv_batch, dv_row, dv_head)
+    write_rows(dk * scale, dk_ptr, dk_strides, index, kv_head, first_k, first_key, len_k, D)
+    write_rows(dv, dv_ptr, dv_strides, index, kv_head, first_k, first_key, len_k, D_V)
 
 
 def launch_backward_hopper(

@@ -29,6 +29,7 @@ from tilewright_kernels.flash_attention.backward_tiles import (
     score_scales,
     scratch_row,
 )
+from tilewright_kernels.flash_attention.hopper_backward_tiles import shown, weights, write_rows
 from tilewright_kernels.flash_attention.hopper_tasks import (
     FLAGS,
     GROUPS,
@@ -43,8 +44,7 @@ from tilewright_kernels.flash_attention.hopper_tasks import (
     tell,
     told,
 )
-from tilewright_kernels.flash_attention.masks import query_blocks, shift_of, visible
-from tilewright_kernels.flash_attention.online_softmax import tanh
+from tilewright_kernels.flash_attention.masks import query_blocks, shift_of
 from tilewright_kernels.flash_attention.operands import strides
 from tilewright_kernels.flash_attention.sequence_rows import sequence
 from tilewright_kernels.flash_attention.tiles import heads_together, hopper_width
@@ -144,21 +144,6 @@ def _place(task, shape):
 
 
 @gluon.jit
-def _write(x, pointer, strides, place, head, first, D: gl.constexpr):
-    """Rows of keys of a warpgroup."""
-    index, _, _, first_k, len_k = place
-    batch_stride, row_stride, head_stride = strides
-    BLOCK_D: gl.constexpr = x.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
-    col = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))[None, :]
-    pointer += index.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
-    x = gl.convert_layout(x.to(pointer.dtype.element_ty), layout)
-    to = pointer + (first_k + row).to(gl.int64) * row_stride + col
-    gl.store(to, x, mask=(row < len_k) & (col < D))
-
-
-@gluon.jit
 def _multiply(
     WHICH: gl.constexpr, dk_ptr, dv_ptr, bufs, bars, message, shape, dk_strides, dv_strides,
     scale, softcap, CAP: gl.constexpr, GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
@@ -177,8 +162,6 @@ def _multiply(
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
     of_query: gl.constexpr = gl.SliceLayout(0, s_layout)
-    # A capped score of -2⁶³ has the probability 0 and a finite slope.
-    HIDDEN: gl.constexpr = -(2.0**63) if CAP != "" else 0.0
     zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, s_layout)
     inner, outer = score_scales(scale, softcap, CAP)
     k, v = k_bufs.index(WHICH), v_bufs.index(WHICH)
@@ -196,7 +179,6 @@ def _multiply(
             first, ROWS, batch, shape, BOTTOM_RIGHT, HAS_LEFT, HAS_RIGHT, BLOCK_M
         )
         own_begin, full_begin, full_end, own_end = blocks
-        key = (first + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout)))[:, None]
         dk = gl.zeros((ROWS, BLOCK_D), gl.float32, dk_layout)
         dv = gl.zeros((ROWS, BLOCK_D), gl.float32, dk_layout)
         mbarrier.wait(k_full.index(WHICH), turn & 1)
@@ -221,16 +203,11 @@ def _multiply(
                 s = warpgroup_mma_wait(1, deps=(s,))
                 if n == last:
                     mbarrier.arrive(k_empty.index(WHICH))
-                t = tanh(s * inner, CAP) if CAP != "" else gl.exp2(s * inner - lse2)
-                if (row < full_begin) | (row >= full_end):
-                    query = (row + gl.arange(0, BLOCK_M, of_query))[None, :]
-                    seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
-                    t = gl.where(seen, t, HIDDEN)
-                if CAP != "":
-                    p = gl.exp2(t * outer - lse2)
-                    ds = p * (1.0 - t * t)
-                else:
-                    p, ds = t, t
+                t = shown(
+                    s, lse2, inner, (row < full_begin) | (row >= full_end), first, row, len_k,
+                    shift, (left, right), CAP, HAS_LEFT, HAS_RIGHT, True,
+                )  # fmt: skip
+                p, ds = weights(t, lse2, outer, CAP)
                 p = gl.convert_layout(p.to(dtype), operand)
                 dv = warpgroup_mma(p, dout, dv, is_async=True)
                 minus_delta = minus_delta_bufs.index(slot).load(of_query)[None, :]
@@ -244,8 +221,9 @@ def _multiply(
             step += 1
             row += BLOCK_M
             row = gl.where(row == end, begin, row)
-        _write(dk * scale, dk_ptr, dk_strides, place, kv_head, first, D)
-        _write(dv, dv_ptr, dv_strides, place, kv_head, first, D_V)
+        index, first_k = place[0], place[3]
+        write_rows(dk * scale, dk_ptr, dk_strides, index, kv_head, first_k, first, len_k, D)
+        write_rows(dv, dv_ptr, dv_strides, index, kv_head, first_k, first, len_k, D_V)
         turn += 1
         tile, batch, kv_head = told(message, message_bars, turn)
 

@@ -32,6 +32,7 @@ from tilewright_kernels.flash_attention.backward_tiles import (
     score_scales,
     scratch_row,
 )
+from tilewright_kernels.flash_attention.hopper_backward_tiles import shown, weights, write_rows
 from tilewright_kernels.flash_attention.hopper_tasks import (
     FLAGS,
     GROUPS,
@@ -45,8 +46,7 @@ from tilewright_kernels.flash_attention.hopper_tasks import (
     tell,
     told,
 )
-from tilewright_kernels.flash_attention.masks import key_blocks, visible
-from tilewright_kernels.flash_attention.online_softmax import tanh
+from tilewright_kernels.flash_attention.masks import key_blocks
 from tilewright_kernels.flash_attention.operands import strides, strides_of
 from tilewright_kernels.flash_attention.sequence_rows import sequence
 from tilewright_kernels.flash_attention.tiles import heads_together, hopper_width
@@ -157,46 +157,6 @@ def _pass_over(count, step, k_full, k_empty, v_full, v_empty):
 
 
 @gluon.jit
-def _probabilities(
-    s, lse2, inner, query, j, len_k, shift, window, blocks, CAP: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-):  # fmt: skip
-    """p of the keys at j, 0 where hidden; with a softcap what the scores are times its c."""
-    # A capped score of -2⁶³ has the probability 0 and a finite slope.
-    HIDDEN: gl.constexpr = -(2.0**63) if CAP != "" else 0.0
-    left, right = window
-    _, full_begin, full_end, _ = blocks
-    p = tanh(s * inner, CAP) if CAP != "" else gl.exp2(s * inner - lse2)
-    if (j < full_begin) | (j >= full_end):
-        key = (j + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout)))[None, :]
-        seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
-        p = gl.where(seen, p, HIDDEN)
-    return p
-
-
-@gluon.jit
-def _operand(p, dp, lse2, outer, CAP: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
-    """ds = p · dp times the slope of the softcap, as the next product takes it."""
-    ds = gl.exp2(p * outer - lse2) * (1.0 - p * p) if CAP != "" else p
-    return gl.convert_layout((ds * dp).to(dtype), layout)
-
-
-@gluon.jit
-def _write(dq, dq_ptr, dq_strides, place, head, first, D: gl.constexpr):
-    """dq of a warpgroup's rows."""
-    index, first_q, len_q, _, _ = place
-    batch_stride, row_stride, head_stride = dq_strides
-    BLOCK_D: gl.constexpr = dq.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
-    col = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))[None, :]
-    dq_ptr += index.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
-    dq = gl.convert_layout(dq.to(dq_ptr.dtype.element_ty), layout)
-    to = dq_ptr + (first_q + row).to(gl.int64) * row_stride + col
-    gl.store(to, dq, mask=(row < len_q) & (col < D))
-
-
-@gluon.jit
 def _multiply(
     WHICH: gl.constexpr, pointers, dq_ptr, bufs, bars, message, shape, strides, dq_strides,
     rows_per_head, scale, softcap, CAP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
@@ -231,7 +191,6 @@ def _multiply(
         len_k = place[4]
         begin, _, _, end = blocks
         first += WHICH * ROWS
-        query = (first + gl.arange(0, ROWS, rows_of))[:, None]
         blocks = key_blocks(
             first, gl.minimum(first + ROWS, place[2]) - 1, len_k, shift, shape[4], shape[5],
             HAS_LEFT, HAS_RIGHT, BLOCK_N,
@@ -258,12 +217,14 @@ def _multiply(
         s = warpgroup_mma_wait(1, deps=(s,))
         if own_begin + BLOCK_N >= own_end:
             mbarrier.arrive(q_empty.index(WHICH))
-        p = _probabilities(
-            s, lse2, inner, query, own_begin, len_k, shift, window, blocks, CAP, HAS_LEFT, HAS_RIGHT
-        )
+        t = shown(
+            s, lse2, inner, (own_begin < blocks[1]) | (own_begin >= blocks[2]), first, own_begin,
+            len_k, shift, window, CAP, HAS_LEFT, HAS_RIGHT, False,
+        )  # fmt: skip
         dp = warpgroup_mma_wait(0, deps=(dp,))
         mbarrier.arrive(v_empty.index(slot))
-        ds = _operand(p, dp + minus_delta, lse2, outer, CAP, dtype, ds_layout)
+        _, ds = weights(t, lse2, outer, CAP)
+        ds = gl.convert_layout((ds * (dp + minus_delta)).to(dtype), ds_layout)
         dq = gl.zeros((ROWS, BLOCK_D), gl.float32, dq_layout)
         for j in range(own_begin + BLOCK_N, own_end, BLOCK_N):
             before, slot, phase = step % STAGES, (step + 1) % STAGES, (step + 1) // STAGES & 1
@@ -285,15 +246,17 @@ def _multiply(
                 s = warpgroup_mma_wait(2, deps=(s,))
             if j + BLOCK_N >= own_end:
                 mbarrier.arrive(q_empty.index(WHICH))
-            p = _probabilities(
-                s, lse2, inner, query, j, len_k, shift, window, blocks, CAP, HAS_LEFT, HAS_RIGHT
-            )
+            t = shown(
+                s, lse2, inner, (j < blocks[1]) | (j >= blocks[2]), first, j, len_k, shift,
+                window, CAP, HAS_LEFT, HAS_RIGHT, False,
+            )  # fmt: skip
             if not LATE:
                 dq = warpgroup_mma_wait(1, deps=(dq,))
                 mbarrier.arrive(k_empty.index(before))
             dp = warpgroup_mma_wait(0, deps=(dp,))
             mbarrier.arrive(v_empty.index(slot))
-            ds = _operand(p, dp + minus_delta, lse2, outer, CAP, dtype, ds_layout)
+            _, ds = weights(t, lse2, outer, CAP)
+            ds = gl.convert_layout((ds * (dp + minus_delta)).to(dtype), ds_layout)
             step += 1
         mbarrier.arrive(dout_empty.index(WHICH))
         slot = step % STAGES
@@ -307,7 +270,7 @@ def _multiply(
         dq = warpgroup_mma_wait(0, deps=(dq,))
         mbarrier.arrive(k_empty.index(slot))
         step = _pass_over((end - own_end) // BLOCK_N, step + 1, k_full, k_empty, v_full, v_empty)
-        _write(dq * scale, dq_ptr, dq_strides, place, head, first, D)
+        write_rows(dq * scale, dq_ptr, dq_strides, place[0], head, place[1], first, place[2], D)
         batch, head = next_batch, next_head
 
 
