@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -27,6 +29,25 @@ def test_is_allocated_once() -> None:
     assert cache.position == 6
     assert (cache.keys[:, :, :6] != 0).any(-1).all()
     assert (cache.keys[:, :, 6:] == 0).all()
+
+
+@pytest.mark.parametrize("head_dim", [4, 8, 10])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_rows_are_written_where_they_belong(head_dim: int, dtype: torch.dtype) -> None:
+    # From a joint projection, whose rows lie apart; of 10 or 4 no whole number is 16 bytes.
+    config = dataclasses.replace(CONFIG, head_dim=head_dim)
+    cache = KVCache(config, 2, 12, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, 5, 8, head_dim, generator=generator).to(dtype)
+    cache.advance(3)
+    layer = cache.layers(5)[1]
+    keys, values = layer.append(qkv[:, :, 4:6], qkv[:, :, 6:])
+    assert keys.shape == (2, 8, 2, head_dim)
+    for held, new in ((keys, qkv[:, :, 4:6]), (values, qkv[:, :, 6:])):
+        assert torch.equal(held[:, 3:], new)
+        assert (held[:, :3] == 0).all()
+    assert (cache.keys[0] == 0).all()
+    assert (cache.values[1, :, 8:] == 0).all()
 
 
 def test_starts_over_after_reset() -> None:

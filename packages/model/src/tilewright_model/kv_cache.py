@@ -51,9 +51,26 @@ class LayerCache(NamedTuple):
             self.values[sequence, self.rows] = v_BTKD
             return self.keys, self.values
         end = self.position + k_BTKD.shape[1]
-        self.keys[:, self.position : end] = k_BTKD
-        self.values[:, self.position : end] = v_BTKD
+        _copy(self.keys[:, self.position : end], k_BTKD)
+        _copy(self.values[:, self.position : end], v_BTKD)
         return self.keys[:, :end], self.values[:, :end]
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    """Copy rows that lie apart, in words of 16 bytes where they can be seen as such.
+
+    torch walks such tensors element by element: 8 × 4096 tokens of 12 heads of 128 in bfloat16 take
+    123 µs on an H200, and their bytes at the memory's speed 48.
+    """
+    size = 16 // source.element_size()
+    if all(_holds_words(x, size) for x in (target, source)):
+        target, source = target.view(torch.complex128), source.view(torch.complex128)
+    target.copy_(source)
+
+
+def _holds_words(x: Tensor, size: int) -> bool:
+    distances = (x.storage_offset(), x.shape[-1], *x.stride()[:-1])
+    return x.stride(-1) == 1 and all(n % size == 0 for n in distances)
 
 
 class KVCache:
