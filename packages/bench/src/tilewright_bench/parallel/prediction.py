@@ -1,11 +1,11 @@
 """The simulator beside what was measured: from one GPU, the links, and a step on two GPUs."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tilewright_bench.parallel.results import step_seconds
-from tilewright_dist import Cluster, Layer, Link, Workload, plan
+from tilewright_dist import Cluster, Layer, Link, Prediction, Workload, plan
 from tilewright_dist.planning import Scheme
 
 Run = Mapping[str, Any]
@@ -49,8 +49,12 @@ def compare(runs: Sequence[Run]) -> Iterator[Compared]:
                 continue
             interference = _interference(there[0], part, ddp)
             for run in there:
-                for setup, scheme in ((ddp, "ddp"), (zero1, "zero1")):
-                    if not _has(run, part, setup):
+                ways: list[tuple[str, Scheme]] = [(ddp, "ddp"), (zero1, "zero1")]
+                if (part, ddp) == ("eager", "bucketed"):
+                    ways.append(("fsdp", "zero3"))  # by collectives of NCCL as well
+                for setup, scheme in ways:
+                    measured = _setups(run, part).get(setup)
+                    if measured is None:
                         continue
                     yield Compared(
                         part=part,
@@ -59,7 +63,7 @@ def compare(runs: Sequence[Run]) -> Iterator[Compared]:
                         world_size=run["world_size"],
                         interference=interference,
                         predicted=_plan(run, part, scheme, interference).step,
-                        measured=step_seconds(run["parts"][part]["setups"][setup]),
+                        measured=step_seconds(measured),
                         is_fitted=run is there[0] and setup == ddp,
                     )
 
@@ -105,18 +109,29 @@ def cluster(run: Run, interference: float) -> Cluster:
     return Cluster(gpus_per_host=8, inside=link, between=link, interference=interference)
 
 
-def _plan(run: Run, part: str, scheme: Scheme, interference: float):
-    return plan(workload(run, part), cluster(run, interference), run["world_size"], scheme)
+def _plan(run: Run, part: str, scheme: Scheme, interference: float) -> Prediction:
+    work = workload(run, part)
+    if scheme == "zero3":
+        work = replace(work, gather_bytes=2)  # bfloat16, as `setups.fsdp` has it
+    return plan(work, cluster(run, interference), run["world_size"], scheme)
 
 
 def _interference(run: Run, part: str, setup: str) -> float:
     """What makes the prediction of a step its measurement."""
     quiet = _plan(run, part, "ddp", 0.0)
-    measured = step_seconds(run["parts"][part]["setups"][setup])
+    measured = step_seconds(_setups(run, part)[setup])
     hidden = quiet.communication - quiet.exposed
     return max(0.0, (measured - quiet.step) / hidden) if hidden > 0 else 0.0
 
 
+def _setups(run: Run, part: str) -> Mapping[str, Any]:
+    """Those of a part; with the eager ones those of the ladder, which are eager too."""
+    measured = run["parts"].get(part, {}).get("setups", {})
+    if part != "eager":
+        return measured
+    return run["parts"].get("ladder", {}).get("setups", {}) | measured
+
+
 def _has(run: Run, part: str, setup: str) -> bool:
-    measured = run["parts"].get(part, {})
-    return bool(measured.get("phases")) and setup in measured["setups"] and bool(run["links"])
+    phases = run["parts"].get(part, {}).get("phases")
+    return bool(phases) and setup in _setups(run, part) and bool(run["links"])
