@@ -80,8 +80,8 @@ def test_options(options, device):
     dim = DIM[device.type]
     # In 16 bits the tanh of a softcap is approximate: see test_flash_attention_functional.py.
     dtype = torch.float32 if "softcap" in options else None
-    # A key alone has p = 1 whatever its score, and what its gradient is in float32, is the rounding
-    # of dp - delta, whose terms are far larger than dout.
+    # A key alone has p = 1 whatever its score: its gradient is 0, and in float32 the rounding of
+    # dp - delta, whose terms are sums of products.
     sequences = [n for n in SEQUENCES[device.type] if n[1] != 1]
     inputs = make_packed(device, sequences, dtype, dims=(dim, dim + dim // 2))
     check_packed(inputs, **options)
