@@ -5,8 +5,8 @@
 Read in this order: `reference` (scores written out: what every option means), `tiled_reference`
 (FlashAttention-2 in plain torch), `masks` (who sees whom), `forward`, `backward` and `decode` (the
 portable kernels), `forward_hopper`, `backward_queries_hopper`, `backward_keys_hopper` and
-`backward_hopper` (what takes their place on one architecture), `registration` (the gradient), `functional`, `varlen` and `with_kvcache`
-(the public functions).
+`backward_hopper` (what takes their place on one architecture), `registration` (the gradient),
+`functional`, `varlen` and `with_kvcache` (the public functions).
 """
 
 from tilewright_kernels.flash_attention.functional import scaled_dot_product_attention
