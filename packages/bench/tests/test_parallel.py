@@ -245,7 +245,7 @@ def test_two_processes(tmp_path):
     assert saved["world_size"] == 2
     assert saved["commit_info"] == {"id": "1234567", "dirty": False}
     setups = saved["parts"]["ladder"]["setups"]
-    assert list(setups) == ["naive", "per_parameter", "bucketed", "fsdp"]
+    assert list(setups) == ["naive", "per_parameter", "bucketed", "fsdp alone", "fsdp"]
     # The same numbers travel, whatever the way.
     losses = {name: setup["loss"] for name, setup in setups.items()}
     assert losses["naive"] == losses["per_parameter"] == losses["bucketed"]

@@ -27,6 +27,7 @@ NAMES = {
     "bucketed copy bf16": "bucketed, copies, bf16 wire",
     "zero1": "ZeRO-1, NCCL",
     "zero1 copy": "ZeRO-1, copies",
+    "fsdp alone": "fully_shard, no communication",
     "fsdp": "fully_shard",
     "muon": "Muon, replicated",
     "zero1 muon": "Muon, ZeRO-1, NCCL",
@@ -115,7 +116,7 @@ def _cells(run: Mapping[str, Any], part: str, name: str) -> list[str]:
     # The ladder's steps are eager, and timed in the same process.
     alone = setups.get("alone") or run["parts"].get("eager", {}).get("setups", {}).get("alone")
     exposed = ""
-    if alone is not None and part != "muon" and name not in ("alone", "fsdp"):
+    if alone is not None and part != "muon" and name not in ("alone", "fsdp", "fsdp alone"):
         exposed = f"{(1 - step_seconds(alone) / step_seconds(setup)) * 100:.1f} %"
     update = sorted(setup["update_seconds"])[len(setup["update_seconds"]) // 2]
     return [

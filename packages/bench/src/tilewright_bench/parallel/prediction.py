@@ -10,12 +10,15 @@ from tilewright_dist.planning import Scheme
 
 Run = Mapping[str, Any]
 
-PAIRS: tuple[tuple[str, str], ...] = (
-    ("bucketed", "zero1"),
-    ("bucketed copy", "zero1 copy"),
+Ways = tuple[tuple[str, Scheme], ...]
+
+SENDING: tuple[tuple[str, Ways], ...] = (
+    ("alone", (("bucketed", "ddp"), ("zero1", "zero1"))),
+    ("alone", (("bucketed copy", "ddp"), ("zero1 copy", "zero1"))),
+    ("fsdp alone", (("fsdp", "zero3"),)),
 )
-"""Setups without and with divided states that send alike: the first one's step on the fewest GPUs
-says how much communication disturbs computation."""
+"""Setups that send alike, and the one that computes as they do without sending: the first one's
+step on the fewest GPUs says how much communication disturbs computation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +46,13 @@ class Compared:
 def compare(runs: Sequence[Run]) -> Iterator[Compared]:
     """All steps of runs on different numbers of GPUs, the fewest first."""
     for part in ("eager", "compiled"):
-        for ddp, zero1 in PAIRS:
-            there = [run for run in runs if _has(run, part, ddp)]
+        for alone, ways in SENDING:
+            fitted, _ = ways[0]
+            there = [run for run in runs if _has(run, part, alone, fitted)]
             if not there:
                 continue
-            interference = _interference(there[0], part, ddp)
+            interference = _interference(there[0], part, alone, ways[0])
             for run in there:
-                ways: list[tuple[str, Scheme]] = [(ddp, "ddp"), (zero1, "zero1")]
-                if (part, ddp) == ("eager", "bucketed"):
-                    ways.append(("fsdp", "zero3"))  # by collectives of NCCL as well
                 for setup, scheme in ways:
                     measured = _setups(run, part).get(setup)
                     if measured is None:
@@ -62,9 +63,9 @@ def compare(runs: Sequence[Run]) -> Iterator[Compared]:
                         scheme=scheme,
                         world_size=run["world_size"],
                         interference=interference,
-                        predicted=_plan(run, part, scheme, interference).step,
+                        predicted=_plan(run, part, alone, scheme, interference).step,
                         measured=step_seconds(measured),
-                        is_fitted=run is there[0] and setup == ddp,
+                        is_fitted=run is there[0] and setup == fitted,
                     )
 
 
@@ -84,12 +85,16 @@ def table(runs: Sequence[Run], names: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def workload(run: Run, part: str) -> Workload:
-    """The decoder as one GPU of the run trains it alone."""
-    measured = run["parts"][part]
-    alone = step_seconds(measured["setups"]["alone"])
-    phases = measured["phases"]
-    scale = alone / sum(phases.values())
+def workload(run: Run, part: str, alone: str = "alone") -> Workload:
+    """The decoder as one GPU of the run trains it by itself.
+
+    Args:
+        run: With the phases of the part's step without communication.
+        part: Of the run.
+        alone: The setup whose step it is; phases are scaled to it.
+    """
+    phases = run["parts"][part]["phases"]
+    scale = step_seconds(_setups(run, part)[alone]) / sum(phases.values())
     size = run["size"]
     block = 4 * size["hidden"] ** 2 + 3 * size["hidden"] * size["intermediate"] + 2 * size["hidden"]
     outside = size["parameters"] - size["layers"] * block
@@ -109,18 +114,19 @@ def cluster(run: Run, interference: float) -> Cluster:
     return Cluster(gpus_per_host=8, inside=link, between=link, interference=interference)
 
 
-def _plan(run: Run, part: str, scheme: Scheme, interference: float) -> Prediction:
-    work = workload(run, part)
+def _plan(run: Run, part: str, alone: str, scheme: Scheme, interference: float) -> Prediction:
+    work = workload(run, part, alone)
     if scheme == "zero3":
         work = replace(work, gather_bytes=2)  # bfloat16, as `setups.fsdp` has it
     return plan(work, cluster(run, interference), run["world_size"], scheme)
 
 
-def _interference(run: Run, part: str, setup: str) -> float:
+def _interference(run: Run, part: str, alone: str, way: tuple[str, Scheme]) -> float:
     """What makes the prediction of a step its measurement."""
-    quiet = _plan(run, part, "ddp", 0.0)
-    measured = step_seconds(_setups(run, part)[setup])
+    setup, scheme = way
+    quiet = _plan(run, part, alone, scheme, 0.0)
     hidden = quiet.communication - quiet.exposed
+    measured = step_seconds(_setups(run, part)[setup])
     return max(0.0, (measured - quiet.step) / hidden) if hidden > 0 else 0.0
 
 
@@ -132,6 +138,6 @@ def _setups(run: Run, part: str) -> Mapping[str, Any]:
     return run["parts"].get("ladder", {}).get("setups", {}) | measured
 
 
-def _has(run: Run, part: str, setup: str) -> bool:
+def _has(run: Run, part: str, *setups: str) -> bool:
     phases = run["parts"].get(part, {}).get("phases")
-    return bool(phases) and setup in _setups(run, part) and bool(run["links"])
+    return bool(phases and run["links"]) and all(name in _setups(run, part) for name in setups)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -91,10 +92,19 @@ def sharded(**options: Any) -> Make:
     return make
 
 
-def fsdp(module: nn.Module) -> Made:
+def fsdp(*, alone: bool = False) -> Make:
     """torch's fully_shard: bfloat16 weights are gathered block by block, all else is divided."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    return wrap(module, _adamw, parallel="fsdp", mp_policy=policy)
+
+    def make(module: nn.Module) -> Made:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        group: Any = dist.group.WORLD
+        if alone:
+            # Each rank among itself: the same computation, and nothing to send.
+            groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+            group = groups[dist.get_rank()]
+        return wrap(module, _adamw, parallel="fsdp", process_group=group, mp_policy=policy)
+
+    return make
 
 
 def muon(*, shard: bool, **options: Any) -> Make:
@@ -148,12 +158,17 @@ MUON = (
     Setup(name="zero1 copy muon", make=muon(shard=True, **COPY), transport="copy"),
 )
 
+FSDP = (
+    Setup(name="fsdp alone", make=fsdp(alone=True), peer=True),
+    Setup(name="fsdp", make=fsdp(), peer=True),
+)
+
 _ALL = (ALONE, *TORCH, *BUCKETED, *HALF, *ZERO)
 
 PARTS: dict[str, tuple[bool, tuple[Setup, ...]]] = {
     "eager": (False, _ALL),
     "compiled": (True, _ALL),
-    "ladder": (False, (*LADDER, BUCKETED[0], Setup(name="fsdp", make=fsdp, peer=True))),
+    "ladder": (False, (*LADDER, BUCKETED[0], *FSDP)),
     "muon": (False, MUON),
 }
 """What is timed in turn, and whether blocks are compiled."""
