@@ -79,6 +79,21 @@ def test_packed_documents_are_always_apart() -> None:
     assert choose(with_options(CPU, document_mask="on")).settled.document_mask == "on"
 
 
+def test_rows_that_plain_torch_masks_are_computed_few_at_a_time() -> None:
+    def rows(**options: object) -> int:
+        return choose(
+            with_options(CPU, batch_size=16, seq_len=128, **options)
+        ).settled.micro_batch_size
+
+    assert rows() == 16
+    assert rows(packing="none") == 16
+    assert rows(packing="best_fit") == 4
+    assert rows(document_mask="on") == 4
+    assert rows(packing="best_fit", micro_batch_size=8) == 8
+    config = with_options(CPU, batch_size=6, seq_len=1000, document_mask="on")
+    assert choose(config, local_processes=2).settled.micro_batch_size == 1
+
+
 def test_the_environments_backend_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TILEWRIGHT_BACKEND", "auto,rms_norm=torch")
     chosen = choose(CPU)

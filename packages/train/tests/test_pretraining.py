@@ -166,6 +166,28 @@ def test_every_packing_trains_and_is_resumed_bit_for_bit(
     assert summary["data_share"] < 1
 
 
+def test_micro_batches_of_any_size_give_the_same_run(tiny_flags: list[str]) -> None:
+    """Rows of `best_fit` differ in their predictions: each counts alike in any split."""
+    flags = [*tiny_flags, "--packing", "best_fit"]
+    whole, _ = train(flags, "--micro-batch-size", "4")
+    for size in ("2", "1"):
+        split, _ = train(flags, "--micro-batch-size", size)
+        for one, other in zip(losses(whole), losses(split), strict=True):
+            for value, expected in zip(other, one, strict=True):
+                assert value == (
+                    expected if expected is None else pytest.approx(expected, rel=2e-5)
+                )
+
+
+def test_a_micro_batch_that_does_not_divide_the_rows_is_an_error(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*tiny_flags, "--micro-batch-size", "3"]) == 2
+    assert "micro_batch_size 3 does not divide the 4 rows of a process: use one of 1, 2, 4" in (
+        capsys.readouterr().err
+    )
+
+
 def test_workers_change_nothing(tiny_flags: list[str]) -> None:
     alone, _ = train(tiny_flags)
     read_ahead, _ = train(tiny_flags, "--workers", "2", "--prefetch", "1")
@@ -436,7 +458,9 @@ def test_two_processes_train_as_one_on_the_joined_batch(
     # Gradients are clipped at every step, by the norm over all processes.
     tiny_flags = [*tiny_flags, "--max-grad-norm", "0.05"]
     alone, _ = train(tiny_flags, "--name", "alone")
-    done = in_two_processes(*tiny_flags, "--name", "two", "--parallel", parallel)
+    # Two rows a process, computed one by one.
+    split = ("--parallel", parallel, "--micro-batch-size", "1")
+    done = in_two_processes(*tiny_flags, "--name", "two", *split)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("val loss") == 3  # said once, not once a process
     assert "processes    2" in done.stdout

@@ -56,6 +56,10 @@ RECIPES: Mapping[str, Recipe] = {
     "qwen3-0.6b": Recipe(64, 2048, 5000, 2e-4, 500),
 }
 
+# Tokens of packed rows that are computed together where plain torch masks them. nano on two cores:
+# 16 rows of 128 tokens in 2,185 ms at once, in 228 ms four by four, in 289 ms one by one.
+_MASKED = 512
+
 _LARGE_CHECKPOINT = 500_000_000  # bytes; smaller ones are written in about a second
 
 
@@ -82,6 +86,7 @@ class Settled:
     vocab_size: int
     steps: int
     batch_size: int
+    micro_batch_size: int
     seq_len: int
     lr: float
     warmup_steps: int
@@ -131,7 +136,7 @@ def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
     fill("precision", "machine", *_precision(device), unset="auto")
     fill("threads", "machine", *choose_threads(local_processes))
     backend = fill("backend", "machine", *_backend(on_gpu))
-    fill("document_mask", "data", *_document_mask(config, on_gpu, backend), unset="auto")
+    mask = fill("document_mask", "data", *_document_mask(config, on_gpu, backend), unset="auto")
     fill("workers", "data", *choose_workers(device, available_cores() // local_processes))
 
     name = fill(
@@ -146,8 +151,12 @@ def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
 
     recipe, of = RECIPES[name], f"the recipe of {name}"
     steps = fill("steps", "training", recipe.steps, of)
-    fill("batch_size", "training", recipe.batch_size, of)
-    fill("seq_len", "training", recipe.seq_len, of)
+    batch_size = fill("batch_size", "training", recipe.batch_size, of)
+    seq_len = fill("seq_len", "training", recipe.seq_len, of)
+    rows = max(1, batch_size // local_processes)
+    packed = mask == "on" and config.data.packing != "none"
+    together = _micro_batch(rows, seq_len, packed and not on_gpu)
+    fill("micro_batch_size", "training", *together)
     fill("lr", "training", recipe.lr, of)
     warmup = min(recipe.warmup_steps, steps // 2)
     fill("warmup_steps", "training", warmup, f"{of}, at most half the steps")
@@ -200,6 +209,13 @@ def _document_mask(config: PretrainConfig, on_gpu: bool, backend: str) -> tuple[
     if on_gpu and not backend.startswith("torch"):
         return "on", "the kernels skip what a mask hides"
     return "off", "plain torch computes what a mask hides"
+
+
+def _micro_batch(rows: int, seq_len: int, masked_by_torch: bool) -> tuple[int, str]:
+    if not masked_by_torch:
+        return rows, "all rows of a process"
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0 and n * seq_len <= _MASKED]
+    return max(divisors, default=1), "plain torch's masks cost the square of the tokens"
 
 
 def _backend(on_gpu: bool) -> tuple[str, str]:

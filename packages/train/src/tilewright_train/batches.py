@@ -313,6 +313,22 @@ class BatchSampler:
         first = step * self.batch_size + self._rank * self._share + part * size
         return self.rows.read(range(first, first + size))
 
+    def parts(self, micro_batch_size: int) -> int:
+        """Into how many parts of so many rows this process's share of a step falls.
+
+        Raises:
+            InputError: The share is more than one part, but not a whole number of them.
+        """
+        if micro_batch_size >= self._share:
+            return 1
+        if self._share % micro_batch_size:
+            fitting = [str(n) for n in range(1, self._share + 1) if self._share % n == 0]
+            raise InputError(
+                f"micro_batch_size {micro_batch_size} does not divide the {self._share} rows of a"
+                f" process: use one of {', '.join(fitting)}"
+            )
+        return self._share // micro_batch_size
+
     def targets(self, step: int) -> int:
         """Predictions of all processes in one step."""
         return self.rows.targets(range(step * self.batch_size, (step + 1) * self.batch_size))

@@ -117,6 +117,8 @@ class TrainingOptions:
     """Optimizer updates."""
     batch_size: int | None = None
     """Sequences a step, all processes together."""
+    micro_batch_size: int | None = None
+    """Sequences that a process computes together; the gradients of a step's parts are summed."""
     seq_len: int | None = None
     """Tokens a sequence."""
     optim: Literal["adamw", "muon"] = "adamw"
@@ -139,7 +141,7 @@ class TrainingOptions:
     """Seeds weights, order of the data and the sample; less than 2**63."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "micro_batch_size"):
             _check_range(self, name, at_least=1)
         _check_choices(self)
         _check_range(self, "seq_len", at_least=2)

@@ -6,6 +6,7 @@ numbers of a step are copied to the host while the next one is being queued, so 
 every step costs no waiting.
 """
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tilewright_dist import DistributedEnvironment
+from tilewright_dist import DistributedDataParallel, DistributedEnvironment
 from tilewright_train.batches import BatchSampler
 from tilewright_train.errors import InputError
 from tilewright_train.loading import BatchLoader, LoadingOptions
@@ -33,6 +34,8 @@ class LoopOptions:
 
     steps: int
     """Updates of the whole run."""
+    micro_batch_size: int
+    """Rows that this process computes together."""
     max_grad_norm: float
     """Gradients with a larger global norm are scaled down to it."""
     eval_every: int
@@ -125,8 +128,13 @@ class TrainingLoop:
         saved = done
         if done == 0:
             self.emit(self._measured(Record(step=0), self.evaluate()))
+        self._parts = self.sampler.parts(self.options.micro_batch_size)
         self._batches = BatchLoader(
-            self.sampler, range(done, self.options.steps), self.environment.device, self.loading
+            self.sampler,
+            range(done, self.options.steps),
+            self.environment.device,
+            self.loading,
+            parts=self._parts,
         )
         self._clock.restart()
         while done < self.options.steps and not self._stop_wanted:
@@ -155,19 +163,31 @@ class TrainingLoop:
 
     def _start_step(self, step: int) -> None:
         """Queue everything that step number `step` does."""
-        batch = next(self._batches)
-        # The mean over the predictions of all processes, whatever each of them has: gradients are
-        # averaged over the processes.
-        with self.autocast:
-            loss = self.module(**batch.inputs, num_items=self.sampler.targets(step)).loss
-        loss = loss * self.environment.world_size
-        loss.backward()
+        # The mean over the predictions of all processes and parts, whatever each of them has:
+        # gradients are summed over the parts, and averaged over the processes.
+        predictions = self.sampler.targets(step)
+        losses = []
+        for part in range(self._parts):
+            batch = next(self._batches)
+            with self._synchronized(part == self._parts - 1):
+                with self.autocast:
+                    loss = self.module(**batch.inputs, num_items=predictions).loss
+                loss = loss * self.environment.world_size
+                loss.backward()
+            losses.append(loss.detach())
+        loss = torch.stack(losses).sum()
         lr = float(self.optimizer.param_groups[0]["lr"])
         norm = clip_and_step(self.optimizer, self.parameters, self.options.max_grad_norm)
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         waited = self._batches.take_waited()
-        self._pending.append(self._read_later(step + 1, lr, loss.detach(), norm, waited))
+        self._pending.append(self._read_later(step + 1, lr, loss, norm, waited))
+
+    def _synchronized(self, last: bool) -> AbstractContextManager:
+        """Processes exchange gradients after the last part alone."""
+        if last or not isinstance(self.module, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.module.no_sync()
 
     def _read_later(
         self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor, waited: float

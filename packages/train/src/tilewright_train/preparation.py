@@ -111,6 +111,7 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         rank=environment.rank,
         world_size=environment.world_size,
     )
+    sampler.parts(settled.micro_batch_size)  # complains now, not after the model is built
     shape = model_config(chosen, corpus.vocab_size)
     trainee = build(chosen, shape, environment)
     done, seconds = 0, 0.0

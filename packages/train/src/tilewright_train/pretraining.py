@@ -211,6 +211,7 @@ class _Training:
             sampler=prepared.sampler,
             options=LoopOptions(
                 steps=settled.steps,
+                micro_batch_size=settled.micro_batch_size,
                 max_grad_norm=config.training.max_grad_norm,
                 eval_every=settled.eval_every,
                 save_every=settled.save_every,
