@@ -492,6 +492,25 @@ def test_what_lies_after_packed_sequences_of_real_lengths(as_users_get_it):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+def test_portable_kernels_at_real_sizes(width, monkeypatch):
+    monkeypatch.setattr(tiles, "is_hopper", lambda device: False)
+    problem = make((331, 523), (4, 2), (width, width), torch.bfloat16, "cuda", mask=MASKS["causal"])
+    problem.scale = width**-0.5
+    check(problem, True)
+
+
+@pytest.mark.gpu
+def test_more_tiles_than_multiprocessors():
+    # 384 of queries and 192 of keys: programs take several, and in no fixed order.
+    shape = (1500, 1500), (16, 8), (128, 128), torch.bfloat16, "cuda"
+    problem = make(*shape, mask=Mask(causal=True, left=300), scale=128**-0.5)
+    check(problem, True)
+    out, lse, _ = oracle(problem, torch.bfloat16)
+    check_deterministic(lambda: gradients(problem, out, lse, True))
+
+
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_elements(as_users_get_it):
     # With a window, the last gradients are those of the last tokens alone.
     tokens, tail, mask = 2**20 + 128, 512, Mask(causal=True, left=100)
