@@ -1,24 +1,8 @@
-"""Kernels of `skinny_linear`: one row by sums in registers, up to 64 rows by tensor cores.
-
-Programmatic dependent launch (OVERLAP): a kernel may begin while the one before it still runs, and
-`gdc_wait` holds it until that one has ended. What lies before the wait, here the first weights, is
-fetched during the other's tail. Each kernel lets the next one begin only after its own wait, so
-that whatever is two launches back has ended before a kernel begins.
-"""
+"""Kernels of `skinny_linear`: one row by sums in registers, up to 64 rows by tensor cores."""
 
 from tilewright_kernels._math import silu
-from tilewright_kernels._triton import HAS_TRITON, tl, triton
-
-if HAS_TRITON:
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-
-@triton.jit
-def await_previous_launch(OVERLAP: tl.constexpr):
-    """Wait until the launch before this one has ended, and let the next one begin."""
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
+from tilewright_kernels._overlap import await_previous_launch
+from tilewright_kernels._triton import tl, triton
 
 
 @triton.jit
@@ -182,12 +166,3 @@ def _finish_rows(
         at = residual_ptr + m[None, :] * residual_row_stride + n[:, None]
         out += tl.load(at, mask=mask, other=0.0).to(ACC)
     tl.store(out_ptr + m[None, :] * N + n[:, None], out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def fetch_to_l2(pointers):
-    """Ask for the 128 bytes at each address, without waiting and without a register for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip

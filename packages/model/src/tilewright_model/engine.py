@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from tilewright_model.causal_lm import CausalLM
 from tilewright_model.kv_cache import KVCache
@@ -276,11 +275,3 @@ class Engine:
                 )
         if request.stop and self.decode is None:
             raise ValueError(f"stop {request.stop!r} needs the text: build the engine with decode=")
-
-
-def completions_to_tensor(prompts_BT: Tensor, completions: Sequence[Completion]) -> Tensor:
-    """[B, T + longest] int64: prompts and continuations, the last token repeated to fill a row."""
-    longest = max(len(completion.token_ids) for completion in completions)
-    rows = [c.token_ids + c.token_ids[-1:] * (longest - len(c.token_ids)) for c in completions]
-    new_BT = torch.tensor(rows, dtype=torch.int64).to(prompts_BT.device)
-    return torch.cat([prompts_BT, new_BT], dim=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewright_model.causal_lm import CausalLM
-from tilewright_model.engine import Engine, completions_to_tensor
+from tilewright_model.engine import Completion, Engine
 from tilewright_model.sampling import SamplingParams
 
 WORTH_A_GRAPH = 16
@@ -87,4 +87,12 @@ def generate(
         max_length=min(end, limit),
         cuda_graph=max_new_tokens > WORTH_A_GRAPH,
     )
-    return completions_to_tensor(input_ids, engine.generate(input_ids.tolist(), params))
+    return _with_continuations(input_ids, engine.generate(input_ids.tolist(), params))
+
+
+def _with_continuations(prompts_BT: Tensor, completions: Sequence[Completion]) -> Tensor:
+    """[B, T + longest] int64: prompts and continuations, the last token repeated to fill a row."""
+    longest = max(len(completion.token_ids) for completion in completions)
+    rows = [c.token_ids + c.token_ids[-1:] * (longest - len(c.token_ids)) for c in completions]
+    new_BT = torch.tensor(rows, dtype=torch.int64).to(prompts_BT.device)
+    return torch.cat([prompts_BT, new_BT], dim=1)

@@ -6,7 +6,7 @@ Five launches in one: norm and rotation, two writes to the cache, attention of e
 of the splits. The new key is not read back: split 0 starts its softmax with it.
 """
 
-from tilewright_kernels._skinny_linear_kernels import await_previous_launch, fetch_to_l2
+from tilewright_kernels._overlap import await_previous_launch, fetch_to_l2
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.flash_attention.online_softmax import finish_rows, scores, take_piece
 from tilewright_kernels.flash_attention.sequence_rows import load_rows
