@@ -44,11 +44,11 @@ def block_at(blocks_ptr, index, num_blocks, tiles_n, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
-    """COUNT barriers, each of which waits for so many arrivals."""
+def barriers(COUNT: gl.constexpr):
+    """COUNT barriers, each of which waits for one arrival."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
+        mbarrier.init(bars.index(i), count=1)
     return bars
 
 

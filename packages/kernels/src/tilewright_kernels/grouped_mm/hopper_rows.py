@@ -8,7 +8,6 @@ out[r] = a[r] · b[g]            for each row r of group g
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -32,10 +31,8 @@ def _fetch_rows(
     bar, a, b = full.index(slot), a_bufs.index(slot), b_bufs.index(slot)
     BLOCK_M: gl.constexpr = a_bufs.shape[1]
     BLOCK_K: gl.constexpr = a_bufs.shape[2]
-    ROWS: gl.constexpr = 256 if a_desc is None else 256 + BLOCK_M
-    mbarrier.expect(bar, ROWS * BLOCK_K * 2, pred=pred)
-    if a_desc is not None:
-        tma.async_copy_global_to_shared(a_desc, [row, k * BLOCK_K], bar, a, pred=pred)
+    mbarrier.expect(bar, (BLOCK_M + 256) * BLOCK_K * 2, pred=pred)
+    tma.async_copy_global_to_shared(a_desc, [row, k * BLOCK_K], bar, a, pred=pred)
     if TRANSPOSED:
         upper, lower = b.slice(0, 128), b.slice(128, 128)
         col = group * b_rows + n * STEP_N
@@ -70,7 +67,7 @@ def _following(
 @gluon.jit
 def multiply_rows(
     a_desc, b_desc, a_bufs, b_bufs, parts, full, tile_full, tile_empty, blocks_ptr,
-    tiles_n, k_tiles, b_rows, second, a_full, a_empty,
+    tiles_n, k_tiles, b_rows, second,
     TRANSPOSED: gl.constexpr, STEP_N: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """The eight warps: rows of A times their group's matrix of B, tile by tile.
@@ -78,9 +75,6 @@ def multiply_rows(
     One product is always in flight. When it is started, the one before is waited for, whose
     operands' buffer then takes those of the step after the next, be they of the next tile. A tile
     of A may reach into the next group: those rows are computed in vain, and not written.
-
-    Where a_desc is None other warps bring A: a_full says that it is there, a_empty that it was
-    used.
     """
     STAGES: gl.constexpr = a_bufs.shape[0]
     BLOCK_M: gl.constexpr = a_bufs.shape[1]
@@ -110,17 +104,12 @@ def multiply_rows(
         for _k in range(k_tiles):
             current = step % STAGES
             mbarrier.wait(full.index(current), step // STAGES & 1)
-            if a_desc is None:
-                mbarrier.wait(a_full.index(current), step // STAGES & 1)
-                fence_async_shared()
             b = b_bufs.index(current)
             if TRANSPOSED:
                 b = b.permute((1, 0))
             token = warpgroup_mma(a_bufs.index(current), b, acc, is_async=True)
             acc = warpgroup_mma_wait(num_outstanding=1, deps=(token,))
             gl.thread_barrier()
-            if a_desc is None:
-                mbarrier.arrive(a_empty.index((step + STAGES - 1) % STAGES), pred=step > 0)
             _fetch_rows(
                 a_desc, b_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES, place, k,
                 b_rows, second, tile < tiles, TRANSPOSED, STEP_N,
@@ -187,8 +176,8 @@ def grouped_rows_hopper_kernel(
                 multiply_rows,
                 (
                     a_desc, b_desc, a_bufs, b_bufs, parts, full, tile.index(0), tile.index(1),
-                    blocks_ptr, tiles_n, gl.cdiv(K, BLOCK_K), b_rows, 128, None, None,
-                    TRANSPOSED, 256, GROUP_M,
+                    blocks_ptr, tiles_n, gl.cdiv(K, BLOCK_K), b_rows, 128, TRANSPOSED, 256,
+                    GROUP_M,
                 ),
             ),
             (

@@ -4,7 +4,8 @@
 
     out[g] = Σ a[r]ᵀ · b[r]         over the rows r of group g
 
-Each group has the same tiles; what differs is how long the sum is.
+Each group has the same tiles; what differs is how long the sum is. A tile's place is computed where
+the tile begins and kept from then on: to divide at each step costs a fifth of the speed.
 """
 
 from triton.experimental import gluon

@@ -31,7 +31,12 @@ from tilewright_kernels.grouped_mm.launches import (
 from tilewright_kernels.grouped_mm.pointers import dot_rows, rows_of_program, store_rows
 
 EPILOGUE_REGISTERS = 112
-"""A thread of the warps that do not multiply may take so many; with 104 one number is spilled."""
+"""A thread of the warps that do not multiply may take so many; with 104 one number is spilled.
+
+On an H200 all that these warps do makes the product of 16384 tokens 16 % slower at hidden 2048, 64
+experts, top 8 and I = 1024 (1.04 ms against 0.90), 7 % at 4096, 8, 2 and 14336. Parts of 16 rows
+instead of 32 take 1 % more.
+"""
 
 
 @triton.jit

@@ -8,7 +8,6 @@ activation (forward), or its gradient, the weights of the router and their gradi
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from tilewright_kernels.grouped_mm.hopper import barriers, block_at, buffers
@@ -18,10 +17,10 @@ from tilewright_kernels.grouped_mm.hopper_rows import multiply_rows, store_chunk
 @gluon.jit
 def _gate(
     h_ptr, gate_ptr, gate_desc, up_desc, parts, tile_full, tile_empty, blocks_ptr, N, tiles_n,
-    FUNCTION: gl.constexpr, GROUP_M: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr,
+    FUNCTION: gl.constexpr, GROUP_M: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """The writing warps of the forward: parts 0 and 1 are gate, 2 and 3 are up."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    """The four warps of the forward: parts 0 and 1 are gate, 2 and 3 are up."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     BLOCK_M: gl.constexpr = parts.shape[1]
     num_blocks = gl.load(blocks_ptr)
     for index in range(gl.program_id(0), num_blocks * tiles_n, gl.num_programs(0)):
@@ -72,111 +71,19 @@ def expert_gate_up_hopper_kernel(
                 multiply_rows,
                 (
                     x_desc, w_desc, a_bufs, b_bufs, parts, full, tile.index(0), tile.index(1),
-                    blocks_ptr, tiles_n, gl.cdiv(K, BLOCK_K), 2 * N, N, None, None,
-                    True, 128, GROUP_M,
+                    blocks_ptr, tiles_n, gl.cdiv(K, BLOCK_K), 2 * N, N, True, 128, GROUP_M,
                 ),
             ),
             (
                 _gate,
                 (
                     h_ptr, gate_ptr, gate_desc, up_desc, parts, tile.index(0), tile.index(1),
-                    blocks_ptr, N, tiles_n, FUNCTION, GROUP_M, ROWS, 4,
+                    blocks_ptr, N, tiles_n, FUNCTION, GROUP_M, ROWS,
                 ),
             ),
         ],
         [4],
         [EPILOGUE_REGISTERS],
-    )  # fmt: skip
-
-
-@gluon.jit
-def _tokens_at(
-    permutation_ptr, blocks_ptr, index, num_blocks, tiles_n, layout: gl.constexpr,
-    TOP_K: gl.constexpr, GROUP_M: gl.constexpr,
-):  # fmt: skip
-    """The tokens of a tile's rows; of those past the group's end its last one's."""
-    _group, row, end, _n = block_at(blocks_ptr, index, num_blocks, tiles_n, GROUP_M)
-    rows = row + gl.arange(0, 128, gl.SliceLayout(1, layout))
-    rows = gl.minimum(rows, end - 1)  # -1 past the last tile
-    assignments = gl.load(permutation_ptr + rows, mask=rows >= 0, other=0)
-    return assignments // TOP_K
-
-
-@gluon.jit
-def _gather(
-    x_ptr, permutation_ptr, a_bufs, a_full, a_empty, blocks_ptr, x_stride, K, tiles_n,
-    TOP_K: gl.constexpr, GROUP_M: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """The warps that bring the rows of x, each from where its token lies, 16 bytes at a time."""
-    STAGES: gl.constexpr = a_bufs.shape[0]
-    BLOCK_K: gl.constexpr = a_bufs.shape[2]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
-    num_blocks = gl.load(blocks_ptr)
-    tokens = _tokens_at(
-        permutation_ptr, blocks_ptr, gl.program_id(0), num_blocks, tiles_n, layout, TOP_K, GROUP_M
-    )
-    step = 0
-    for index in range(gl.program_id(0), num_blocks * tiles_n, gl.num_programs(0)):
-        ptrs = x_ptr + tokens.to(gl.int64)[:, None] * x_stride + cols[None, :]
-        tokens = _tokens_at(
-            permutation_ptr, blocks_ptr, index + gl.num_programs(0), num_blocks, tiles_n, layout,
-            TOP_K, GROUP_M,
-        )  # fmt: skip
-        for k in range(gl.cdiv(K, BLOCK_K)):
-            slot = step % STAGES
-            mbarrier.wait(a_empty.index(slot), step // STAGES & 1 ^ 1)
-            inside = (cols < K - k * BLOCK_K)[None, :]
-            async_copy.async_copy_global_to_shared(a_bufs.index(slot), ptrs, mask=inside)
-            async_copy.mbarrier_arrive(a_full.index(slot), increment_count=False)
-            ptrs += BLOCK_K
-            step += 1
-
-
-@gluon.jit
-def expert_gate_up_gather_kernel(
-    x_ptr, w_desc, h_ptr, gate_ptr, gate_desc, up_desc, permutation_ptr, blocks_ptr, x_stride, N, K,
-    FUNCTION: gl.constexpr, TOP_K: gl.constexpr, EPILOGUE_REGISTERS: gl.constexpr,
-    GATHER_REGISTERS: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr,
-    STAGES: gl.constexpr, ROWS: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
-    """`expert_gate_up_hopper_kernel` of x as it lies: two warps gather rows, and two write."""
-    tiles_n = gl.cdiv(N, 128)
-    dtype: gl.constexpr = w_desc.dtype
-    part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, 64], dtype)
-    a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_K], dtype)
-    a_bufs = gl.allocate_shared_memory(dtype, [STAGES, 128, BLOCK_K], a_layout)
-    b_bufs = gl.allocate_shared_memory(dtype, [STAGES, 256, BLOCK_K], w_desc.layout)
-    parts = gl.allocate_shared_memory(dtype, [4, 128, 64], part_layout)
-    full, tile = barriers(STAGES), barriers(2)
-    a_full, a_empty = barriers(STAGES, 64), barriers(STAGES)
-    gl.warp_specialize(
-        [
-            (
-                multiply_rows,
-                (
-                    None, w_desc, a_bufs, b_bufs, parts, full, tile.index(0), tile.index(1),
-                    blocks_ptr, tiles_n, gl.cdiv(K, BLOCK_K), 2 * N, N, a_full, a_empty, True, 128,
-                    GROUP_M,
-                ),
-            ),
-            (
-                _gate,
-                (
-                    h_ptr, gate_ptr, gate_desc, up_desc, parts, tile.index(0), tile.index(1),
-                    blocks_ptr, N, tiles_n, FUNCTION, GROUP_M, ROWS, 2,
-                ),
-            ),
-            (
-                _gather,
-                (
-                    x_ptr, permutation_ptr, a_bufs, a_full, a_empty, blocks_ptr, x_stride, K,
-                    tiles_n, TOP_K, GROUP_M, 2,
-                ),
-            ),
-        ],
-        [2, 2],
-        [EPILOGUE_REGISTERS, GATHER_REGISTERS],
     )  # fmt: skip
 
 
@@ -278,7 +185,7 @@ def expert_gate_up_grad_hopper_kernel(
                 multiply_rows,
                 (
                     dy_desc, w_desc, a_bufs, b_bufs, parts, full, tile.index(0), tile.index(1),
-                    blocks_ptr, tiles_n, gl.cdiv(K, BLOCK_K), 0, 0, None, None, False, 256, GROUP_M,
+                    blocks_ptr, tiles_n, gl.cdiv(K, BLOCK_K), 0, 0, False, 256, GROUP_M,
                 ),
             ),
             (
