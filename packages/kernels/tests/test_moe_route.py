@@ -29,8 +29,7 @@ from tilewright_kernels.testing import (
     randn,
 )
 
-# T, E, k: one of each; odd numbers; all experts; several blocks of tokens; more than a block of
-# histograms' experts; the widest.
+# T, E, k: one of each; odd numbers; all experts; several blocks of tokens; a model's; the widest.
 SHAPES = ((1, 1, 1), (37, 5, 2), (9, 8, 8), (300, 16, 4), (70, 128, 8), (11, 512, 3))
 BIAS = torch.linspace(0.4, -0.4, 16)
 FORMULAS: dict[str, dict[str, Any]] = {
@@ -191,10 +190,8 @@ def test_no_tokens(backend, device):
 def small_tiles(monkeypatch):
     """Four tokens of 16 experts a program; histograms of two of them are summed at a time."""
     monkeypatch.setattr(launches, "TILE", 64)
+    monkeypatch.setattr(launches, "BACKWARD_TILE", 64)
     monkeypatch.setattr(launches, "PREFIX_BLOCK", 2)
-    launches.tile_for.cache_clear()
-    yield
-    launches.tile_for.cache_clear()
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -245,6 +242,14 @@ def test_permutation_of_given_experts(dtype, device):
     assert all(torch.equal(a, b) for a, b in zip(ours[:4], expected[:4], strict=True))
     assert ours.tokens_per_expert.tolist() == [2, 1, 0, 5, 0]
     assert ours.indices.tolist() == [1, 5, 4, 0, 2, 3, 6, 7]
+
+
+def test_experts_that_are_none_spoil_no_other_rows(device):
+    ids = torch.tensor([[0, 2], [-1, 99], [2, 0]], dtype=torch.int32, device=device)
+    with use_backend("triton"):
+        order = moe_permutation(ids, 3)
+    assert order.tokens_per_expert.tolist() == [2, 0, 2]
+    assert order.indices[:4].tolist() == [0, 5, 1, 4]
 
 
 @pytest.mark.parametrize("name", ["softmax", "softmax of all", "sigmoid", "sigmoid of all"])

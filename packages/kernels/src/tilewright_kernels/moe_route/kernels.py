@@ -8,7 +8,7 @@ With the gradient dw of the weights, dp is 0 for experts that were not chosen, a
     dp_j = scale · (dw_j - Σ_i dw_i p_i / D) / D  (or scale · dw_j)
     dx = p · (dp - Σ dp · p)  for softmax         dx = p · (1 - p) · dp  for sigmoid
 
-Order without a sort: a program counts what its tokens choose (a histogram of its own, [blocks, E]),
+Order without a sort: a program counts what its tokens choose (a histogram of its own, [E, blocks]),
 a second kernel sums these along the blocks, and a third knows then where the rows of its tokens
 begin at each expert; within a block a token comes after the tokens before it. No atomics, so rows
 of an expert are in the order of tokens and two runs give the same. All of it reads T·E logits once
@@ -135,7 +135,8 @@ def moe_choose_kernel(
         key = tl.where(cols[None, :] == at[:, None], LOWEST, key)
     taken = (key == LOWEST) & inside
     counts = tl.sum(taken.to(tl.int32), axis=0)
-    tl.store(counts_ptr + block.to(tl.int64) * n_cols + cols, counts, mask=cols < n_cols)
+    counts_at = counts_ptr + cols.to(tl.int64) * tl.num_programs(0) + block
+    tl.store(counts_at, counts, mask=cols < n_cols)
 
     chosen = (tokens < num_tokens)[:, None] & (choices < K)[None, :]
     rows = tokens.to(tl.int64)[:, None]
@@ -169,30 +170,29 @@ def moe_count_kernel(
     block = tl.program_id(0)
     tokens, cols = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     counts = tl.sum(_taken(ids_ptr, tokens, num_tokens, cols, K), axis=0)
-    tl.store(counts_ptr + block.to(tl.int64) * n_cols + cols, counts, mask=cols < n_cols)
+    counts_at = counts_ptr + cols.to(tl.int64) * tl.num_programs(0) + block
+    tl.store(counts_at, counts, mask=cols < n_cols)
 
 
 @triton.jit
-def moe_prefix_kernel(
-    counts_ptr, totals_ptr, num_blocks, n_cols, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """counts [blocks, E] to what stands above each; totals [E] to their sums. In place."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    above = tl.zeros([BLOCK_N], dtype=tl.int32)
+def moe_prefix_kernel(counts_ptr, totals_ptr, num_blocks, BLOCK_B: tl.constexpr):
+    """counts [E, blocks] of an expert to what stands before each; totals [E], its sum. In place."""
+    expert = tl.program_id(0)
+    row_ptr = counts_ptr + expert.to(tl.int64) * num_blocks
+    before = tl.zeros((), dtype=tl.int32)
     for start in range(0, num_blocks, BLOCK_B):
         blocks = start + tl.arange(0, BLOCK_B)
-        mask = (blocks < num_blocks)[:, None] & (cols < n_cols)[None, :]
-        at = counts_ptr + blocks.to(tl.int64)[:, None] * n_cols + cols[None, :]
-        counts = tl.load(at, mask=mask, other=0)
-        tl.store(at, above[None, :] + tl.cumsum(counts, axis=0) - counts, mask=mask)
-        above += tl.sum(counts, axis=0)
-    tl.store(totals_ptr + cols, above, mask=cols < n_cols)
+        counts = tl.load(row_ptr + blocks, mask=blocks < num_blocks, other=0)
+        exclusive = before + tl.cumsum(counts, axis=0) - counts
+        tl.store(row_ptr + blocks, exclusive, mask=blocks < num_blocks)
+        before += tl.sum(counts, axis=0)
+    tl.store(totals_ptr + expert, before)
 
 
 @triton.jit
 def moe_place_kernel(
-    ids_ptr, above_ptr, totals_ptr, offs_ptr, indices_ptr, inverse_ptr, num_tokens, n_cols,
-    K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    ids_ptr, before_ptr, totals_ptr, offs_ptr, indices_ptr, inverse_ptr, num_tokens, n_cols,
+    K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The rows of BLOCK_T tokens' assignments, and their inverse; once, the ends of experts."""
     block = tl.program_id(0)
@@ -201,17 +201,18 @@ def moe_place_kernel(
     offs = tl.cumsum(totals, axis=0)
     if block == 0:
         tl.store(offs_ptr + cols, offs, mask=cols < n_cols)
-    above_at = above_ptr + block.to(tl.int64) * n_cols + cols
-    above = tl.load(above_at, mask=cols < n_cols, other=0)
+    before_at = before_ptr + cols.to(tl.int64) * tl.num_programs(0) + block
+    before = tl.load(before_at, mask=cols < n_cols, other=0)
     taken = _taken(ids_ptr, tokens, num_tokens, cols, K)
-    row_of = tl.cumsum(taken, axis=0) - taken + (offs - totals + above)[None, :]
-    for j in range(K):
-        mask = tokens < num_tokens
-        assignment = tokens * K + j
-        ids = tl.load(ids_ptr + assignment, mask=mask, other=-1)
-        row = tl.sum(tl.where(cols[None, :] == ids[:, None], row_of, 0), axis=1)
-        tl.store(inverse_ptr + assignment, row, mask=mask)
-        tl.store(indices_ptr + row, assignment, mask=mask)
+    row_of = tl.cumsum(taken, axis=0) - taken + (offs - totals + before)[None, :]
+    choices = tl.arange(0, BLOCK_K)
+    assignment = tokens[:, None] * K + choices[None, :]
+    mask = (tokens < num_tokens)[:, None] & (choices < K)[None, :]
+    ids = tl.load(ids_ptr + assignment, mask=mask, other=0).to(tl.int32)
+    mask = mask & (ids >= 0) & (ids < n_cols)  # ids of the caller's may be wrong
+    row = tl.gather(row_of, tl.where(mask, ids, 0), axis=1)
+    tl.store(inverse_ptr + assignment, row, mask=mask)
+    tl.store(indices_ptr + row, assignment, mask=mask)
 
 
 @triton.jit
