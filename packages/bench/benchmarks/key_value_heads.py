@@ -2,8 +2,8 @@
 
     python packages/bench/benchmarks/key_value_heads.py > RECORD
 
-One new token of each of 32 sequences, 4096 tokens in the cache: medians of samples of ten replays of
-a CUDA graph.
+One new token of each of 32 sequences, 4096 tokens in the cache: medians of samples of ten replays
+of a CUDA graph.
 """
 
 import json
