@@ -110,19 +110,19 @@ def best_fit(lengths: torch.Tensor, seq_len: int) -> tuple[torch.Tensor, torch.T
         [P] int64, the pieces in the order of the rows (and of the samples within a row), and
         [R] int64, how many each row holds.
     """
-    rows: list[list[int]] = []
+    order: list[torch.Tensor] = []
+    sizes: list[torch.Tensor] = []
     for first in range(0, lengths.numel(), _TOGETHER):
         part = lengths[first : first + _TOGETHER]
-        order = part.sort(descending=True, stable=True).indices
-        rows += _best_fit(order.tolist(), part[order].tolist(), seq_len, first)
-    flat = [piece for row in rows for piece in sorted(row)]
-    return torch.tensor(flat), torch.tensor([len(row) for row in rows])
+        longest = part.sort(descending=True, stable=True).indices
+        rows = _best_fit(longest.tolist(), part[longest].tolist(), seq_len)
+        order.append(torch.tensor([piece for row in rows for piece in sorted(row)]) + first)
+        sizes.append(torch.tensor([len(row) for row in rows]))
+    return torch.cat(order), torch.cat(sizes)
 
 
-def _best_fit(
-    pieces: Sequence[int], lengths: Sequence[int], seq_len: int, first: int
-) -> list[list[int]]:
-    """The rows of pieces that come longest first; `first` is added to each piece's number."""
+def _best_fit(pieces: Sequence[int], lengths: Sequence[int], seq_len: int) -> list[list[int]]:
+    """The rows of pieces that come longest first."""
     rows: list[list[int]] = []
     open_rows: list[list[int]] = [[] for _ in range(seq_len + 1)]  # numbers of rows, by room left
     rooms = 0  # bit r is set where open_rows[r] is not empty
@@ -136,7 +136,7 @@ def _best_fit(
         else:
             room, row = seq_len, len(rows)
             rows.append([])
-        rows[row].append(first + piece)
+        rows[row].append(piece)
         if left := room - length:
             open_rows[left].append(row)
             rooms |= 1 << left
