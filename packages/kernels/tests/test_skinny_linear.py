@@ -204,12 +204,31 @@ def test_no_gradient(device):
         skinny_linear(x.requires_grad_(), weight, **options).sum().backward()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_one_by_one_is_the_same(form, device):
+    x, weight, options = make(form, 3, 45, 72, torch.float32, device)
+    gated, norm_weight = options["gated"], options.get("norm_weight")
+    ours = module.by_parts(x, weight, norm_weight, EPS, options.get("residual"), gated)
+    torch.testing.assert_close(ours, skinny_linear_reference(x, weight, **options))
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_faster_way():
+    cuda = torch.device("cuda")
+    for rows, launches_expected in ((1, 1), (3, 0), (70, 0)):
+        x, weight, options = make("norm gated", rows, 64, 128, torch.bfloat16, cuda)
+        with use_backend("auto"), count_launches() as launches:
+            ours = skinny_linear(x, weight, **options)
+        assert launches["skinny_linear"] == launches_expected
+        torch.testing.assert_close(ours, skinny_linear_reference(x, weight, **options))
+
+
 def test_more_rows_take_torch(device):
     x, weight, options = make("norm", 65, 16, 24, torch.float32, device)
     with count_launches() as launches:
         ours = skinny_linear(x, weight, **options)
     assert launches["skinny_linear"] == 0
-    assert torch.equal(ours, skinny_linear_reference(x, weight, **options))
+    torch.testing.assert_close(ours, skinny_linear_reference(x, weight, **options))
     with use_backend("triton"), pytest.raises(ValueError, match="x has 65 rows, more than 64"):
         skinny_linear(x, weight, **options)
 
