@@ -29,6 +29,19 @@ def without(flags: list[str], *names: str) -> list[str]:
         (["--out", "/proc/runs"], "/proc/runs cannot be written ("),
         (["--stepz", "3"], "unknown flag '--stepz' (did you mean '--steps'?)"),
         (["--seq-len", "100000"], "fewer than one sequence of 100000: give --data more text"),
+        (["--weights", "1", "2"], "2 weights for 1 sources: give --weights one number for each"),
+        (
+            ["--data", "stdlib", "stdlib"],
+            "data 'stdlib' is given twice: use --weights for a larger",
+        ),
+        (
+            ["--data", "stdlib", "stories", "--weights", "1", "5000"],
+            "less than a thousandth of all",
+        ),
+        (
+            ["--micro-batch-size", "3"],
+            "does not divide the 4 rows of a process: use one of 1, 2, 4",
+        ),
         (["--resume", "/no/run"], "/no/run is no run: it holds no config.toml"),
     ],
 )
@@ -51,6 +64,8 @@ def test_a_mistake_is_one_line(
         ('{"text": "x"}\n{"text": 1}\n', 'corpus.jsonl:2 has a "text" that is not a string'),
         ('{"text": "x"}\n\n{"txt": "x"}\n', 'corpus.jsonl:3 has no "text" (its keys: txt)'),
         ("{]\n", "corpus.jsonl:1 is not JSON"),
+        ('{"messages": []}\n', "(its keys: messages; train-sft reads its"),
+        ('{"text": "a\0b"}\n', "corpus.jsonl:1 is not JSON (Invalid control character"),
         ('{"text": ""}\n', "the corpus holds no text"),
     ],
 )

@@ -179,15 +179,6 @@ def test_micro_batches_of_any_size_give_the_same_run(tiny_flags: list[str]) -> N
                 )
 
 
-def test_a_micro_batch_that_does_not_divide_the_rows_is_an_error(
-    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*tiny_flags, "--micro-batch-size", "3"]) == 2
-    assert "micro_batch_size 3 does not divide the 4 rows of a process: use one of 1, 2, 4" in (
-        capsys.readouterr().err
-    )
-
-
 def test_workers_change_nothing(tiny_flags: list[str]) -> None:
     alone, _ = train(tiny_flags)
     read_ahead, _ = train(tiny_flags, "--workers", "2", "--prefetch", "1")

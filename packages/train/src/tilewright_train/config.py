@@ -77,6 +77,11 @@ class DataOptions:
                 raise InputError(
                     f"weight {weight:g} is out of range: it must be above 0 and finite"
                 )
+        if self.weights and 1000 * min(self.weights) < sum(self.weights):
+            raise InputError(
+                f"weight {min(self.weights):g} is less than a thousandth of all: give that source a"
+                " larger --weights, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
