@@ -416,7 +416,7 @@ def test_sums_are_put_in_order(packed, device):
 @pytest.fixture(params=[True, False], ids=["deterministic", "faster"])
 def as_users_get_it(request, monkeypatch):
     # But for few keys too.
-    monkeypatch.setattr(backward, "HOPPER_KEYS", {64: 0, 128: 0})
+    monkeypatch.setattr(backward, "FUSED_KEYS", 0)
     return request.param
 
 
@@ -426,14 +426,14 @@ def test_hopper_kernel_only_where_that_pays(monkeypatch):
         OPERATOR, "launch", lambda kernel, *_, **__: kernels.append(kernel.__name__)
     )
     monkeypatch.setattr(tiles, "is_hopper", lambda device: True)
-    monkeypatch.setattr(backward, "HOPPER_KEYS", {64: math.inf, 128: 1536})
+    monkeypatch.setattr(backward, "FUSED_KEYS", 1536)
     every, half = Mask(), Mask(causal=True)
     portable, split, fused = ["queries", "keys"], ["queries_hopper", "keys_hopper"], ["hopper"]
     for length, width, mask, deterministic, dropout_p, expected in (
-        (2048, 128, every, False, 0.0, ["rows", *fused, "unpack"]),
-        (2048, 128, every, True, 0.0, split),
-        (2048, 128, half, False, 0.0, split),
-        (2048, 64, every, False, 0.0, split),
+        (2048, 64, every, False, 0.0, ["rows", *fused, "unpack"]),
+        (2048, 64, every, True, 0.0, split),
+        (2048, 64, half, False, 0.0, split),
+        (2048, 128, every, False, 0.0, split),
         (2048, 128, every, False, 0.5, portable),
         (2048, 256, every, False, 0.0, portable),
         (64, 128, every, False, 0.0, portable),

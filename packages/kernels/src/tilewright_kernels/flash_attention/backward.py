@@ -13,7 +13,6 @@ Nothing here computes: `launch_backward` writes into memory that it is given, an
 for gradients that nobody wants.
 """
 
-import math
 from functools import cache
 from typing import Any
 
@@ -57,13 +56,13 @@ ROWS = 32
 HOPPER_HEAD = 40
 """The least head dimension that the kernels for Hopper take."""
 
-HOPPER_KEYS = {64: math.inf, 128: 4096}
-"""Width of its tiles -> keys that a query must see in the mean for it to be the faster mode.
+FUSED_KEYS = 1536
+"""Keys that a query must see in the mean for one kernel to be faster on Hopper than two.
 
 Clearing and rounding the sums of dq costs the same for few keys as for many. H200, bfloat16,
-16 heads of 128, 16 K tokens, `backward_hopper` against two kernels: 8192 keys (causal) 5.48 against
-6.22 ms, 2048 keys 1.58 against 1.73 ms, 1024 keys (a window) 0.96 against 0.91 ms. 32 heads of 64,
-2048 keys: 3.82 against 3.50 ms in a slow run, with dp started after s.
+causal, 32 heads of 64, 16 K tokens: 8192 keys 6.27 against 6.73 ms, 2048 keys 1.76 against 1.80 ms.
+With 16 heads of 128 it is the slower one, 5.67 against 5.39 and 1.57 against 1.51 ms, and is not
+built: there the fifth product and what it adds through take the registers of the others.
 """
 
 ADDS_PAY = {2: False, 4: True, 8: True}
@@ -145,7 +144,7 @@ def launch_backward(
         max_seqlen_q: of the packed sequences' queries.
         max_seqlen_k: of their keys.
         deterministic: the same bits in every run. Without it dq is added up atomically where that
-            is faster (`ADDS_PAY`, `HOPPER_KEYS`).
+            is faster (`ADDS_PAY`, `FUSED_KEYS`).
         dlse: gradient of lse, like it, or None.
     """
     if cu_seqlens_q is not None:
@@ -161,7 +160,7 @@ def launch_backward(
     dropout, long = problem.flags["HAS_DROPOUT"], problem.lengths[0] > HOPPER_QUERIES
     hopper = not dropout and long and hopper_takes(HOPPER_HEAD, q, k, v, dout)
     if not deterministic and dq is not None and dk is not None and dv is not None:
-        if hopper and problem.keys_seen >= HOPPER_KEYS[hopper_width(q, v)]:
+        if hopper and hopper_width(q, v) == 64 and problem.keys_seen >= FUSED_KEYS:
             _launch_rows(problem, out, dout, lse, dlse, None)
             _launch_hopper(problem, q, k, v, dout, dq, dk, dv)
             return

@@ -5,16 +5,16 @@
     s = k · qᵀ     dp = v · doutᵀ - delta     dv += p · dout     dk += ds · q     dq = dsᵀ · k
 
 as keys by queries. backward_keys.py computes the same where it adds dq up, but waits for each
-product before it goes on. Here, while exponentials are taken of s, dp is multiplied; while p · dp
-is taken, dv; while ds goes to shared memory, dk; and while dq is added to memory, s of the next
-queries (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608).
+product before it goes on. Here dq of the last queries, s and dp are started at once, and while
+exponentials are taken of s and dq is added to memory, dp is multiplied; while p · dp is taken, dv;
+while ds goes to shared memory, dk (FlashAttention-3, Shah et al. 2024, arXiv:2407.08608).
 
 dq is added up in float32, atomically and so in no fixed order, in sums whose elements lie as the
 tensor cores leave them: each warp adds 512 adjacent bytes at a time. `attention_backward_unpack`
 puts them in order.
 
-Left to the other kernels: heads wider than 128, float32, dropout, and tensors that no descriptor
-fits.
+Left to the other kernels: heads wider than 64, for whose tiles the registers do not suffice,
+float32, dropout, and tensors that no descriptor fits.
 """
 
 from torch import Tensor
@@ -49,9 +49,6 @@ from tilewright_kernels.flash_attention.sequence_rows import sequence
 from tilewright_kernels.flash_attention.tiles import heads_together
 
 BLOCK_M, BLOCK_N, STAGES = 64, 128, 3
-
-EARLY = {64: True, 128: False}
-"""Width of the tiles -> whether dq, s and dp are started at once: they need 80 or 96 registers."""
 
 
 @gluon.jit
@@ -120,7 +117,7 @@ def attention_backward_hopper_kernel(
     GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, CAP: gl.constexpr, PACKED: gl.constexpr,
     D: gl.constexpr, D_V: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr, num_warps: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key head, and their part of dq, unscaled.
 
@@ -193,10 +190,9 @@ def attention_backward_hopper_kernel(
         for step in range(steps):
             slot = step % STAGES
             q, dout = q_bufs.index(slot), dout_bufs.index(slot)
-            if EARLY:
-                mbarrier.wait(full.index(slot), step // STAGES & 1)
-                _clear_tail(q, dout, len_q - row, PACKED, BLOCK_M, BLOCK_D)
-                s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            mbarrier.wait(full.index(slot), step // STAGES & 1)
+            _clear_tail(q, dout, len_q - row, PACKED, BLOCK_M, BLOCK_D)
+            s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
             fence_async_shared()
             gl.thread_barrier()
             next_row, next_head, next_scratch = following(
@@ -211,29 +207,18 @@ def attention_backward_hopper_kernel(
                 ds_bufs.index(step + 1 & 1).permute((1, 0)), k, dq_zeros,
                 use_acc=False, is_async=True,
             )  # fmt: skip
-            if not EARLY:
-                mbarrier.wait(full.index(slot), step // STAGES & 1)
-                _clear_tail(q, dout, len_q - row, PACKED, BLOCK_M, BLOCK_D)
-                s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-                dq, dk, dv = warpgroup_mma_wait(1, deps=(dq, dk, dv))
-                if step > 0:
-                    _add(sums, dq, BLOCK_D)
             dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
             lse2 = lse2_bufs.index(slot).load(gl.SliceLayout(0, s_layout))
-            if EARLY:
-                s, dk, dv = warpgroup_mma_wait(2, deps=(s, dk, dv))
-            else:
-                s = warpgroup_mma_wait(1, deps=(s,))
+            s, dk, dv = warpgroup_mma_wait(2, deps=(s, dk, dv))
             lse2 = lse2[None, :]
             t = shown(
                 s, lse2, inner, (row < full_begin) | (row >= full_end), first_key, row, len_k,
                 shift, (left, right), CAP, HAS_LEFT, HAS_RIGHT, True,
             )  # fmt: skip
             p, ds = weights(t, lse2, outer, CAP)
-            if EARLY:
-                dq = warpgroup_mma_wait(1, deps=(dq,))
-                if step > 0:
-                    _add(sums, dq, BLOCK_D)
+            dq = warpgroup_mma_wait(1, deps=(dq,))
+            if step > 0:
+                _add(sums, dq, BLOCK_D)
             p_operand = gl.convert_layout(p.to(dtype), operand)
             dv = warpgroup_mma(p_operand, dout, dv, is_async=True)
             minus_delta = minus_delta_bufs.index(slot).load(gl.SliceLayout(0, s_layout))
@@ -269,7 +254,7 @@ def launch_backward_hopper(
         k: [B, T_k, K, D].
         v: [B, T_k, K, D_v].
         dout: [B, T_q, H, D_v].
-        sums: [rows of scratch memory, 64 or 128] float32.
+        sums: [rows of scratch memory, 64] float32.
         dk: like k.
         dv: like v.
     """
@@ -285,5 +270,5 @@ def launch_backward_hopper(
         heads_together(bytes_per_head, kv_heads * problem.batch), *problem.mask.window,
         problem.rows_per_head, *strides(dk, dv), **problem.constants(*FLAGS, "PACKED"),
         D=problem.widths["D"], D_V=problem.widths["D_V"], BLOCK_D=block_d,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, EARLY=EARLY[block_d], num_warps=8,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, num_warps=8,
     )  # fmt: skip
