@@ -9,6 +9,15 @@ or, where dq is added up,
     keys | hopper               dk, dv, and atomically dq              5 products
     finish | unpack             dq from its sums
 
+In µs on an H200 (bfloat16, causal, 16 K tokens, 16 heads of 128 where it says no other):
+
+                                            queries, keys   _hopper, two   hopper
+    T 4096                                           1764           1434     1574
+    T 16384                                          6225           5393     5669
+    T 16384, window 1024                              929            845      960
+    T 4096, 32 query heads, 8 key heads              3786           2907     3256
+    T 4096, 32 heads of 64                           2127           1803     1757
+
 Nothing here computes: `launch_backward` writes into memory that it is given, and launches nothing
 for gradients that nobody wants.
 """
