@@ -3,7 +3,13 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright_model.sampling import Sampler, SamplingParams, penalize, threshold_of
+from tilewright_model.sampling import (
+    Sampler,
+    SamplingParams,
+    candidates_for,
+    penalize,
+    threshold_of,
+)
 
 CPU = torch.device("cpu")
 
@@ -13,7 +19,7 @@ def draw(logits: torch.Tensor, requests: list[SamplingParams], steps: torch.Tens
     batch, vocab = logits.shape
     sampler = Sampler(
         *(batch, vocab, CPU),
-        truncates=any(r.truncates for r in requests),
+        candidates=candidates_for(requests, vocab),
         penalizes=False,
     )
     nothing = torch.zeros(batch, 1, dtype=torch.int64)
@@ -92,9 +98,41 @@ def test_a_greedy_row_is_not_truncated_by_warmth_it_has_not() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.0]])
     one = torch.ones(1)
     threshold = threshold_of(
-        logits, temperature=one * 0, top_k=torch.tensor([3]), top_p=one * 2, min_p=one * 0
+        logits, 3, temperature=one * 0, top_k=torch.tensor([3]), top_p=one * 2, min_p=one * 0
     )
     assert threshold.tolist() == [0.0]
+
+
+def test_selecting_finds_what_sorting_finds() -> None:
+    logits = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    options = {
+        "temperature": torch.tensor([0.0, 0.5, 1.0, 1.0, 2.0]),
+        "top_k": torch.tensor([64, 3, 16, 9, 16]),
+        "top_p": torch.tensor([2.0, 2.0, 0.5, 0.9, 2.0]),
+        "min_p": torch.tensor([0.0, 0.0, 0.0, 0.2, 0.1]),
+    }
+    few, all_of_them = threshold_of(logits, 16, **options), threshold_of(logits, 64, **options)
+    assert torch.equal(few[1:], all_of_them[1:])
+    assert few[0] <= logits[0].max()  # greedy: whatever is left, the likeliest is
+
+
+@pytest.mark.parametrize(
+    ("requests", "candidates"),
+    [
+        ([{}, {"temperature": 0, "top_p": 0.5}], 0),
+        ([{"top_k": 5}], 8),
+        ([{"top_k": 8}, {"temperature": 0}], 8),
+        ([{"top_k": 5}, {}], 100),
+        ([{"top_k": 5}, {"top_p": 0.9}], 100),
+        ([{"top_k": 99}], 100),
+        ([{"top_k": 1}], 1),
+    ],
+    ids=str,
+)
+def test_as_many_candidates_as_a_batch_needs(
+    requests: list[dict[str, Any]], candidates: int
+) -> None:
+    assert candidates_for([SamplingParams(**r) for r in requests], 100) == candidates
 
 
 def test_penalty_moves_seen_tokens_down_on_both_sides_of_zero() -> None:
@@ -105,7 +143,7 @@ def test_penalty_moves_seen_tokens_down_on_both_sides_of_zero() -> None:
 
 
 def test_padding_is_not_seen() -> None:
-    sampler = Sampler(2, 8, CPU)
+    sampler = Sampler(2, 8, CPU, candidates=0, penalizes=True)
     prompts = torch.tensor([[1, 2, 7], [3, 7, 7]])
     sampler.load([SamplingParams()] * 2, prompts, torch.tensor([2, 1]))
     assert sampler.seen_BV.nonzero().tolist() == [[0, 1], [0, 2], [1, 3]]

@@ -18,7 +18,7 @@ import torch
 from tilewright_model.causal_lm import CausalLM
 from tilewright_model.kv_cache import KVCache
 from tilewright_model.prefill import padded, prefill, uncompiled
-from tilewright_model.sampling import Sampler, SamplingParams
+from tilewright_model.sampling import Sampler, SamplingParams, candidates_for
 from tilewright_model.token_step import Readback, TokenStep
 
 FinishReason = Literal["stop", "length"]
@@ -208,11 +208,11 @@ class Engine:
 
     def _step(self, requests: Sequence[SamplingParams]) -> TokenStep:
         """The step for such a batch, its cache empty; built once while the weights stay."""
-        truncates = any(request.truncates for request in requests)
+        candidates = candidates_for(requests, self.model.config.vocab_size)
         penalizes = any(request.repetition_penalty != 1 for request in requests)
         kind = self.cache.lengths.device.type
         key = (
-            *(len(requests), truncates, penalizes, self.model.training),
+            *(len(requests), candidates, penalizes, self.model.training),
             *(torch.is_autocast_enabled(kind), self.cuda_graph),
         )
         weights = tuple(p.data_ptr() for p in self.model.parameters())
@@ -221,7 +221,7 @@ class Engine:
             self._steps = {k: s for k, s in self._steps.items() if k[1] == weights}
             sampler = Sampler(
                 *(len(requests), self.model.config.vocab_size, self.cache.lengths.device),
-                truncates=truncates,
+                candidates=candidates,
                 penalizes=penalizes,
             )
             self._steps[key, weights] = TokenStep(

@@ -89,7 +89,8 @@ class Sampler:
         batch_size: B.
         vocab_size: V.
         device: of the logits.
-        truncates: whether any row may have top_k, top_p or min_p: rows are then sorted.
+        candidates: how many of a row's largest logits truncation looks at: no row may have a
+            larger top_k. V looks at all of them, 0 truncates no row.
         penalizes: whether any row may have a repetition penalty: seen tokens are then kept.
     """
 
@@ -99,10 +100,10 @@ class Sampler:
         vocab_size: int,
         device: torch.device,
         *,
-        truncates: bool = True,
-        penalizes: bool = True,
+        candidates: int,
+        penalizes: bool,
     ) -> None:
-        self.truncates, self.penalizes = truncates, penalizes
+        self.candidates, self.penalizes = candidates, penalizes
         one = torch.ones(batch_size, device=device)
         self.seeds = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.temperature, self.top_p, self.min_p = one.clone(), one.clone(), one * 0
@@ -155,9 +156,10 @@ class Sampler:
         """
         logits = penalize(logits_BV, self.seen_BV, self.penalty) if self.penalizes else logits_BV
         threshold = None
-        if self.truncates:
+        if self.candidates:
             threshold = threshold_of(
                 logits,
+                self.candidates,
                 temperature=self.temperature,
                 top_k=self.top_k,
                 top_p=self.top_p,
@@ -179,8 +181,26 @@ def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty_B: Tensor) -> Tensor:
     return torch.where(seen_BV, torch.where(wide > 0, wide / penalty, wide * penalty), wide)
 
 
+def candidates_for(requests: Sequence[SamplingParams], vocab_size: int) -> int:
+    """The `Sampler`'s candidates for a batch: a power of two, all tokens, or none.
+
+    Where every row that is drawn has a top_k, selecting takes the place of sorting.
+    """
+    if not any(request.truncates for request in requests):
+        return 0
+    drawn = [request for request in requests if request.temperature > 0]
+    largest = max(vocab_size if r.top_k is None else r.top_k for r in drawn)
+    return min(vocab_size, 1 << (largest - 1).bit_length())
+
+
 def threshold_of(
-    logits_BV: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    logits_BV: Tensor,
+    candidates: int,
+    *,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
 ) -> Tensor:
     """The smallest logit of each row that may be drawn, [B] float32.
 
@@ -188,12 +208,16 @@ def threshold_of(
 
     Args:
         logits_BV: any float dtype.
+        candidates: of the largest logits, how many are looked at.
         temperature: [B]; rows of 0 are not truncated by a smaller one.
         top_k: [B] int64, 1 to V.
         top_p: [B], above 1 for all.
         min_p: [B].
     """
-    sorted_BV = logits_BV.float().sort(dim=-1, descending=True).values
+    if candidates < logits_BV.shape[1]:
+        sorted_BV = logits_BV.float().topk(candidates, dim=-1).values
+    else:
+        sorted_BV = logits_BV.float().sort(dim=-1, descending=True).values
     warm = torch.where(temperature > 0, temperature, 1.0)[:, None]
     rank = torch.arange(sorted_BV.shape[1], device=sorted_BV.device)
     kept_BV = rank < top_k[:, None]
