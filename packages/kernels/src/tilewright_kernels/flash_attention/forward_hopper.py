@@ -65,9 +65,6 @@ from tilewright_kernels.flash_attention.tiles import hopper_width
 BLOCK_N, STAGES = 128, {64: 4, 128: 2}
 """Keys of a tile, and how many tiles of keys and of values there is room for, by head dimension."""
 
-TURNS = True
-"""Whether a warpgroup starts no products before the other has started its own."""
-
 HIGHEST = 80.0
 """Scores in base 2 that need no maximum: 2⁸⁰ for each of 2²⁰ keys, times values, is a float32."""
 
