@@ -96,7 +96,8 @@ RUN = run_with(
     torch_100_MB=setup(79.0),
     bucketed=setup(75.0),
     bucketed_copy=setup(73.0),
-    zero1=setup(72.0, held=2.55),
+    zero1=setup(72.5, held=2.6),
+    zero1_copy=setup(72.0, held=2.55),
     torch_zero=setup(80.0, held=2.6),
 )
 
@@ -129,6 +130,8 @@ def test_what_is_missing_is_not_measured():
     assert "| DDP, eager | speed ≥ 1.03× torch's DDP at its best setting | 1.055× | yes |" in table
     assert "| DDP, bf16 on the wire, eager" in table
     assert "not measured" in table
+    without = run_with(alone=setup(70.0), torch=setup(78.0), bucketed=setup(75.0))
+    assert "1.040×" not in results.bars_table([without])
     # A bar for another number of ranks has an empty cell.
     assert "speed ≥ 1.05× torch's DDP + ZeroRedundancyOptimizer |  |  |" in table
     assert "NO" not in results.text(RUN).splitlines()[-1]

@@ -1,5 +1,6 @@
 """What documentation pages show of the saved runs of bench-parallel."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,12 @@ def _cells(run: Mapping[str, Any], part: str, name: str) -> list[str]:
     exposed = ""
     if alone is not None and part != "muon" and name not in ("alone", "fsdp", "fsdp alone"):
         exposed = f"{(1 - step_seconds(alone) / step_seconds(setup)) * 100:.1f} %"
-    update = sorted(setup["update_seconds"])[len(setup["update_seconds"]) // 2]
+    updates = setup["update_seconds"]
+    update = f"{statistics.median(updates) * 1e3:.1f}" if updates else ""
     return [
         f"{step_seconds(setup) * 1e3:.1f}",
         exposed,
-        f"{update * 1e3:.1f}",
+        update,
         f"{setup['held_bytes'] / 2**30:.2f}",
     ]
 

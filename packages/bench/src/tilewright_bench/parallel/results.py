@@ -48,6 +48,8 @@ class ParallelBar:
         beside = [setups[name] for name in self.beside if name in setups]
         if not ours or (self.beside and not beside):
             return None
+        if any("copy" in name and name not in setups for name in self.ours):
+            return None  # what is left of them is not the best of ours
         best = min(ours, key=step_seconds)
         if self.quantity in ("arithmetic", "memory") and not best["held_bytes"]:
             return None  # on CPUs
