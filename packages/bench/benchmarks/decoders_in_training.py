@@ -1,13 +1,14 @@
 """Small decoders trained alike on Python's own library, to compare what a configuration chooses.
 
-    python packages/bench/benchmarks/decoders_in_training.py positions --out FILE --plot SVG
+    python packages/bench/benchmarks/decoders_in_training.py positions --out FILE
 
     positions   trained on 128 bytes and read up to 512: losses by position, for every encoding, and
                 for rotary frequencies that are stretched after training
     heads       losses with 4, 2 and 1 key/value heads
     experts     loads of a mixture of experts, with the balance loss and without
 
-Minutes on one CPU core. All runs of one kind see the same batches from the same seed.
+Minutes on one CPU core. All runs of one kind see the same batches from the same seed;
+`tilewright_bench.decoders` draws the records.
 """
 
 import argparse
@@ -23,8 +24,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tilewright_bench.curves import Curves, Line, Panel
-from tilewright_bench.plots import draw
 from tilewright_model import Block, CausalLM, ModelConfig, RopeScaling, preset
 
 LENGTH, LONGEST, BATCH = 128, 512, 8
@@ -172,74 +171,14 @@ def experts(data: Tensor, held_out: Tensor, steps: int) -> dict[str, dict[str, l
     return found
 
 
-def lines(found: dict[str, list[float]], spacing: float) -> tuple[Line, ...]:
-    """A line for each entry, points so far apart."""
-    return tuple(
-        Line(
-            label=name,
-            color=color,
-            dashes=name in STRETCHED,
-            points=tuple(((i + 0.5) * spacing, y) for i, y in enumerate(values)),
-        )
-        for color, (name, values) in enumerate(found.items())
-    )
-
-
-def curves(kind: str, found: dict[str, Any]) -> Curves:
-    """What to draw of a comparison."""
-    if kind == "positions":
-        plain = {name: found[name] for name in ENCODINGS}
-        stretched = {name: found[name] for name in ("rope", *STRETCHED)}
-        panels = [("trained and read alike", plain), ("rotary, changed after training", stretched)]
-        return Curves(
-            panels=tuple(
-                Panel(
-                    title=title,
-                    x="position",
-                    y="held-out loss, nats a byte",
-                    logarithmic="",
-                    lines=lines(values, BIN),
-                )
-                for title, values in panels
-            )
-        )
-    if kind == "heads":
-        named = {f"{count} key/value heads": losses[:-1] for count, losses in found.items()}
-        panel = Panel(
-            title="", x="step", y="loss, nats a byte", logarithmic="", lines=lines(named, MEAN_OF)
-        )
-        return Curves(panels=(panel,))
-    return Curves(
-        panels=tuple(
-            Panel(
-                title="",
-                x="step",
-                y=y,
-                logarithmic="",
-                lines=lines({name: of[key] for name, of in found.items()}, MEAN_OF),
-            )
-            for key, y in (
-                ("losses", "loss, nats a byte"),
-                ("busiest ÷ mean", "load of the busiest expert ÷ mean"),
-            )
-        )
-    )
-
-
 def main() -> None:
-    """Train, print, save and draw."""
+    """Train, print and save."""
     kinds: dict[str, Any] = {"positions": positions, "heads": heads, "experts": experts}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--steps", type=int, default=400, help="[400] of each run")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--plot", type=Path, help="SVG file to write")
-    parser.add_argument("--drawn-from", type=Path, help="draw this record instead of training")
     options = parser.parse_args()
-    if options.drawn_from is not None:
-        record = json.loads(options.drawn_from.read_text())
-        draw(curves(options.kind, record[options.kind]), options.plot)
-        return
     torch.set_num_threads(1)
     data, held_out, files = corpus()
     found = kinds[options.kind](data, held_out, options.steps)
@@ -251,12 +190,11 @@ def main() -> None:
         "steps": options.steps,
         "batch": [BATCH, LENGTH],
         "mean_of": MEAN_OF,
+        "bin": BIN,
         options.kind: found,
     }
     if options.out is not None:
         options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    if options.plot is not None:
-        draw(curves(options.kind, found), options.plot)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ what it would change. Kinds of markers, with operators as in `Case.operator`:
     losses: optimizers              docs/images/<name>_losses.svg, of the training runs compared in
                                     baselines/training/<device>-<name>.json
     loads: experts                  docs/images/<name>_loads.svg, of the loads recorded there
+    decoders: positions heads       docs/images/decoders_<name>.svg and a table, of the runs in
+                                    baselines/training/cpu-<name>.json
     rates: inference                docs/images/<name>_rates.svg and a table, of the rates there
     parallel: bars steps …          steps on several GPUs (`tilewright_bench.parallel.pages`), from
                                     baselines/parallel/<device>-x<GPUs>.json
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tilewright_bench import curves, expert_loads, inference, plots, roofline
+from tilewright_bench import curves, decoders, expert_loads, inference, plots, roofline
 from tilewright_bench.bars import BARS
 from tilewright_bench.discovery import operators_in
 from tilewright_bench.judge import judge
@@ -46,7 +48,7 @@ from tilewright_bench.tables import (
 
 NOT_MEASURED = "Not measured yet."
 
-_RECORDS = ("losses", "loads", "rates", "parallel")
+_RECORDS = ("losses", "loads", "rates", "parallel", "decoders")
 """Kinds of markers whose words are no operators."""
 
 BENCHMARKS = Path("packages/bench/benchmarks")
@@ -108,6 +110,7 @@ class Figures:
             "loads": self._loads,
             "rates": self._rates,
             "parallel": self._parallel,
+            "decoders": self._decoders,
         }
         if marker.kind not in kinds:
             raise marker.error(f"{marker.kind!r} is none of {', '.join(kinds)}")
@@ -238,6 +241,22 @@ class Figures:
             self.plots[path] = plot(record)
             image = _image(title, path, marker.page)
             parts.append(f"{image}\n\n{table(record)}\n\n{_trained_with(record)}")
+        return "\n\n".join(parts)
+
+    def _decoders(self, marker: Marker) -> str:
+        parts = []
+        for kind in marker.items:
+            if kind not in decoders.KINDS:
+                raise marker.error(f"{kind!r} is none of {', '.join(decoders.KINDS)}")
+            record = decoders.load(self._root, kind)
+            if record is None:
+                parts.append(NOT_MEASURED)
+                continue
+            path = IMAGES / f"decoders_{kind}.svg"
+            self.plots[path] = decoders.comparison(record)
+            image = _image(f"Decoders trained alike: {kind}", path, marker.page)
+            table = decoders.comparison_table(record)
+            parts.append(f"{image}\n\n{table}\n\n{decoders.origin(record)}")
         return "\n\n".join(parts)
 
     def _parallel(self, marker: Marker) -> str:
