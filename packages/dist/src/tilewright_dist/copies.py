@@ -2,7 +2,8 @@
 
 The same averages as in `wire.py`, with the same bytes over the link: every rank gets the others'
 values for its piece, adds them up, and the others get the averages from it. Only the adding up is a
-kernel, which reads as much as is averaged. Pieces are added in the order of ranks, so the bits depend neither on who adds nor on where a number lies.
+kernel, which reads as much as is averaged. Pieces are added in the order of ranks, so the bits
+depend neither on who adds nor on where a number lies.
 
 Averages push values from wherever they are, so that a gradient need not be copied to a bucket
 first: a millisecond or two of a step. What lands, and what is fetched back, is in memory that ranks
