@@ -235,7 +235,7 @@ class _Training:
         return validation_loss(
             self.prepared.trainee.model,
             self.prepared.validation,
-            batch_size=max(1, self.chosen.settled.batch_size // self.environment.world_size),
+            batch_size=self.chosen.settled.micro_batch_size,
             environment=self.environment,
             autocast=self.autocast,
         )
