@@ -248,6 +248,19 @@ def test_what_changes_between_steps_is_seen(what, device):
         assert optimizer.state[ours[1]]["exp_avg"].dtype == torch.float64
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2,), (3, 2)], ids=str)
+def test_objects_are_told_from_equal_ones(shape, device):
+    ours = [torch.ones(shape, device=device) for _ in range(3)]
+    single = ours[0].numel() == 1
+    assert _plan.are_same(list(ours), ours, single)
+    assert not _plan.are_same(ours[:2], ours, single)
+    for i in range(3):
+        for other in (ours[i].clone(), torch.ones(7, device=device), None):
+            changed: list[Any] = list(ours)
+            changed[i] = other
+            assert not _plan.are_same(changed, ours, single)
+
+
 def test_a_thousand_small_tensors(backend, device):
     count = 1000 if backend == "torch" or device.type == "cuda" else 60
     ours, torchs = (make(device, shapes=[(i % 5 + 1,) for i in range(count)]) for _ in range(2))
