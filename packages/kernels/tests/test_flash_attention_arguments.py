@@ -1,13 +1,18 @@
 """What a caller of attention can get wrong, and what the message says of it."""
 
+import re
+
 import pytest
 import torch
 
 from tilewright_kernels import (
+    attention_reference,
     flash_attn_decode,
     flash_attn_varlen_func,
     scaled_dot_product_attention,
+    use_backend,
 )
+from tilewright_kernels.flash_attention.arguments import SOFTCAPS
 
 
 def test_bad_input(device):
@@ -42,12 +47,31 @@ def test_bad_input(device):
         attention(q, q, q, softcap=-1.0)
     with pytest.raises(ValueError, match=r"softcap is inf.*None for no softcap"):
         attention(q, q, q, softcap=float("inf"))
+    for softcap in (0.0, 1e-40, 1e-18, 1e39, float("nan")):
+        with pytest.raises(
+            ValueError, match=rf"softcap is {re.escape(str(softcap))}; give .* 1e-06 to 1e\+06"
+        ):
+            attention(q, q, q, softcap=softcap)
+    for scale in (float("nan"), float("inf"), -float("inf"), 1e39):
+        with pytest.raises(ValueError, match=rf"scale is {re.escape(str(scale))}; give .*None for"):
+            attention(q, q, q, scale=scale)
     with pytest.raises(ValueError, match=r"window_size is \(3, -2\)"):
         attention(q, q, q, window_size=(3, -2))
     with pytest.raises(ValueError, match=r"window_size is 3;"):
         attention(q, q, q, window_size=3)  # pyrefly: ignore[no-matching-overload]
     with pytest.raises(ValueError, match=r"causal_alignment is 'left'; give top_left or bottom"):
         attention(q, q, q, causal_alignment="left")  # pyrefly: ignore[no-matching-overload]
+
+
+@pytest.mark.parametrize("softcap", SOFTCAPS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_widest_softcaps_hide_and_cap(dtype, softcap, device):
+    q, k, v = torch.randn(3, 1, 2, 40, 16, device=device, dtype=dtype)
+    options = {"is_causal": True, "softcap": softcap}
+    expected = attention_reference(q.double(), k.double(), v.double(), **options)
+    with use_backend("triton"):
+        out = scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_bad_packed_input(device):
@@ -64,6 +88,10 @@ def test_bad_packed_input(device):
         function(q, k, v, cu_q, cu_k[:2], *longest)
     with pytest.raises(ValueError, match=r"max_seqlen_q is -1"):
         function(q, k, v, cu_q, cu_k, -1, 5)
+    with pytest.raises(ValueError, match=r"softcap is 1e-40"):
+        function(q, k, v, cu_q, cu_k, *longest, softcap=1e-40)
+    with pytest.raises(ValueError, match=r"scale is inf"):
+        function(q, k, v, cu_q, cu_k, *longest, scale=float("inf"))
     with pytest.raises(ValueError, match=r"divides query's"):
         function(q[:, :3], k, v, cu_q, cu_k, *longest)
 
@@ -78,3 +106,7 @@ def test_bad_cache(device):
         flash_attn_decode(q, k, v, lengths.long())
     with pytest.raises(ValueError, match=r"lengths has shape \(2,\); it must be \[3\]"):
         flash_attn_decode(q, k, v, lengths[:2])
+    with pytest.raises(ValueError, match=r"softcap is 1e\+39"):
+        flash_attn_decode(q, k, v, lengths, softcap=1e39)
+    with pytest.raises(ValueError, match=r"scale is nan"):
+        flash_attn_decode(q, k, v, lengths, scale=float("nan"))

@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from tilewright_kernels._operator import Operator
-from tilewright_kernels._triton import INTERPRETED
-from tilewright_kernels.flash_attention import backward, backward_problem, tiles
+from tilewright_kernels._triton import INTERPRETED, tl, triton
+from tilewright_kernels.flash_attention import (
+    backward,
+    backward_problem,
+    backward_tiles,
+    tiles,
+)
 from tilewright_kernels.flash_attention.masks import Mask, keep_reference
 from tilewright_kernels.testing import FLOATING, assert_as_accurate, check_deterministic
 
@@ -378,6 +383,51 @@ def test_scratch_memory_of_short_sequences_is_short(monkeypatch, device):
     assert max(sizes) <= 2 * 16 * 2 * 16 * 110
 
 
+@triton.jit
+def rows_kernel(out_ptr, batch, head, heads, first, rows, PACKED: tl.constexpr):
+    tl.store(out_ptr, backward_tiles.scratch_row(batch, head, heads, first, rows, PACKED, 128))
+
+
+@pytest.mark.parametrize(
+    ("place", "packed", "expected"),
+    [
+        # The last of 2¹⁸ sequences of 64 queries, in the last head; that of 2²⁴ sequences of one.
+        (
+            (2**18 - 1, 63, 64, 64 * (2**18 - 1), 3 * 2**24 + 128),
+            True,
+            63 * (3 * 2**24 + 128) + 3 * 2**24 - 256,
+        ),
+        ((2**24 - 1, 0, 1, 2**24 - 1, 129 * 2**24 + 128), True, 129 * 2**24 - 256),
+        ((2**10, 31, 32, 0, 2**16), False, (2**15 + 31) * 2**16),
+    ],
+    ids=["packed", "many", "dense"],
+)
+def test_scratch_rows_beyond_int32(place, packed, expected, device):
+    out = torch.zeros(1, dtype=torch.int64, device=device)
+    rows_kernel[(1,)](out, *place, PACKED=packed)
+    assert out.item() == expected > 2**31
+
+
+def test_scratch_memory_beyond_int32_is_for_the_portable_kernels(monkeypatch):
+    kernels: list[str] = []
+    monkeypatch.setattr(
+        OPERATOR, "launch", lambda kernel, *_, **__: kernels.append(kernel.__name__)
+    )
+    monkeypatch.setattr(tiles, "is_hopper", lambda device: True)
+    # 2¹⁸ sequences of 64 and 65 queries: 3 · 2²⁴ padded rows a head, and a few. Nothing is there.
+    for heads, suffix in ((42, "_hopper"), (43, "")):
+        x = torch.empty(2**24, heads, 64, dtype=torch.bfloat16, device="meta")
+        lse = torch.empty(heads, 2**24, device="meta")
+        cu = torch.empty(2**18 + 1, dtype=torch.int32, device="meta")
+        backward.launch_backward(
+            OPERATOR, x, x, x, x, x, lse, x, x, x, mask=Mask(), scale=1.0, softcap=0.0,
+            dropout_p=0.0, seed=None, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=65,
+            max_seqlen_k=65, deterministic=False,
+        )  # fmt: skip
+        assert kernels == [f"attention_backward_{n}{suffix}_kernel" for n in ("queries", "keys")]
+        kernels.clear()
+
+
 def test_tiles_fit_their_sequences():
     tile = backward.tile_for("keys", 128, 2, 4096, 4096)
     assert tile == backward.TILES["keys"][2][128]
@@ -461,13 +511,23 @@ def test_matches_float64_at_real_widths(width, dtype, as_users_get_it):
     check(problem, as_users_get_it)
 
 
+# On Hopper two kernels, and one: with heads of 128 both modes are the two.
+HOPPER_KERNELS = pytest.mark.parametrize(
+    ("width", "as_users_get_it"),
+    [(128, True), (64, False)],
+    ids=["two", "one"],
+    indirect=["as_users_get_it"],
+)
+
+
 @pytest.mark.gpu
+@HOPPER_KERNELS
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_matches_float64_at_real_lengths(softcap, mask, as_users_get_it):
-    options = {"mask": mask, "softcap": softcap, "scale": 128**-0.5}
+def test_matches_float64_at_real_lengths(softcap, mask, width, as_users_get_it):
+    options = {"mask": mask, "softcap": softcap, "scale": width**-0.5}
     for lengths in ((113, 203), (1023, 1024), (2048, 2048)):
-        problem = make(lengths, (4, 1), (128, 128), torch.bfloat16, "cuda", **options)
+        problem = make(lengths, (4, 1), (width, width), torch.bfloat16, "cuda", **options)
         check(problem, as_users_get_it)
 
 
@@ -479,10 +539,19 @@ def test_values_of_another_width(width, width_v, as_users_get_it):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_packed_sequences_of_real_lengths(dropout_p, as_users_get_it):
+@pytest.mark.parametrize(("width", "dropout_p"), [(128, 0.0), (128, 0.1), (64, 0.0)])
+def test_packed_sequences_of_real_lengths(width, dropout_p, as_users_get_it):
     lengths = ((1000, 1000), (0, 3), (129, 700), (64, 0), (1, 1))
-    options = {"mask": MASKS["bottom right"], "dropout_p": dropout_p, "width": 128, "scale": 0.1}
+    options = {"mask": MASKS["bottom right"], "dropout_p": dropout_p, "width": width, "scale": 0.1}
+    check(make_packed(lengths, (4, 2), torch.bfloat16, "cuda", **options), as_users_get_it)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+def test_packed_sequences_of_a_few_tiles(width, as_users_get_it):
+    # Small enough for sanitizers, and with more queries than the portable kernels get on Hopper.
+    lengths = ((65, 200), (0, 3), (130, 70), (100, 0))
+    options = {"mask": MASKS["bottom right"], "width": width, "scale": 0.1}
     check(make_packed(lengths, (4, 2), torch.bfloat16, "cuda", **options), as_users_get_it)
 
 
@@ -511,11 +580,14 @@ def test_more_tiles_than_multiprocessors():
 
 
 @pytest.mark.gpu
-def test_more_than_two_to_the_31_elements(as_users_get_it):
+@HOPPER_KERNELS
+def test_more_than_two_to_the_31_elements(width, as_users_get_it):
     # With a window, the last gradients are those of the last tokens alone.
     tokens, tail, mask = 2**20 + 128, 512, Mask(causal=True, left=100)
     generator = torch.Generator("cuda").manual_seed(0)
-    x = torch.randn(1, tail, 16, 128, generator=generator, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(
+        1, tail, 2048 // width, width, generator=generator, device="cuda", dtype=torch.bfloat16
+    )
     problem = Problem(x, x, x, x, mask=mask, scale=0.1)
     out, lse = attention(x.float(), x.float(), x.float(), problem)
     short = gradients(problem, out, lse, as_users_get_it)

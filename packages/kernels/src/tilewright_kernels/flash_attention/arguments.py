@@ -1,19 +1,30 @@
 """What a caller of attention can get wrong, checked before anything runs."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from tilewright_kernels._operator import check_floating, check_same_device
 from tilewright_kernels.dropout import check_probability
 
+LARGEST_SCALE, SOFTCAPS = 1e30, (1e-6, 1e6)
+"""What float32 has room for: scale over softcap, and what a kernel gives a hidden score, -2⁶³ times
+softcap, which must stay below every other. A softcap beyond these hides all scores or caps none."""
 
-def check_options(dropout_p: float, softcap: float | None) -> None:
-    """Raise on a probability or a softcap outside of its range."""
+
+def check_options(dropout_p: float, softcap: float | None, scale: float | None) -> None:
+    """Raise on a probability, a softcap or a scale outside of its range."""
     check_probability(dropout_p)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}; give a positive number, or None for no softcap")
+    least, most = SOFTCAPS
+    if softcap is not None and not least <= softcap <= most:
+        raise ValueError(
+            f"softcap is {softcap}; give a number from {least:g} to {most:g}, or None for no "
+            "softcap"
+        )
+    if scale is not None and not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
+        raise ValueError(
+            f"scale is {scale}; give a number of at most {LARGEST_SCALE:g} in size, or None for "
+            "1 / sqrt(D)"
+        )
 
 
 def check_same_kind(query: Tensor, **others: Tensor) -> None:

@@ -65,6 +65,9 @@ ROWS = 32
 HOPPER_HEAD = 40
 """The least head dimension that the kernels for Hopper take."""
 
+DESCRIBED_ROWS = 2**31 - 1
+"""Rows of scratch memory, at most, that a descriptor reaches: its coordinates are int32."""
+
 FUSED_KEYS = 1536
 """Keys that a query must see in the mean for one kernel to be faster on Hopper than two.
 
@@ -167,7 +170,8 @@ def launch_backward(
         max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
     dropout, long = problem.flags["HAS_DROPOUT"], problem.lengths[0] > HOPPER_QUERIES
-    hopper = not dropout and long and hopper_takes(HOPPER_HEAD, q, k, v, dout)
+    countable = len(problem.lse2) <= DESCRIBED_ROWS
+    hopper = not dropout and long and countable and hopper_takes(HOPPER_HEAD, q, k, v, dout)
     if not deterministic and dq is not None and dk is not None and dv is not None:
         if hopper and hopper_width(q, v) == 64 and problem.keys_seen >= FUSED_KEYS:
             _launch_rows(problem, out, dout, lse, dlse, None)
@@ -247,7 +251,7 @@ def _launch_keys(
     tile = _tile(problem, "keys" if sums is None else "all", q)
     widths = problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"]
     read, tma = sources((q, dout), (tile.BLOCK_M, tile.BLOCK_M), widths)
-    sums_tma = sums is not None and tma and not INTERPRETED
+    sums_tma = sums is not None and tma and not INTERPRETED and len(problem.lse2) <= DESCRIBED_ROWS
     target: Any = sums
     if sums is not None and sums_tma:
         block = [sums.shape[0], tile.BLOCK_M]

@@ -175,7 +175,7 @@ def attention_backward_hopper_kernel(
     row, head = begin, kv_head * GROUP
     scratch = scratch_row(
         batch, head, kv_heads * GROUP, first_q, rows_per_head, PACKED, SCRATCH_ROWS
-    )
+    ).to(gl.int32)  # as TMA counts, and `launch_backward` sees to
     if steps > 0:
         mbarrier.expect(keys_full, 4 * BLOCK_N * BLOCK_D)
         _copy(k_desc, keys_full, k, index, kv_head, first_k + first_key, True)

@@ -31,7 +31,7 @@ def _add_columns(
 ):  # fmt: skip
     """sums[:, col …] += tile, atomically. The interpreter's descriptors cannot add."""
     if TMA:
-        sums.atomic_add([0, col], tile)
+        sums.atomic_add([0, col.to(tl.int32)], tile)
     else:
         rows = tl.arange(0, ROWS).to(tl.int64)[:, None]
         cols = col + tl.arange(0, COLS)[None, :]

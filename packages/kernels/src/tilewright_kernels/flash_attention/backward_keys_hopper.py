@@ -99,7 +99,7 @@ def _fetch(
                 rows_per_head,
                 PACKED,
                 SCRATCH_ROWS,
-            )
+            ).to(gl.int32)  # as TMA counts, and `launch_backward` sees to
             steps = (end - begin) // BLOCK_M * GROUP
             row, head, scratch = begin, kv_head * GROUP, first_scratch
             for n in range(steps + 1):

@@ -132,10 +132,7 @@ def _row_terms(
         out, dout.load(layout), lse_ptr, dlse_ptr, index, head, first_q, rows, len_q,
         lse_strides, dlse_strides, gl.float32,
     )  # fmt: skip
-    to = (
-        scratch_row(batch, head, heads, first_q, rows_per_head, PACKED, SCRATCH_ROWS).to(gl.int64)
-        + rows
-    )
+    to = scratch_row(batch, head, heads, first_q, rows_per_head, PACKED, SCRATCH_ROWS) + rows
     gl.store(lse2_ptr + to, lse2)
     gl.store(minus_delta_ptr + to, minus_delta)
     lse2 = gl.convert_layout(lse2, rows_of)[:, None]

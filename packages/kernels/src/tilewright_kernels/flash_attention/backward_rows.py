@@ -67,7 +67,7 @@ def attention_backward_rows_kernel(
         out, dout, lse_ptr, dlse_ptr, index, head, first, rows, length,
         (lse_batch, lse_head, lse_row), (dlse_batch, dlse_head, dlse_row), ACC,
     )  # fmt: skip
-    rows = scratch.to(tl.int64) + rows
+    rows += scratch
     tl.store(lse2_ptr + rows, lse2)
     tl.store(minus_delta_ptr + rows, minus_delta)
     if sums_ptr is not None:
@@ -93,8 +93,8 @@ def attention_backward_finish_kernel(
     index, first, length, _, _ = sequence(batch, len_q, len_q, cu_q_ptr, cu_q_ptr)
     if row >= length:
         return
-    rows = scratch_row(batch, head, heads, first, rows_per_head, PACKED, PADDED).to(tl.int64)
-    rows += row + tl.arange(0, ROWS)
+    rows = scratch_row(batch, head, heads, first, rows_per_head, PACKED, PADDED) + row
+    rows += tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D).to(tl.int64)[:, None]
     sums = tl.load(sums_ptr + cols * all_rows + rows[None, :])
     store_rows(
@@ -125,7 +125,7 @@ def attention_backward_unpack_kernel(
     if row >= length:
         return
     at = scratch_row(batch, head, heads, first, rows_per_head, PACKED, PADDED) + row
-    sums_ptr += tl.cast(at, tl.int64) * BLOCK_D
+    sums_ptr += at * BLOCK_D
     sums = tl.load(sums_ptr + tl.arange(0, 64 * BLOCK_D))
     sums = sums.reshape(4, 2, BLOCK_D // 16, 8, 4, 2, 2).permute(0, 5, 3, 1, 2, 4, 6)
     sums = sums.reshape(64, BLOCK_D) * tl.full((), scale, tl.float32)

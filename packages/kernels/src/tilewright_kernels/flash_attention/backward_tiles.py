@@ -19,8 +19,10 @@ def scratch_row(
     """The row of scratch memory where the queries of a sequence and head begin.
 
     Dense: [batch, heads, rows_per_head]. Packed: [heads, rows_per_head], in which each sequence
-    begins at a multiple of PADDED, and none reaches the next.
+    begins at a multiple of PADDED, and none reaches the next. int64: many short packed sequences
+    are padded to more rows than int32 counts.
     """
+    batch, head = tl.cast(batch, tl.int64), tl.cast(head, tl.int64)
     if PACKED:
         padded = (first_q + batch * PADDED) // PADDED * PADDED
         row = head * rows_per_head + padded

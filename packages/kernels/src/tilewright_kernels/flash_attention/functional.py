@@ -95,7 +95,7 @@ def scaled_dot_product_attention(
     query, key, value = autocast(query, key, value)
     mask = as_mask(is_causal, causal_alignment, window_size)
     check_attention(query, key, value, attn_mask, is_causal, enable_gqa)
-    check_options(dropout_p, softcap)
+    check_options(dropout_p, softcap, scale)
     unsupported = "attn_mask is given" if attn_mask is not None else unsupported_heads(query, value)
     warn_of(_OP, query, unsupported)
     if not _OP.uses_triton(query, unsupported):

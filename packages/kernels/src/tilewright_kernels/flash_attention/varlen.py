@@ -103,7 +103,7 @@ def flash_attn_varlen_func(
     q, k, v = autocast(q, k, v)
     mask = as_mask(is_causal, "bottom_right", window_size)
     _check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    check_options(dropout_p, softcap)
+    check_options(dropout_p, softcap, scale)
     unsupported = unsupported_heads(q, v)
     warn_of(_VARLEN, q, unsupported)
     if not _VARLEN.uses_triton(q, unsupported):
@@ -211,7 +211,7 @@ def flash_attn_decode(
     """
     mask = as_mask(True, "bottom_right", window_size)
     _check_cache(q, k_cache, v_cache, lengths)
-    check_options(0.0, softcap)
+    check_options(0.0, softcap, scale)
     unsupported = unsupported_heads(q, v_cache)
     warn_of(_DECODE, q, unsupported)
     if _DECODE.uses_triton(q, unsupported):

@@ -206,7 +206,7 @@ def flash_attn_with_kvcache(
     """
     tables = _check(q, k_cache, v_cache, k, v, cache_seqlens, cos, sin, counters)
     _check_norms(q, q_norm_weight, k_norm_weight)
-    check_options(0.0, softcap)
+    check_options(0.0, softcap, scale)
     left = as_mask(True, "bottom_right", window_size).window[0]
     unsupported = unsupported_heads(q, v_cache)
     warn_of(_OP, q, unsupported)
