@@ -23,7 +23,7 @@ from tilewright_kernels import (
 ROUTES = by_device(
     gpu=[(16384, 128, 8), (16384, 64, 8), (16384, 256, 8), (16384, 8, 2)], cpu=[(40, 8, 2)]
 )
-ROWS = by_device(gpu=[(16384, 8, 2048), (16384, 2, 4096)], cpu=[(12, 2, 16)])
+ROWS = by_device(gpu=[(16384, 8, 2048), (16384, 2, 4096)], cpu=[(12, 2, 64)])
 STATISTICS = by_device(gpu=[(16384, 128), (16384, 8)], cpu=[(40, 8)])
 EXPERTS = 64
 
@@ -135,14 +135,15 @@ def torch_statistics(logits: Tensor) -> tuple[Tensor, ...]:
 
 def statistics_case(tokens: int, experts: int, dtype: torch.dtype = torch.bfloat16) -> Case:
     size = tokens * experts
+    sums = 4 * (experts + 1)
     return Case(
         operator="router_statistics",
         shape=(tokens, experts),
         dtype=dtype,
         make_inputs=normal_inputs((tokens, experts), dtype=dtype),
         reference=torch_statistics,
-        forward=Work(bytes=size * dtype.itemsize, flops=5 * size),
-        backward=Work(bytes=2 * size * dtype.itemsize, flops=9 * size),
+        forward=Work(bytes=size * dtype.itemsize + sums, flops=5 * size),
+        backward=Work(bytes=2 * size * dtype.itemsize + sums, flops=9 * size),
     )
 
 
