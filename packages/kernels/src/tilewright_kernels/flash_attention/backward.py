@@ -93,9 +93,8 @@ multiprocessor with tiles of 32 x 64 only. Wider types are not measured; in them
 # against 0.77 (queries) at D 128, 1.01 against 1.39 and 0.70 against 0.72 at D 64. Other widths and
 # types are not measured.
 TILES: dict[str, dict[int, dict[int, Tile]]] = {
-    # With dq among its products.
+    # With dq among its products, for types in which that pays.
     "all": {
-        2: {64: Tile(64, 64, 3, 4), 128: Tile(32, 64, 2, 4), 256: Tile(32, 64, 2, 8)},
         4: {64: Tile(32, 64, 2, 4), 128: Tile(32, 32, 2, 4), 256: Tile(16, 32, 1, 4)},
         8: {256: Tile(16, 16, 1, 4)},
     },
