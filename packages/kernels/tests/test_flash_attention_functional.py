@@ -385,7 +385,8 @@ def test_memory_is_linear_in_the_length():
             out.backward(torch.ones_like(out))
             extra[length] = torch.cuda.max_memory_allocated() - before
             del out
-        assert extra[length] < 8 * q.numel() * q.element_size()
+        # 3.3 of q, and 2 more if dq were summed in float32.
+        assert extra[length] < 5 * q.numel() * q.element_size()
     assert extra[65536] < 2.1 * extra[32768]
 
 

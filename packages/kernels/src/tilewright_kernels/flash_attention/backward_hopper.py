@@ -13,8 +13,9 @@ dq is added up in float32, atomically and so in no fixed order, in sums whose el
 tensor cores leave them: each warp adds 512 adjacent bytes at a time. `attention_backward_unpack`
 puts them in order.
 
-Left to the other kernels: heads wider than 64, for whose tiles the registers do not suffice,
-float32, dropout, and tensors that no descriptor fits.
+Left to the other kernels: heads wider than 64, for whose tiles the registers do not suffice, heads
+narrower than 40, 64 queries or fewer, float32, dropout, tensors that no descriptor fits, and 2³¹
+rows of scratch memory or more.
 """
 
 from torch import Tensor

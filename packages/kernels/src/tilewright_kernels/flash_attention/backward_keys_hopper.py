@@ -8,8 +8,9 @@ as keys by queries. As in forward_hopper.py one warp does nothing but fetch, a p
 tile of 128 keys after another, and two warpgroups have 64 keys each. They share the queries that
 come by, and each leaves out those that none of its own keys is seen by.
 
-Left to `backward_keys`: heads wider than 128, float32, dropout, tensors that no descriptor fits,
-and dq: backward_hopper.py has that among its products.
+Left to `backward_keys`: heads wider than 128 or narrower than 40, 64 queries or fewer, float32,
+dropout, tensors that no descriptor fits, and 2³¹ rows of scratch memory or more. dq is another
+kernel's: backward_hopper.py has it among its products.
 """
 
 from torch import Tensor

@@ -11,8 +11,8 @@ arithmetic. Nothing is added up in memory: the same bits in every run.
 
 The kernel of the keys runs afterwards, and finds lse2 and -delta in scratch memory.
 
-Left to `backward_queries`: heads wider than 128, float32, dropout, and tensors that no descriptor
-fits.
+Left to `backward_queries`: heads wider than 128 or narrower than 40, 64 queries or fewer, float32,
+dropout, tensors that no descriptor fits, and 2³¹ rows of scratch memory or more.
 """
 
 from torch import Tensor

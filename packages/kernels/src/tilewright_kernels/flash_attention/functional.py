@@ -72,13 +72,13 @@ def scaled_dot_product_attention(
             1 / (1 - p). Set it to 0 outside of training. Its seed is drawn from the generator of
             query's device.
         is_causal: hide the keys after a query's own place.
-        scale: of the scores; None is 1 / sqrt(D).
+        scale: of the scores, at most 1e30 in size; None is 1 / sqrt(D).
         enable_gqa: allow H to be a multiple of K: query head h reads key head h // (H / K).
         causal_alignment: "top_left" as torch, or "bottom_right": the last query stands at the last
             key, as with a cache. Of windows too.
         window_size: (left, right), the number of keys seen before and after the query's own place;
             -1 is all of them.
-        softcap: scores become softcap · tanh(score / softcap) before the mask.
+        softcap: scores become softcap · tanh(score / softcap) before the mask; 1e-6 to 1e6.
         return_lse: also return the logarithms of softmax's denominators.
         deterministic: whether two backwards give the same bits, at the cost of two more products;
             None follows torch.are_deterministic_algorithms_enabled().
