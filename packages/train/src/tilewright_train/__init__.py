@@ -1,8 +1,8 @@
-"""Pretraining from one command, on a laptop or on a GPU.
+"""Pretraining and fine-tuning from one command each, on a laptop or on a GPU.
 
-`train-pretrain` with no argument trains a small model on the Python standard library. A script
-makes a `PretrainConfig` and hands it to `tilewright_train.pretraining.run`; that module is not
-imported here, because it imports torch.
+`train-pretrain` with no argument trains a small model on the Python standard library, `train-sft`
+teaches it to answer. A script makes a `PretrainConfig` and hands it to
+`tilewright_train.pretraining.run`; that module is not imported here, because it imports torch.
 """
 
 from tilewright_train.config import (

@@ -1,4 +1,7 @@
-"""`python -m tilewright_train`, which torchrun can start, is `train-pretrain`."""
+"""`python -m tilewright_train`, which torchrun can start: `train-pretrain`.
+
+With `--objective sft` it is `train-sft`.
+"""
 
 from tilewright_train.cli import pretrain
 

@@ -1,9 +1,10 @@
 """Checkpoints: safetensors and JSON, written whole or not at all, checked before they are read.
 
 `checkpoints/step-000120/` holds config.json, model.safetensors and tokenizer.json (a model that
-other programs can load), optimizer.safetensors, random.safetensors, training.json, and last of all
-MANIFEST.json with size and SHA-256 of each. The folder is written beside its place, flushed to the
-disk and renamed: under its name it is complete, or damaged from outside.
+other programs can load), chat_template.jinja where it chats, optimizer.safetensors,
+random.safetensors, training.json, and last of all MANIFEST.json with size and SHA-256 of each. The
+folder is written beside its place, flushed to the disk and renamed: under its name it is complete,
+or damaged from outside.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from tilewright_model import CausalLM
 from tilewright_train import optimizer_state as optimizer_states
+from tilewright_train.chat_template import TEMPLATE_FILE
 from tilewright_train.errors import InputError, writing
 
 MANIFEST = "MANIFEST.json"
@@ -149,6 +151,7 @@ def save(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     random_states: Mapping[str, torch.Tensor],
     tokenizer: str,
+    chat_template: str | None = None,
     facts: Mapping[str, Any],
     keep: int,
 ) -> Path:
@@ -163,6 +166,7 @@ def save(
         scheduler: Of the optimizer.
         random_states: From `random_states()` of every process.
         tokenizer: Text of tokenizer.json.
+        chat_template: Text of chat_template.jinja, where the model chats.
         facts: JSON; comes back from `load`.
         keep: Checkpoints to leave, this one included.
 
@@ -182,6 +186,8 @@ def save(
             beside.mkdir()
             model.save_pretrained(beside)
             (beside / _TOKENIZER).write_text(tokenizer, encoding="utf-8")
+            if chat_template is not None:
+                (beside / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
             tensors, record = optimizer_states.flatten(optimizer, model, optimizer_state)
             _save_tensors(tensors, beside / _OPTIMIZER)
             _save_tensors(dict(random_states), beside / _RANDOM)

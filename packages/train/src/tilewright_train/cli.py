@@ -1,4 +1,4 @@
-"""The command `train-pretrain`: options in, an exit status out.
+"""The commands `train-pretrain` and `train-sft`: options in, an exit status out.
 
 0: trained, or finished before. 2: something that the user can mend, said in one line on stderr.
 128 + n: stopped by signal n. A traceback is a mistake of ours.
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tilewright_train.config import PretrainConfig
+from tilewright_train.config import Objective, PretrainConfig
 from tilewright_train.errors import InputError, TrainingStopped, one_line
 from tilewright_train.layers import CONFIG_FILE, parse
 
@@ -18,10 +18,15 @@ def pretrain() -> None:
     sys.exit(main(sys.argv[1:]))
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run `train-pretrain` with these arguments and give its exit status."""
+def sft() -> None:
+    """Entry point."""
+    sys.exit(main(sys.argv[1:], "sft"))
+
+
+def main(arguments: Sequence[str], objective: Objective = "pretrain") -> int:
+    """Run the command of `objective` with these arguments and give its exit status."""
     try:
-        _run(arguments)
+        _run(arguments, objective)
     except BrokenPipeError:
         return 141  # `train-pretrain | head`: whoever read the lines has gone
     except (InputError, OSError) as error:
@@ -33,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _run(arguments: Sequence[str]) -> None:
-    config = parse(arguments)
+def _run(arguments: Sequence[str], objective: Objective) -> None:
+    config = parse(arguments, objective)
     _wait_politely()
     # torch takes seconds to import: --help and a mistyped flag do not wait for it.
     try:
@@ -48,7 +53,7 @@ def _run(arguments: Sequence[str]) -> None:
         begun = _runs(config) - earlier if config.run.resume == "never" else {config.run.resume}
         if len(begun) != 1:  # none, or somebody else has begun one there as well
             raise
-        going_on = f"; go on from what is saved with: train-pretrain --resume {begun.pop()}"
+        going_on = f"; go on from what is saved with: {config.command} --resume {begun.pop()}"
         raise KeyboardInterrupt(going_on) from None
 
 

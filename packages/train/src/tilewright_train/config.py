@@ -1,4 +1,4 @@
-"""What a pretraining run can be told: four groups of options, checked when they are made.
+"""What a training run can be told: five groups of options, checked when they are made.
 
 An option that is None is chosen by the run, which prints the choice with its reason
 (`automatic.py`). Every option is a flag (`seq_len` is `--seq-len`) and a key of the TOML file,
@@ -17,6 +17,8 @@ from tilewright_train.errors import InputError, suggest
 STDLIB = "stdlib"
 STORIES = "stories"
 
+Objective = Literal["pretrain", "sft"]
+"""Predict every token of texts; predict the assistant's tokens of conversations."""
 
 Parallel = Literal["ddp", "zero1"]
 
@@ -50,6 +52,9 @@ class DataOptions:
     """Processes that read and pack batches."""
     prefetch: int = 2
     """Batches that each worker has ready."""
+    chat_template: Path | None = None
+    """With SFT: a Jinja file that turns a conversation into text and marks the assistant's part by
+    {% generation %}. Default: that of --init, else ChatML."""
     pin_memory: bool = True
     """Batches go to the GPU from page-locked memory, while it computes."""
 
@@ -88,6 +93,9 @@ class DataOptions:
 class ModelOptions:
     """The size of the model: a preset, and fields of it to change."""
 
+    init: str = "scratch"
+    """Where weights and tokenizer come from: «scratch», the folder of a finished run, or «auto» for
+    the latest pretraining in --out. The other options of the model are then that run's."""
     preset: str | None = None
     """A row of the table of presets in tilewright_model."""
     hidden_size: int | None = None
@@ -111,7 +119,7 @@ class ModelOptions:
     def overrides(self) -> dict[str, int]:
         """The fields of the preset that were given, by their name in ModelConfig."""
         given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: v for k, v in given.items() if k != "preset" and v is not None}
+        return {k: v for k, v in given.items() if k not in ("init", "preset") and v is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +194,10 @@ class MachineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where the run is written, how often, and how it goes on."""
+    """What the run learns, where it is written, how often, and how it goes on."""
 
+    objective: Objective = "pretrain"
+    """«pretrain»: all tokens of texts; «sft»: the assistant's tokens of conversations."""
     out: Path = Path("runs")
     """Folder in which every run gets a folder of its own."""
     name: str | None = None
@@ -195,7 +205,7 @@ class RunOptions:
     resume: str = "never"
     """Go on with a run: its folder, or «auto» (as does the bare flag) for the latest in --out."""
     resume_from_older: bool = False
-    """With --resume: where the newest checkpoint is damaged, take the newest whole one."""
+    """With --resume or --init: where the newest checkpoint is damaged, take an older whole one."""
     save_every: int | None = None
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
@@ -210,9 +220,12 @@ class RunOptions:
     """Beginning of the sample that is drawn at the end."""
     sample_tokens: int = 160
     """Tokens of the sample."""
+    tasks: int = 200
+    """With SFT on stories: held-out tasks of either kind that are answered before and after."""
 
     def __post_init__(self) -> None:
-        for name in ("save_every", "keep", "eval_every", "log_every", "sample_tokens"):
+        _check_choices(self)
+        for name in ("save_every", "keep", "eval_every", "log_every", "sample_tokens", "tasks"):
             _check_range(self, name, at_least=1)
         _check_range(self, "eval_tokens", at_least=2)
         if self.name is not None and not re.fullmatch(r"[^/\\.][^/\\]*", self.name):
@@ -224,13 +237,18 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Everything that `train-pretrain` can be told. With nothing told, it trains all the same."""
+    """Everything that a command can be told. With nothing told, it trains all the same."""
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
     run: RunOptions = field(default_factory=RunOptions)
+
+    @property
+    def command(self) -> str:
+        """What starts such a run and goes on with it."""
+        return f"train-{self.run.objective}"
 
 
 SECTIONS: dict[str, type] = {
@@ -242,9 +260,30 @@ SECTIONS: dict[str, type] = {
 }
 """Sections of the TOML file, in the order in which they are written."""
 
+
+def defaults(objective: Objective) -> PretrainConfig:
+    """What a run of this objective takes where nothing is given."""
+    if objective == "pretrain":
+        return PretrainConfig()
+    return PretrainConfig(
+        data=DataOptions(data=(STORIES,), packing="best_fit"),
+        model=ModelOptions(init="auto"),
+        run=RunOptions(objective=objective),
+    )
+
+
 FREE_AT_RESUME = frozenset(
     {"cache_dir", "out", "name", "resume", "resume_from_older", "prompt", "sample_tokens"}
-    | {"save_every", "keep", "eval_every", "log_every", "workers", "prefetch", "pin_memory"}
+    | {
+        "save_every",
+        "keep",
+        "eval_every",
+        "log_every",
+        "tasks",
+        "workers",
+        "prefetch",
+        "pin_memory",
+    }
 )
 """Options that change what is written, not what is computed: a resumed run may set them anew."""
 

@@ -10,9 +10,10 @@ import torch
 from tilewright_kernels import BackendReport, backend_report
 from tilewright_model import count_parameters
 from tilewright_train import machine
+from tilewright_train.answers import held_out_answers
 from tilewright_train.automatic import Chosen
 from tilewright_train.bigram import BigramModel
-from tilewright_train.config import STDLIB
+from tilewright_train.config import STDLIB, STORIES
 from tilewright_train.evaluation import draw_sample
 from tilewright_train.metrics import (
     Record,
@@ -25,6 +26,8 @@ from tilewright_train.progress import Reporter, format_seconds
 
 # 16 M pairs are counted in about two seconds; a bigram of 4,096² entries gains little from more.
 _BIGRAM_TOKENS = 1 << 24
+
+_SHOWN = 3  # answers of either kind
 
 
 def finish(
@@ -48,24 +51,27 @@ def finish(
     fitted_on = torch.cat([split[: max(1, int(share * split.numel()))] for split in splits])
     bigram = BigramModel(fitted_on, shape.vocab_size).loss(prepared.validation.batches(64))
     capped = f" (fitted on the first {_BIGRAM_TOKENS:,} tokens)" if of_all > _BIGRAM_TOKENS else ""
-    text = draw_sample(
-        prepared.trainee.model,
-        prepared.corpus.tokenizer,
-        prompt=settled.prompt,
-        tokens=config.run.sample_tokens,
-        seed=config.training.seed,
-        autocast=autocast,
-    )
-    sample = run.sample(settled.steps)
-    sample.parent.mkdir(exist_ok=True)
-    sample.write_text(text, encoding="utf-8")
+    text = None
+    if prepared.template is None:
+        text = draw_sample(
+            prepared.trainee.model,
+            prepared.corpus.tokenizer,
+            prompt=settled.prompt,
+            tokens=config.run.sample_tokens,
+            seed=config.training.seed,
+            autocast=autocast,
+        )
+        _keep_sample(prepared, settled.steps, text)
     # Imported here: it takes a second, and the first time it looks through all fonts.
     from tilewright_train.report import plot_losses
 
     parameters = count_parameters(shape).total
     title = f"{run.root.name}: {parameters / 1e6:.1f} M parameters, {settled.steps} steps"
     plot_losses(records, run.picture, title=title, vocab_size=shape.vocab_size, bigram_loss=bigram)
+    matches = answer_tasks(chosen, prepared, settled.steps, autocast, reporter)
     summary = _summary(chosen, prepared, records, bigram, report)
+    if matches:
+        summary["exact_match"] = matches
     run.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     first, last = val_losses[0], val_losses[-1]
@@ -77,14 +83,63 @@ def finish(
         f" steps; {format_seconds(records[-1].time)} in all,"
         f" {summary['data_share'] or 0:.1%} of it waiting for data",
         f"backends     {_backends_in_words(report)}",
-        "sample",
-        *(f"    {line}" for line in text.splitlines()),
+        *([] if text is None else ["sample", *(f"    {line}" for line in text.splitlines())]),
         f"run          {run.root}",
         f"picture      {run.picture}",
         f"next         {_next_command(chosen)}",
     )
     for line in lines:
         reporter.say(line)
+
+
+def answer_tasks(
+    chosen: Chosen, prepared: Prepared, step: int, autocast: torch.autocast, reporter: Reporter
+) -> dict[str, dict[str, float]]:
+    """Of SFT on stories: have held-out tasks answered, say and keep how many were right.
+
+    Args:
+        chosen: The options.
+        prepared: The run.
+        step: Steps that are done.
+        autocast: Precision of the answers.
+        reporter: Takes the figures and some answers.
+
+    Returns:
+        Exact match by steps done, also at the start; empty where there are no such tasks.
+    """
+    if prepared.template is None or STORIES not in chosen.config.data.data:
+        return {}
+    answers = held_out_answers(
+        prepared.trainee.model,
+        prepared.corpus.tokenizer,
+        prepared.template,
+        count=chosen.config.run.tasks,
+        autocast=autocast,
+    )
+    file = prepared.run.answers
+    matches = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    matches[str(step)] = {
+        "instances": answers.instances.exact_match,
+        "templates": answers.templates.exact_match,
+    }
+    file.write_text(json.dumps(matches, indent=2) + "\n", encoding="utf-8")
+    shown = [*answers.instances.samples(_SHOWN), *answers.templates.samples(_SHOWN)]
+    _keep_sample(prepared, step, "\n".join(shown) + "\n")
+    when = "before training" if step == 0 else "after training"
+    reporter.say(
+        f"exact match  {answers.instances.exact_match:.1%} of {len(answers.instances.tasks)}"
+        f" held-out tasks, {answers.templates.exact_match:.1%} of as many asked in unseen ways;"
+        f" {when}"
+    )
+    for line in shown:
+        reporter.say(f"    {line}")
+    return matches
+
+
+def _keep_sample(prepared: Prepared, step: int, text: str) -> None:
+    file = prepared.run.sample(step)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text, encoding="utf-8")
 
 
 def _summary(
@@ -134,6 +189,8 @@ def _backends_in_words(report: BackendReport) -> str:
 
 
 def _next_command(chosen: Chosen) -> str:
+    if chosen.config.run.objective == "sft":
+        return "train-sft --data FILE_OR_FOLDER    (your own conversations: .jsonl, .parquet)"
     data = " ".join(chosen.config.data.data)
     if data == STDLIB:
         return "train-pretrain --data FILE_OR_FOLDER    (your own text: .jsonl, .txt, .md, .py, …)"

@@ -21,19 +21,28 @@ from tilewright_train.config import (
     SECTIONS,
     STDLIB,
     STORIES,
+    Objective,
     PretrainConfig,
+    defaults,
     option_sections,
     with_options,
 )
 from tilewright_train.errors import InputError, suggest
 
 CONFIG_FILE = "config.toml"
+SUMMARY_FILE = "summary.json"
 
 _FLAGS_ALONE = frozenset({"resume", "resume_from_older"})
 """What to do with a run that is there; a file says what a run is."""
 
-_DESCRIPTION = """Pretrain a language model. With no argument it trains a small one on the Python
-standard library and ends with a sample, a picture of the loss and the next command to try.
+_DESCRIPTIONS: dict[Objective, str] = {
+    "pretrain": """Pretrain a language model. With no argument it trains a small one on the Python
+standard library and ends with a sample, a picture of the loss and the next command to try.""",
+    "sft": """Teach a pretrained model to answer. With no argument it takes the latest pretraining
+in --out and the built-in tasks, and prints how many of those held out it answers before and
+after.""",
+}
+_REST = """
 
 An option that is not given takes its value from the TOML file (--config), else its default; where
 the default is «auto» the run chooses and prints why."""
@@ -47,8 +56,11 @@ class _CommandLine(PretrainConfig):
     """A TOML file of options, such as the config.toml of an earlier run."""
 
 
-def parse(arguments: Sequence[str]) -> PretrainConfig:
+def parse(arguments: Sequence[str], objective: Objective = "pretrain") -> PretrainConfig:
     """The configuration that `arguments` ask for.
+
+    `--objective` among them changes the objective and with it the defaults. With `--init` the
+    model's options are those of the run that is begun with.
 
     With `--resume` the run's own config.toml is the base, and only options that do not change
     what is computed may differ from it. `run.resume` of the result is the run's folder.
@@ -57,16 +69,19 @@ def parse(arguments: Sequence[str]) -> PretrainConfig:
         InputError: An unknown flag or key, a value out of range, no run to resume.
         SystemExit: Status 0 after `--help`.
     """
-    given = _parse_flags(arguments, default=_CommandLine())
+    given = _parse_flags(arguments, default=_on_command_line(defaults(objective)))
+    if given.run.objective != objective:
+        return parse(arguments, given.run.objective)
     if given.run.resume == "never":
-        if given.config is None:
-            return _plain(given)
-        base = read_toml(given.config)
-        return _plain(_parse_flags(arguments, default=_on_command_line(base)))
+        base = defaults(objective) if given.config is None else read_toml(given.config, objective)
+        asked = _plain(_parse_flags(arguments, default=_on_command_line(base)))
+        if asked.model.init != "scratch":
+            return _begun_with(asked, base)
+        return asked
     if given.config is not None:
         raise InputError("--config and --resume exclude each other: a run keeps its config.toml")
-    folder = find_run(given.run.resume, given.run.out)
-    base = with_options(read_toml(folder / CONFIG_FILE), resume=str(folder))
+    folder = find_run(given.run.resume, given.run.out, objective)
+    base = with_options(read_toml(folder / CONFIG_FILE, objective), resume=str(folder))
     resumed = _plain(_parse_flags(arguments, default=_on_command_line(base)))
     resumed = with_options(resumed, resume=str(folder))
     changed = [n for n in _different(base, resumed) if n not in FREE_AT_RESUME]
@@ -79,12 +94,13 @@ def parse(arguments: Sequence[str]) -> PretrainConfig:
     return resumed
 
 
-def find_run(which: str, out: Path) -> Path:
+def find_run(which: str, out: Path, objective: Objective = "pretrain") -> Path:
     """The folder of the run to resume.
 
     Args:
         which: A folder, or «auto» for the run in `out` that was written last.
         out: The folder of all runs.
+        objective: Of the latest run.
     """
     if which != "auto":
         folder = Path(which)
@@ -94,14 +110,72 @@ def find_run(which: str, out: Path) -> Path:
                 f"printed, or --resume alone for the latest"
             )
         return folder
-    runs = [file.parent for file in out.glob(f"*/{CONFIG_FILE}")]
+    runs = _runs(out, objective)
     if not runs:
         raise InputError(f"nothing to resume in {out}: start a run first, or give --out")
+    return _latest(runs)
+
+
+def _latest(runs: Sequence[Path]) -> Path:
     return max(runs, key=lambda run: max(file.stat().st_mtime_ns for file in run.iterdir()))
 
 
-def read_toml(path: Path) -> PretrainConfig:
+def _runs(out: Path, objective: Objective) -> list[Path]:
+    """The runs of one objective; those that say nothing of theirs pretrain."""
+    return [
+        file.parent for file in out.glob(f"*/{CONFIG_FILE}") if _objective_in(file) == objective
+    ]
+
+
+def _objective_in(path: Path) -> Any:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "pretrain"
+    run = tables.get("run")
+    return run.get("objective", "pretrain") if isinstance(run, Mapping) else "pretrain"
+
+
+def _begun_with(asked: PretrainConfig, base: PretrainConfig) -> PretrainConfig:
+    """`asked` with the model and the vocabulary of the run that it begins with.
+
+    Raises:
+        InputError: No such run, one that is not finished, or flags that ask for another model.
+    """
+    out, init = asked.run.out, asked.model.init
+    if init == "auto":
+        finished = [run for run in _runs(out, "pretrain") if (run / SUMMARY_FILE).exists()]
+        if not finished:
+            raise InputError(
+                f"no finished pretraining is in {out}: run train-pretrain first, or give --init the"
+                " folder of a run"
+            )
+        folder = _latest(finished)
+    else:
+        folder = Path(init)
+        if not (folder / CONFIG_FILE).is_file() or not (folder / SUMMARY_FILE).exists():
+            raise InputError(
+                f"--init {folder} is no finished run: give the folder that a run printed, or"
+                " «auto» for the latest pretraining in --out"
+            )
+    begun = read_toml(folder / CONFIG_FILE, None)
+    model = dataclasses.replace(begun.model, init=str(folder.absolute()))
+    for name in (f.name for f in dataclasses.fields(model)):
+        wanted = getattr(asked.model, name)
+        if name != "init" and wanted not in (getattr(base.model, name), getattr(model, name)):
+            raise InputError(f"{_flag(name)} comes from the run of --init, {folder}: leave it out")
+    if asked.data.vocab_size not in (base.data.vocab_size, begun.data.vocab_size):
+        raise InputError(f"--vocab-size comes from the run of --init, {folder}: leave it out")
+    asked = dataclasses.replace(asked, model=model)
+    return with_options(asked, vocab_size=begun.data.vocab_size)
+
+
+def read_toml(path: Path, objective: Objective | None = "pretrain") -> PretrainConfig:
     """The configuration in a TOML file, over the defaults.
+
+    Args:
+        path: The file.
+        objective: What it must be for, where it says so; None for whatever it says.
 
     A key stands in its section, or above all sections.
 
@@ -130,8 +204,11 @@ def read_toml(path: Path) -> PretrainConfig:
             if inner is value and sections[name] != key:
                 raise InputError(f"{path}: {name!r} belongs in [{sections[name]}], not in [{key}]")
             values[name] = _typed(path, name, given)
+    wanted = values.get("objective", objective or "pretrain")
+    if objective not in (None, wanted):
+        raise InputError(f"{path} is of train-{wanted}: use that command")
     try:
-        return with_options(PretrainConfig(), **values)
+        return with_options(defaults(wanted if wanted == "sft" else "pretrain"), **values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -147,7 +224,7 @@ def write_toml(config: PretrainConfig, path: Path, reasons: Mapping[str, str]) -
     Raises:
         InputError: Text that is not Unicode.
     """
-    lines = ["# The options of one run; `train-pretrain --config` on this file starts it again."]
+    lines = [f"# The options of one run; `{config.command} --config` on this file starts it again."]
     for section in SECTIONS:
         options = getattr(config, section)
         lines += ["", f"[{section}]"]
@@ -167,8 +244,8 @@ def _parse_flags(arguments: Sequence[str], default: _CommandLine) -> _CommandLin
         with contextlib.redirect_stderr(errors):
             parsed, unknown = tyro.cli(
                 _CommandLine,
-                prog="train-pretrain",
-                description=_DESCRIPTION,
+                prog=default.command,
+                description=_DESCRIPTIONS[default.run.objective] + _REST,
                 args=_with_bare_resume(arguments),
                 default=default,
                 return_unknown_args=True,
@@ -306,7 +383,12 @@ def _plain(config: _CommandLine) -> PretrainConfig:
     """Without the file; paths of data absolute, so that a run can be resumed from anywhere."""
     built_in = (STDLIB, STORIES)
     absolute = tuple(d if d in built_in else str(Path(d).absolute()) for d in config.data.data)
-    plain = with_options(PretrainConfig(**_sections_of(config)), data=absolute)
+    template = config.data.chat_template
+    plain = with_options(
+        PretrainConfig(**_sections_of(config)),
+        data=absolute,
+        chat_template=template.absolute() if template else None,
+    )
     for name, section in option_sections().items():
         _toml_value(name, getattr(getattr(plain, section), name))  # before any folder is made
     return plain

@@ -20,6 +20,13 @@ from tilewright_train import checkpoint, machine
 from tilewright_train.automatic import Chosen, model_config
 from tilewright_train.batches import BatchSampler
 from tilewright_train.cache import default_cache, writable_cache
+from tilewright_train.chat_template import CHATML, ChatTemplate, read_template
+from tilewright_train.conversations import (
+    WITHOUT_ASSISTANT,
+    chat_encoding,
+    chat_tokenizer,
+    end_of_turn,
+)
 from tilewright_train.corpus import Corpus, corpus_facts, load_corpus, prepare_corpus
 from tilewright_train.data import (
     RowOptions,
@@ -37,7 +44,14 @@ from tilewright_train.progress import Reporter
 from tilewright_train.replicas import replicate
 from tilewright_train.run_directory import RunDirectory, check_room, create
 from tilewright_train.sources import Source, open_source
-from tilewright_train.tokenizer import end_token
+from tilewright_train.start import (
+    Start,
+    find_start,
+    grown_vocabulary,
+    load_start,
+    saved_vocabulary,
+)
+from tilewright_train.tokenizer import end_token, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +71,8 @@ class Prepared:
 
     run: RunDirectory
     corpus: Corpus
+    template: ChatTemplate | None
+    """Of SFT: how conversations are written."""
     model_config: ModelConfig
     trainee: Trainee
     training: TrainingRows
@@ -85,8 +101,14 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
     config, settled = chosen.config, chosen.settled
     loaded: list[Corpus] = []  # of the first process, which need not check them twice
 
+    start = None
+    if config.model.init != "scratch":
+        older = config.run.resume_from_older
+        start = find_start(Path(config.model.init), from_older=older)
+    template = _template(chosen, start)
+
     def prepare_files() -> tuple[list[Path], RunDirectory]:
-        corpus, run = _prepare_files(chosen, environment, reporter)
+        corpus, run = _prepare_files(chosen, start, template, environment, reporter)
         loaded.append(corpus)
         return [corpus.tokenizer_file, *(source.folder for source in corpus.sources)], run
 
@@ -112,8 +134,8 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         world_size=environment.world_size,
     )
     sampler.parts(settled.micro_batch_size)  # complains now, not after the model is built
-    shape = model_config(chosen, corpus.vocab_size)
-    trainee = build(chosen, shape, environment)
+    shape = _shape(chosen, start, corpus)
+    trainee = build(chosen, shape, environment, start)
     done, seconds = 0, 0.0
     if config.run.resume != "never":
         older = config.run.resume_from_older
@@ -124,6 +146,7 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
     return Prepared(
         run=run,
         corpus=corpus,
+        template=template,
         model_config=shape,
         trainee=trainee,
         training=training,
@@ -136,14 +159,24 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
     )
 
 
-def build(chosen: Chosen, shape: ModelConfig, environment: DistributedEnvironment) -> Trainee:
-    """Model, optimizer and schedule from the seed: the same weights on every device and process."""
+def build(
+    chosen: Chosen,
+    shape: ModelConfig,
+    environment: DistributedEnvironment,
+    start: Start | None = None,
+) -> Trainee:
+    """Model, optimizer and schedule: the same weights on every device and process.
+
+    They come from the seed, or from the checkpoint to start with.
+    """
     # Imported here, behind the thread that `pretraining` starts for it.
     from tilewright_optim import WarmupCosine
 
     options, settled = chosen.config.training, chosen.settled
     torch.manual_seed(options.seed)
     model = CausalLM(shape).to(environment.device)
+    if start is not None:
+        load_start(start, model)
     module, optimizer = replicate(
         model,
         lambda _: make_optimizer(options, model, settled.lr),
@@ -155,6 +188,23 @@ def build(chosen: Chosen, shape: ModelConfig, environment: DistributedEnvironmen
         optimizer, settled.warmup_steps, settled.steps, min_lr_ratio=options.min_lr_ratio
     )
     return Trainee(model=model, module=module, optimizer=optimizer, scheduler=scheduler)
+
+
+def _template(chosen: Chosen, start: Start | None) -> ChatTemplate | None:
+    """How conversations are written: as asked for, as before, or as ChatML."""
+    if chosen.config.run.objective != "sft":
+        return None
+    if given := chosen.config.data.chat_template:
+        return ChatTemplate(read_template(given))
+    return ChatTemplate((start.chat_template if start else None) or CHATML)
+
+
+def _shape(chosen: Chosen, start: Start | None, corpus: Corpus) -> ModelConfig:
+    """The model: its vocabulary is the tokenizer's, or that of the checkpoint, grown."""
+    if start is None:
+        return model_config(chosen, corpus.vocab_size)
+    rows = grown_vocabulary(saved_vocabulary(start), corpus.vocab_size)
+    return model_config(chosen, rows)
 
 
 def checkpoint_bytes(shape: ModelConfig) -> int:
@@ -175,7 +225,11 @@ def _say_packing(training: TrainingRows, reporter: Reporter) -> None:
 
 
 def _prepare_files(
-    chosen: Chosen, environment: DistributedEnvironment, reporter: Reporter
+    chosen: Chosen,
+    start: Start | None,
+    template: ChatTemplate | None,
+    environment: DistributedEnvironment,
+    reporter: Reporter,
 ) -> tuple[Corpus, RunDirectory]:
     """The first process's part: room on the disk, tokens in the cache, the run's folder."""
     config, settled = chosen.config, chosen.settled
@@ -190,7 +244,20 @@ def _prepare_files(
     for source in sources:
         reporter.say(f"corpus       {source.describe()}")
     cache = writable_cache(config.data.cache_dir or default_cache(), config.run.out / ".cache")
-    corpus = prepare_corpus(sources, config.data, shape.vocab_size, cache)
+    tokenizer_file = start.tokenizer_file if start else None
+    if start is not None:
+        reporter.say(f"begins with  {start.folder}")
+    if template is not None and tokenizer_file is not None:
+        tokenizer_file = chat_tokenizer(tokenizer_file, template, cache)
+        end_of_turn(load_tokenizer(tokenizer_file), template)  # complains before anything is read
+    corpus = prepare_corpus(
+        sources,
+        config.data,
+        shape.vocab_size,
+        cache,
+        tokenizer_file=tokenizer_file,
+        encoding=chat_encoding(template) if template else None,
+    )
     for encoded, was_there in zip(corpus.sources, corpus.were_there, strict=True):
         facts = encoded.facts
         reporter.say(
@@ -201,27 +268,46 @@ def _prepare_files(
         if facts.skipped_lines:
             examples = "; ".join(facts.skipped_examples)
             reporter.say(f"skipped      {facts.skipped_lines} lines: {examples}")
+        if silent := facts.counts.get(WITHOUT_ASSISTANT):
+            reporter.say(f"skipped      {silent} conversations in which the assistant says nothing")
+    _check_spoken(corpus)
     if resumed is not None:
         run = RunDirectory(resumed)
         _check_same_tokens(run, corpus)
     else:
-        stem = f"{'-'.join(source.name for source in sources)}-{settled.preset}"
+        what = "" if config.run.objective == "pretrain" else f"-{config.run.objective}"
+        stem = f"{'-'.join(source.name for source in sources)}-{settled.preset}{what}"
         run = create(config.run.out, config.run.name, stem)
-        record = _facts_of(chosen, sources, corpus, environment)
+        shape = _shape(chosen, start, corpus)
+        record = _facts_of(chosen, shape, sources, corpus, environment)
         run.facts.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         write_toml(config, run.config, chosen.reasons)
         run.checkpoints.mkdir()  # so that its absence later says that it was removed
     return corpus, run
 
 
+def _check_spoken(corpus: Corpus) -> None:
+    """Refuse conversations in none of which the assistant speaks, before a run is begun."""
+    for source in corpus.sources:
+        facts = source.facts
+        silent = facts.counts.get(WITHOUT_ASSISTANT, 0)
+        spoken = {"training": facts.train_samples, "validation": facts.validation_samples}
+        for side, samples in spoken.items():
+            if silent and not samples:
+                raise InputError(
+                    f"in no conversation for {side} the assistant says anything ({silent} were"
+                    " skipped): give --data more with turns of the role assistant"
+                )
+
+
 def _facts_of(
     chosen: Chosen,
+    shape: ModelConfig,
     sources: Sequence[Source],
     corpus: Corpus,
     environment: DistributedEnvironment,
 ) -> dict[str, Any]:
     """run.json: what this run is, for those who find it later."""
-    shape = model_config(chosen, corpus.vocab_size)
     return {
         "corpus": [source.facts() for source in sources],
         "tokens": corpus_facts(corpus),

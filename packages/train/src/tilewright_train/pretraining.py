@@ -1,7 +1,7 @@
-"""One pretraining run from its options to its last line: prepare, train, report.
+"""One run from its options to its last line: prepare, train, report; whatever its objective.
 
-`run` is what the command `train-pretrain` calls and what a script may call. Each part is in a file
-of its own; here is their order.
+`run` is what the commands `train-pretrain` and `train-sft` call and what a script may
+call. Each part is in a file of its own; here is their order.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from tilewright_train.automatic import Chosen
 from tilewright_train.config import PretrainConfig
 from tilewright_train.errors import InputError, TrainingStopped
 from tilewright_train.evaluation import validation_loss
-from tilewright_train.finish import finish
+from tilewright_train.finish import answer_tasks, finish
 from tilewright_train.loading import LoadingOptions
 from tilewright_train.loop import LoopOptions, TrainingLoop
 from tilewright_train.metrics import MetricsFile, Record
@@ -172,6 +172,8 @@ class _Training:
         """Train to the end and say how it was; or stop when asked to, and say how to go on."""
         steps, prepared = self.chosen.settled.steps, self.prepared
         self._introduce()
+        if self.environment.is_main and prepared.done == 0:
+            answer_tasks(self.chosen, prepared, 0, self.autocast, self.reporter)
         backend_report(reset=True)
         self.reporter.begin(prepared.done, steps, prepared.model_config.vocab_size)
         with StopRequest() as stop:
@@ -184,7 +186,7 @@ class _Training:
         if done < steps:
             raise TrainingStopped(
                 f"stopped after step {done} of {steps}, which is saved; go on with:"
-                f" train-pretrain --resume {prepared.run.root}",
+                f" {self.chosen.config.command} --resume {prepared.run.root}",
                 128 + (stop.signal or 15),
             )
         if self.environment.is_main:
@@ -247,6 +249,7 @@ class _Training:
 
     def _save(self, step: int, seconds: float) -> None:
         environment, trainee = self.environment, self.prepared.trainee
+        template = self.prepared.template
         optimizer_state = whole_state(trainee.optimizer)
         states = gather(environment, checkpoint.random_states(environment.rank, environment.device))
 
@@ -262,6 +265,7 @@ class _Training:
                 scheduler=trainee.scheduler,
                 random_states=states,
                 tokenizer=self.prepared.corpus.tokenizer.to_str(),
+                chat_template=template.source if template else None,
                 facts={"seconds": seconds, "processes": environment.world_size},
                 keep=self.chosen.config.run.keep,
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright_train.errors import InputError
-from tilewright_train.layers import CONFIG_FILE
+from tilewright_train.layers import CONFIG_FILE, SUMMARY_FILE
 from tilewright_train.metrics import METRICS_FILE
 
 _MARGIN = 8_000_000  # bytes for metrics, picture and JSON
@@ -45,12 +45,17 @@ class RunDirectory:
     @property
     def summary(self) -> Path:
         """How the run ended; its presence says that it did."""
-        return self.root / "summary.json"
+        return self.root / SUMMARY_FILE
 
     @property
     def picture(self) -> Path:
         """The loss curve."""
         return self.root / "report" / "loss.png"
+
+    @property
+    def answers(self) -> Path:
+        """Of SFT: how many held-out tasks were answered, by steps done."""
+        return self.root / "answers.json"
 
     def sample(self, step: int) -> Path:
         """What the model wrote after `step`."""

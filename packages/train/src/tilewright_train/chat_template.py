@@ -1,0 +1,145 @@
+"""Conversations as text: a Jinja template that also says which text is the assistant's.
+
+A template is one that `transformers` reads, with what the assistant writes, its end of turn
+included, between `{% generation %}` and `{% endgeneration %}`. Those spans come out of the template
+itself: nothing is searched for, so no message can pass for a turn. It is kept beside the tokenizer,
+as `chat_template.jinja`. Templates run in a sandbox.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateSyntaxError, nodes
+from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tilewright_train.errors import InputError, one_line
+from tilewright_train.records import Message
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+
+CHATML = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}{{ '\\n' }}"
+    "{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message.content }}<|im_end|>{% endif %}"
+    "{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
+)
+"""The default: <|im_start|>role, a line, the content, <|im_end|>, for every turn."""
+
+
+class Piece(NamedTuple):
+    """A part of the rendered text."""
+
+    text: str
+    """Not empty."""
+    is_generated: bool
+    """Whether the assistant writes it."""
+
+
+class ChatTemplate:
+    """A compiled template."""
+
+    def __init__(self, source: str) -> None:
+        """Compile it.
+
+        Args:
+            source: Jinja.
+
+        Raises:
+            InputError: It is no Jinja, or marks no text as the assistant's.
+        """
+        self.source = source
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, "jinja2.ext.loopcontrols"],
+        )
+        try:
+            self._template = environment.from_string(source, globals={"raise_exception": _raise})
+        except TemplateSyntaxError as error:
+            raise InputError(
+                f"the chat template is no Jinja: line {error.lineno}: {one_line(error)}"
+            ) from None
+        tried = self.render([Message("user", "question"), Message("assistant", "answer")])
+        if not any(piece.is_generated for piece in tried):
+            raise InputError(
+                "the chat template marks nothing as the assistant's: put {% generation %} and"
+                " {% endgeneration %} around the content and the end of its turns"
+            )
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    ) -> list[Piece]:
+        """The text of a conversation in pieces, those of one kind joined.
+
+        Args:
+            messages: Turns.
+            add_generation_prompt: End with what the assistant's next turn begins with.
+
+        Raises:
+            InputError: The template raises.
+        """
+        turns = [{"role": role, "content": content} for role, content in messages]
+        pieces: list[Piece] = []
+        try:
+            parts = self._template.generate(
+                messages=turns, add_generation_prompt=add_generation_prompt
+            )
+            for part in parts:
+                kind = isinstance(part, _Generated)
+                if pieces and pieces[-1].is_generated == kind:
+                    pieces[-1] = Piece(pieces[-1].text + part, kind)
+                elif part:
+                    pieces.append(Piece(str(part), kind))
+        except Exception as error:  # whatever the template's expressions do
+            raise InputError(
+                f"the chat template raises {type(error).__name__}: {one_line(error)}: mend the"
+                " data, or give another --chat-template"
+            ) from None
+        return pieces
+
+
+def read_template(path: Path) -> str:
+    """The text of a template.
+
+    Raises:
+        InputError: It is not there or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} cannot be read as a chat template ({one_line(error)}): give --chat-template"
+            " a Jinja file"
+        ) from None
+
+
+class _Generated(str):
+    """Text that was rendered between {% generation %} and {% endgeneration %}."""
+
+
+class _Generation(Extension):
+    """The tag; what it renders is yielded as one part, which keeps its type."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> _Generated:
+        return _Generated(caller())
+
+
+def _raise(message: Any) -> None:
+    """What templates call `raise_exception`."""
+    raise TemplateError(str(message))

@@ -1,0 +1,165 @@
+"""Conversations as tokens, and which of them are to be predicted: the encoding of SFT.
+
+The template's pieces are encoded one by one, so that a token is the assistant's or not, and an
+answer begins behind the very tokens that a prompt ends with. Special tokens are single tokens where
+the template writes them; where a message spells one it stays text.
+"""
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import AddedToken, Tokenizer
+
+from tilewright_train import cache as caching
+from tilewright_train.chat_template import IM_END, IM_START, ChatTemplate
+from tilewright_train.errors import InputError, writing
+from tilewright_train.records import Conversation, Message, Record
+from tilewright_train.samples import Encoded
+from tilewright_train.tokenizer import TOKENIZER_FILE, load_tokenizer
+from tilewright_train.tokens import Encoding
+
+WITHOUT_ASSISTANT = "without_assistant"
+"""Counts conversations that were skipped because the assistant says nothing in them."""
+
+_TOGETHER = 1000  # conversations that are encoded together, so that all cores have work
+
+
+class Tokenized(NamedTuple):
+    """A conversation, or its beginning."""
+
+    tokens: list[int]
+    targets: list[int]
+    """1 for the assistant's tokens, its end of turn included; 0 for the others."""
+
+
+def tokenize(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    add_generation_prompt: bool = False,
+) -> list[Tokenized]:
+    """Encode conversations.
+
+    Args:
+        tokenizer: With the template's special tokens, see `chat_tokenizer`.
+        template: Conversations to text.
+        conversations: Turns of each.
+        add_generation_prompt: End with what the assistant's next turn begins with.
+
+    Raises:
+        InputError: The template raises.
+    """
+    special = special_tokens(tokenizer)
+    split = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+    parts: list[tuple[int, int, int | str]] = []  # conversation, target, special token or text
+    for number, messages in enumerate(conversations):
+        guard = _absent(messages)
+        guarded = [Message(m.role, _guarded(m.content, special, guard)) for m in messages]
+        for piece in template.render(guarded, add_generation_prompt=add_generation_prompt):
+            kind, end = int(piece.is_generated), 0
+            for match in split.finditer(piece.text):
+                parts.append((number, kind, piece.text[end : match.start()].replace(guard, "")))
+                parts.append((number, kind, special[match.group()]))
+                end = match.end()
+            parts.append((number, kind, piece.text[end:].replace(guard, "")))
+    texts = [part for _, _, part in parts if isinstance(part, str)]
+    encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+    made = [Tokenized([], []) for _ in conversations]
+    for number, kind, part in parts:
+        ids = next(encoded).ids if isinstance(part, str) else [part]
+        made[number].tokens.extend(ids)
+        made[number].targets.extend([kind] * len(ids))
+    return made
+
+
+def chat_encoding(template: ChatTemplate) -> Encoding:
+    """Conversations to samples of which the assistant's tokens are predicted.
+
+    One without such a token is skipped and counted as `WITHOUT_ASSISTANT`.
+    """
+
+    def encode(
+        tokenizer: Tokenizer, records: Iterator[tuple[bool, Record]], counts: "Counter[str]"
+    ) -> Iterator[Encoded]:
+        talks = ((mark, r.messages) for mark, r in records if isinstance(r, Conversation))
+        while together := list(itertools.islice(talks, _TOGETHER)):
+            made = tokenize(tokenizer, template, [messages for _, messages in together])
+            for (mark, _), (tokens, targets) in zip(together, made, strict=True):
+                if any(targets):
+                    yield Encoded(mark, tokens, targets)
+                else:
+                    counts[WITHOUT_ASSISTANT] += 1
+
+    return Encoding(kind="conversation", encoder=encode, settings={"template": template.source})
+
+
+def chat_tokenizer(file: Path, template: ChatTemplate, cache: Path) -> Path:
+    """A tokenizer.json with ChatML's two special tokens, where the template writes them.
+
+    Args:
+        file: A tokenizer.json; the answer, if it lacks neither.
+        template: Conversations to text.
+        cache: Keeps the one that is made.
+    """
+    tokenizer = load_tokenizer(file)
+    known = special_tokens(tokenizer)
+    missing = [t for t in (IM_START, IM_END) if t in template.source and t not in known]
+    if not missing:
+        return file
+    depends_on = {"tokenizer": tokenizer.to_str(), "added": missing}
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in missing])
+
+    def build(folder: Path) -> None:
+        with writing(folder.parent, caching.REMEDY):
+            (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(), encoding="utf-8")
+
+    def is_whole(folder: Path) -> bool:
+        try:
+            return special_tokens(load_tokenizer(folder / TOKENIZER_FILE)).keys() >= set(missing)
+        except (InputError, OSError):
+            return False
+
+    folder, _ = caching.entry(cache, "tokenizer-chat", depends_on, build, is_whole)
+    return folder / TOKENIZER_FILE
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Numbers of the special tokens by their text."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    return {token.content: number for number, token in added if token.special}
+
+
+def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> int:
+    """The special token with which the assistant's turns end.
+
+    Raises:
+        InputError: They end with text, which no generation could tell from an answer.
+    """
+    turns = [Message("user", "question"), Message("assistant", "answer")]
+    ((tokens, targets),) = tokenize(tokenizer, template, [turns])
+    last = max(place for place, target in enumerate(targets) if target)
+    if tokens[last] not in special_tokens(tokenizer).values():
+        known = ", ".join(special_tokens(tokenizer)) or "none"
+        raise InputError(
+            "the chat template ends the assistant's turns with text: end them, before"
+            f" {{% endgeneration %}}, with a special token of the tokenizer ({known})"
+        )
+    return tokens[last]
+
+
+def _guarded(content: str, special: dict[str, int], guard: str) -> str:
+    """`content` with every special token that it spells broken up by `guard`."""
+    for text in special:
+        content = content.replace(text, text[0] + guard + text[1:])
+    return content
+
+
+def _absent(messages: Sequence[Message]) -> str:
+    """A character that no message has: one of Unicode's private ones."""
+    used = set("".join(message.content for message in messages))
+    return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
