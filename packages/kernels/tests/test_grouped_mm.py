@@ -190,6 +190,56 @@ def test_compiles(operands, device):
     check_compiles(ours, make(operands, [5, 0, 11], 16, 24, device=device), operator="grouped_mm")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 24), (16, 9), (9, 16), (9, 7)], ids=str)
+@pytest.mark.parametrize("operands", OPERANDS)
+def test_torch_backend_with_its_gradient(operands, sizes, dtype, device):
+    # Sizes that torch's product takes, and such that only it or only its gradient refuses.
+    a, b, offs = make(operands, [3, 0, 13], *sizes, dtype=dtype, device=device)
+    transposed = b.detach().mT.contiguous().mT.requires_grad_()
+    for given in ((a, b), (a, transposed)):
+        expected = reference(*given, offs)
+        one = torch.ones((), dtype=dtype, device=device)
+        for dout in (one.expand_as(expected), torch.rand_like(expected.mT).mT):
+            with use_backend("torch"):
+                out = ours(*given, offs)
+                grads = torch.autograd.grad(out, given, dout)
+            theirs = torch.autograd.grad(expected, given, dout, retain_graph=True)
+            for x, y in zip((out, *grads), (expected, *theirs), strict=True):
+                torch.testing.assert_close(
+                    x, y, rtol=2e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-2
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(16, 24), (16, 9)], ids=str)
+@pytest.mark.parametrize("operands", OPERANDS)
+def test_torch_backend_compiles(operands, sizes, dtype, device):
+    a, b, offs = make(operands, [3, 0, 13], *sizes, rest=8, dtype=dtype, device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    with use_backend("torch"):
+        out = compiled(a, b, offs)
+        grads = torch.autograd.grad(out.sum(), (a, b))
+    expected = reference(a, b, offs)
+    theirs = torch.autograd.grad(expected.sum(), (a, b))
+    for x, y in zip((out, *grads), (expected, *theirs), strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-2 if dtype.itemsize == 2 else 1e-4, atol=1e-2)
+
+
+def test_compiled_definition_keeps_nans_in_their_group(device):
+    a, b, offs = make("rows", [5, 9], 16, 24, device=device)
+    with torch.no_grad():
+        b[0] = torch.nan
+    torch._dynamo.reset()
+    with use_backend("torch"):
+        out = torch.compile(ours, fullgraph=True, backend="aot_eager")(a, b, offs)
+        da, db = torch.autograd.grad(out.sum(), (a, b))
+    assert out[:5].isnan().all()
+    for healthy in (out[5:], da[5:], db[1]):
+        assert healthy.isfinite().all()
+
+
 def test_opcheck(device):
     a, b, offs = make("rows", [5, 0, 11], 16, 24, device=device)
     torch.library.opcheck(torch.ops.tilewright.grouped_rows.default, (a, b, offs))
@@ -245,6 +295,7 @@ def test_no_groups_rows_no_columns_no_sum(device):
         ((2, 4, 8), (2, 8, 3), [2, 4], ValueError, r"use torch\.bmm\(a, b\)"),
         ((4,), (2, 4, 3), [2, 4], ValueError, r"a has shape \(4,\)"),
         ((4, 8), (2, 8, 3), [4], ValueError, "b has 2 matrices and offs ends 1 groups"),
+        ((4, 8), (0, 8, 3), [], ValueError, r"offs has shape \(0,\)"),
         ((4, 8), (8, 3), [], ValueError, r"offs has shape \(0,\)"),
     ],
     ids=str,

@@ -96,7 +96,9 @@ def test_z_loss(masked, layers, mask, backend):
     torch.testing.assert_close(router_z_loss(token), token.exp().sum().log() ** 2)
 
 
-def test_nothing_waits(layers, mask):
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"])
+def test_nothing_waits(layers, mask, device):
     with use_backend("triton"):
         load_balancing_loss(layers, K, attention_mask=mask)  # compiles
         with no_synchronization():
@@ -164,6 +166,10 @@ def test_errors(layers, mask):
         (ValueError, "attention_mask", lambda: load_balancing_loss(
             x, K, tokens_per_expert=counts, attention_mask=mask
         )),
+        (ValueError, "k is 9", lambda: load_balancing_loss(x, 9, tokens_per_expert=counts)),
+        (ValueError, "k is 0", lambda: load_balancing_loss(x, 0, tokens_per_expert=counts)),
+        (TypeError, r"to\(torch\.float32\)", lambda: balanced_bias(counts.bfloat16(), counts)),
+        (TypeError, r"to\(torch\.float32\)", lambda: balanced_bias(counts.half(), counts)),
         (ValueError, r"both must be \[E\]", lambda: balanced_bias(counts, counts[:2])),
         (TypeError, "int64", lambda: router_z_loss(x.long())),
     ):  # fmt: skip

@@ -352,16 +352,84 @@ def test_rows_of_experts_elsewhere_are_zeros(sizes, backend, device):
         torch.testing.assert_close(a, b[: len(a)])
 
 
-def test_no_tokens_and_nothing_between(device):
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_no_tokens_and_nothing_between(backend, device):
     for tokens, width in ((0, 8), (3, 0)):
         tensors, routing = make(tokens, 16, width, 4, 2, device=device)
-        with use_backend("triton"):
+        with use_backend(backend):
             y = layer(routing)(*tensors)
             grads = torch.autograd.grad(y, tensors, torch.ones_like(y))
         assert not y.any()
         for grad, tensor in zip(grads, tensors, strict=True):
             assert grad.shape == tensor.shape
             assert not grad.any()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_rank_without_experts(recompute, backend, device):
+    (x, w_gate_up, w_down, weights), routing = make(5, 16, 8, 4, 2, device=device)
+    given = (x, w_gate_up[:0].detach(), w_down[:0].detach(), weights)
+    given = tuple(t.requires_grad_() for t in given)
+    here = routing._replace(offs=routing.offs[:0], tokens_per_expert=routing.tokens_per_expert[:0])
+    with use_backend(backend), poisoned_memory():
+        y = layer(here, recompute=recompute)(*given)
+        grads = torch.autograd.grad(y, given, torch.ones_like(y))
+    assert y.shape == x.shape
+    for zeros in (y, *grads):
+        assert not zeros.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 6])
+@pytest.mark.parametrize("sizes", [(16, 24), (12, 9)], ids=str)
+def test_torch_backend_compiles(sizes, tokens, dtype, device):
+    tensors, routing = make(tokens, sizes[0], sizes[1], 4, 2, dtype=dtype, device=device)
+    torch._dynamo.reset()
+    with use_backend("torch"):
+        compiled = torch.compile(layer(routing), fullgraph=True, backend="aot_eager")
+        y = compiled(*tensors)
+        ours = y, *torch.autograd.grad(y, tensors, torch.ones_like(y))
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    y = reference(routing)(*wide)
+    for a, b in zip(ours, (y, *torch.autograd.grad(y, wide, torch.ones_like(y))), strict=True):
+        error = (a - b).norm() / b.norm().clamp(min=1e-30)
+        assert error < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_experts_not_chosen_have_no_influence(value, compiled, device):
+    tensors, routing = make(6, 16, 24, 4, 2, "all to the last", device=device)
+    expected = reference(routing)(*tensors)
+    theirs = torch.autograd.grad(expected, tensors, torch.ones_like(expected))
+    with torch.no_grad():
+        for weight in tensors[1:3]:
+            weight[0] = value
+    torch._dynamo.reset()
+    function = layer(routing)
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with use_backend("torch"):
+        y = function(*tensors)
+        ours = torch.autograd.grad(y, tensors, torch.ones_like(y))
+    for a, b in zip((y, *ours), (expected, *theirs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_strided_routing(backend, device):
+    tensors, routing = make(9, 16, 24, 4, 2, dtype=torch.float16, device=device)
+    names = ("offs", "permutation", "inverse", "tokens_per_expert", "ids")
+    order = {name: getattr(routing, name) for name in names}
+    strided = {name: torch.stack([t, t * 0], -1)[..., 0] for name, t in order.items()}
+    results = []
+    for given in (routing, routing._replace(**strided)):
+        with use_backend(backend):
+            y = layer(given)(*tensors)
+            results.append((y, *torch.autograd.grad(y, tensors, torch.ones_like(y))))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -397,6 +465,29 @@ def test_bad_shapes(change, message):
     x, w_gate_up, w_down = (torch.ones(s) for s in shapes.values())
     with pytest.raises(ValueError, match=message):
         moe_mlp(x, w_gate_up, w_down, route(5, 4, 2))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda r: {"weights": r.weights[:, :1]}, ValueError, r"it must be \[5\]"),
+        (lambda r: {"weights": r.weights.repeat(1, 2)}, ValueError, r"it must be \[20\]"),
+        (lambda r: {"permutation": r.permutation[:9]}, ValueError, r"permutation has shape \(9,\)"),
+        (lambda r: {"inverse": r.inverse[:9]}, ValueError, r"inverse has shape \(9,\)"),
+        (lambda r: {"inverse": r.inverse[:, None]}, ValueError, r"inverse has shape \(10, 1\)"),
+        (lambda r: {"offs": r.offs[:, None]}, ValueError, r"offs has shape \(4, 1\)"),
+        (lambda r: {"offs": r.offs.long()}, TypeError, r"give offs\.int\(\)"),
+        (lambda r: {"permutation": r.permutation.long()}, TypeError, r"permutation\.int\(\)"),
+        (lambda r: {"inverse": r.inverse.long()}, TypeError, r"give inverse\.int\(\)"),
+        (lambda r: {"inverse": r.inverse.to("meta")}, ValueError, "inverse on meta"),
+    ],
+    ids=range(10),
+)
+def test_bad_routing(change, error, message, backend):
+    (x, w_gate_up, w_down, _), routing = make(5, 8, 8, 4, 2)
+    with use_backend(backend), pytest.raises(error, match=message):
+        moe_mlp(x, w_gate_up, w_down, routing._replace(**change(routing)))
 
 
 def test_bad_dtypes_and_names():

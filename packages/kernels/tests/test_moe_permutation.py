@@ -116,6 +116,20 @@ def test_layouts(device):
             raise AssertionError(f"{name}: {error}") from error
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_strided_order(backend, device):
+    order = order_of(TOKENS, K, device)
+    indices, inverse = (torch.stack([t, t * 0], 1)[:, 0] for t in (order.indices, order.inverse))
+    x = randn(TOKENS, 9, dtype=torch.float32, device=device).requires_grad_()
+    results = []
+    for given in (order, order._replace(indices=indices, inverse=inverse)):
+        with use_backend(backend):
+            y = given.combine(given.apply(x).square())
+            results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_output_gradient_layouts(device):
     order = order_of(8, 1, device)
     x = randn(8, 8, dtype=torch.float32, device=device).requires_grad_()

@@ -330,14 +330,25 @@ def test_every_element_is_written_and_bits_repeat(small_tiles, device):
 
 
 @pytest.mark.parametrize("experts", [4, 128])
-def test_three_launches_and_no_waiting(experts, device):
+def test_three_launches_and_one_backward(experts, device):
     x = make(300, experts, torch.float32, device)
     with use_backend("triton"):
-        moe_route(x, 2)  # compiles
-        with count_launches() as launched, no_synchronization():
+        with count_launches() as forward:
             weights = moe_route(x, 2).weights
+        with count_launches() as backward:
             weights.sum().backward()
-    assert launched["moe_route"] == 4
+    assert (forward["moe_route"], backward["moe_route"]) == (3, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("experts", [4, 128])
+def test_nothing_waits(experts):
+    x = make(300, experts, torch.float32, "cuda")
+    with use_backend("triton"):
+        moe_route(x, 2)  # compiles
+        with no_synchronization():
+            moe_route(x, 2).weights.sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.gpu
@@ -354,11 +365,13 @@ def test_cuda_graph():
 
 def test_errors(device):
     x = make(4, 6, torch.float32, device)
+    a_float: Any = 2.0
     unknown: Any = "top"
     for error, message, call in (
         (ValueError, r"\(24,\)", lambda: moe_route(x.flatten(), 2)),
         (ValueError, "k is 7", lambda: moe_route(x, 7)),
         (ValueError, "k is 0", lambda: moe_route(x, 0)),
+        (TypeError, "k is 2.0; give an integer", lambda: moe_route(x, a_float)),
         (ValueError, "scoring is 'top'", lambda: moe_route(x, 2, scoring=unknown)),
         (ValueError, "must divide 6", lambda: moe_route(x, 2, num_groups=4)),
         (ValueError, "topk_groups is 4", lambda: moe_route(x, 2, num_groups=3, topk_groups=4)),

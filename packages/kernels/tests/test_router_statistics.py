@@ -56,12 +56,13 @@ def test_gradient_of_one_sum_only(which, device):
     )
 
 
-def test_tokens_without_weight_may_hold_anything(device):
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_tokens_without_weight_may_hold_anything(backend, device):
     x, _ = make(6, 4, torch.float32, device)
     spoiled = torch.cat([x.detach(), torch.full((2, 4), torch.nan, device=device)])
     spoiled.requires_grad_()
     weights = (torch.arange(8, device=device) < 6).float()
-    with use_backend("triton"):
+    with use_backend(backend):
         ours, expected = function(spoiled, weights), function(x, None)
         dspoiled, dx = (
             torch.autograd.grad(sums[0].square().sum() + sums[1], y)[0]
@@ -85,6 +86,16 @@ def test_strided_logits(device):
     for x in (wide[:, 2:9], wide.T.contiguous().T[:, 2:9], wide[::2, 2:9]):
         inputs = (x.requires_grad_(), None)
         check_against_float64(function, reference, inputs, operator="router_statistics")
+
+
+def test_strided_weights(device):
+    x, _ = make(20, 6, torch.float32, device)
+    for weights in (
+        torch.rand(20, 2, device=device)[:, 0],
+        torch.rand(1, device=device).expand(20),
+    ):
+        assert not weights.is_contiguous()
+        check_against_float64(function, reference, (x, weights), operator="router_statistics")
 
 
 def test_gradcheck():

@@ -86,11 +86,14 @@ def load_balancing_loss(
         [] float32 (float64 for float64 logits). Differentiable by logits.
 
     Raises:
-        ValueError: no layer; shapes that do not fit; tokens_per_expert beside an attention mask,
-            which it knows nothing of; an unknown value of layers.
+        ValueError: no layer; shapes or a k that do not fit; tokens_per_expert beside an attention
+            mask, which it knows nothing of; an unknown value of layers.
         TypeError: logits are not floating point.
     """
     listed = _listed(logits)
+    num_experts = listed[0].shape[1]
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k is {k}; choose 1 to {num_experts} of {num_experts} experts")
     if layers not in _LAYERS:
         raise ValueError(f"layers is {layers!r}; choose from {', '.join(_LAYERS)}")
     counts: Sequence[Tensor | None] = [None] * len(listed)
@@ -156,7 +159,8 @@ def balanced_bias(correction_bias: Tensor, tokens_per_expert: Tensor, rate: floa
     rank must see the same load: all-reduce tokens_per_expert first.
 
     Args:
-        correction_bias: [E], what `moe_route` was given.
+        correction_bias: [E] float32 or float64, what `moe_route` was given. Of 16 bits a step is
+            less than half the distance between two numbers, and the bias would stay where it is.
         tokens_per_expert: [E] int32, what it found; of several microbatches their sum.
         rate: the step.
 
@@ -165,7 +169,13 @@ def balanced_bias(correction_bias: Tensor, tokens_per_expert: Tensor, rate: floa
 
     Raises:
         ValueError: the shapes differ.
+        TypeError: correction_bias is neither float32 nor float64.
     """
+    if correction_bias.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"correction_bias is {correction_bias.dtype}, in which a step of {rate} may be lost; "
+            f"keep it as correction_bias.to(torch.float32)"
+        )
     if correction_bias.shape != tokens_per_expert.shape:
         raise ValueError(
             f"correction_bias has shape {tuple(correction_bias.shape)} and tokens_per_expert "

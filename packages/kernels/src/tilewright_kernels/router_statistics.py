@@ -48,7 +48,10 @@ def router_statistics_reference(
 ) -> RouterStatistics:
     """The definition in plain torch; arguments as `router_statistics`."""
     x = logits if logits.dtype == torch.float64 else logits.float()
-    m = x.new_ones(len(x)) if token_weights is None else token_weights.to(x.dtype)
+    m = x.new_ones(len(x))
+    if token_weights is not None:
+        m = token_weights.to(x.dtype)
+        x = x.where(m[:, None] != 0, 0)  # what counts 0 may be NaN, and 0 · NaN is
     return RouterStatistics((m[:, None] * x.softmax(-1)).sum(0), (m * x.logsumexp(-1) ** 2).sum())
 
 
@@ -213,5 +216,6 @@ def router_statistics(logits: Tensor, token_weights: Tensor | None = None) -> Ro
         check_same_device(logits=logits, token_weights=token_weights)
     if not _OP.uses_triton(logits):
         return router_statistics_reference(logits, token_weights)
-    weights = None if token_weights is None else token_weights.detach().to(torch.float32)
-    return RouterStatistics(*router_statistics_forward(logits, weights))
+    if token_weights is not None:
+        token_weights = token_weights.detach().to(torch.float32).contiguous()
+    return RouterStatistics(*router_statistics_forward(logits, token_weights))

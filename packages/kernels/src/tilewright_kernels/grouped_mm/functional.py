@@ -88,18 +88,79 @@ def grouped_sums(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
 
 
 def torch_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
-    """torch's own grouped product where it takes these operands, else the definition."""
-    if not all(torch_takes(x) for x in (a, b)):
-        return grouped_mm_reference(a, b, offs=offs)
+    """torch's own grouped product where it and its gradient are defined, else the definition."""
+    compiling = torch.compiler.is_compiling()
+    # torch 2.11 traces its product in bfloat16 alone, and cannot trace the definition's lengths.
+    traceable = not compiling or a.dtype == torch.bfloat16
+    fits = _gradient_fits(a, b) and all(torch_takes(x) for x in (a, b))
+    if not (traceable and fits):
+        return _every_group(a, b, offs) if compiling else grouped_mm_reference(a, b, offs=offs)
     # What torch leaves undefined, in the result and in the gradients, becomes zero.
     if a.dim() == 3:
         inside = torch.arange(b.shape[1], device=b.device) < offs[-1]
-        return F.grouped_mm(a, b.where(inside, 0), offs=offs).where(inside, 0)
+        out = F.grouped_mm(a, b.where(inside, 0), offs=offs)
+        return _with_contiguous_gradient(out).where(inside, 0)
     inside = torch.arange(a.shape[b.dim() == 2], device=a.device) < offs[-1]
     if b.dim() == 2:
-        return F.grouped_mm(a.where(inside, 0), b.where(inside[:, None], 0), offs=offs)
+        out = F.grouped_mm(a.where(inside, 0), b.where(inside[:, None], 0), offs=offs)
+        return _with_contiguous_gradient(out)
     inside = inside[:, None]
-    return F.grouped_mm(a.where(inside, 0), b, offs=offs).where(inside, 0)
+    out = F.grouped_mm(a.where(inside, 0), b, offs=offs)
+    return _with_contiguous_gradient(out).where(inside, 0)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Nothing; its gradient is a copy where the result's does not lie row by row, as of a sum."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        (x,) = args
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Tensor:
+        (dx,) = grad_outputs
+        return dx.contiguous()
+
+
+def _apply_contiguous_gradient(x: Tensor) -> Any:
+    return _ContiguousGradient.apply(x)
+
+
+# As one node: where dynamo of torch 2.11 traces into such a class, it makes one, which warns.
+_with_contiguous_gradient: Any = torch.compiler.allow_in_graph(_apply_contiguous_gradient)
+
+
+def _gradient_fits(a: Tensor, b: Tensor) -> bool:
+    """Whether torch's product takes the result's gradient: both sizes that are not grouped."""
+    unit = 16 // a.element_size()
+    last = b.shape[-1] % unit == 0
+    return last and (b.dim() == 3 or a.shape[-2] % unit == 0)
+
+
+def _every_group(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """The definition with every group over all rows: G times the work, no lengths.
+
+    Other groups' rows are masked before a product and after it, so that neither their values nor
+    this matrix' reach each other's gradients, be they NaN.
+    """
+    if a.dim() == 3:
+        return _every_group(b.mT, a.mT, offs).mT
+    rows = torch.arange(b.shape[0] if b.dim() == 2 else a.shape[0], device=a.device)[:, None]
+    starts = torch.cat([torch.zeros_like(offs[:1]), offs[:-1]])
+    groups = [(rows >= starts[g]) & (rows < offs[g]) for g in range(offs.shape[0])]
+    if b.dim() == 2:
+        return torch.stack([a.where(own.mT, 0) @ b.where(own, 0) for own in groups])
+    out = a.new_zeros(a.shape[0], b.shape[2])
+    for g, own in enumerate(groups):
+        out = (a.where(own, 0) @ b[g]).where(own, out)
+    return out
 
 
 def torch_takes(x: Tensor) -> bool:
@@ -146,9 +207,9 @@ def grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
     """
     a, b = autocast(a, b)
     _check(a, b, offs)
+    offs = offs.contiguous()
     if not _OP.uses_triton(a):
         return torch_grouped_mm(a, b, offs)
-    offs = offs.contiguous()
     if a.dim() == 3:
         return grouped_rows(b.mT, a.mT, offs).mT
     if b.dim() == 3:

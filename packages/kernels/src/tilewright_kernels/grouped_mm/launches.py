@@ -208,6 +208,9 @@ def launch_clear(operator: Operator, out: Tensor, offs: Tensor) -> None:
     """Zeros in the rows of out [R, N] that are no group's."""
     if out.numel() == 0:
         return
+    if offs.shape[0] == 0:
+        out.zero_()
+        return
     R, N = out.shape
     block_n = min(1024, next_power_of_2(N))
     operator.launch(

@@ -247,6 +247,11 @@ def moe_mlp(
     """
     x, w_gate_up, w_down = autocast(x, w_gate_up, w_down)
     _check(x, w_gate_up, w_down, routing, activation)
+    routing = routing._replace(
+        offs=routing.offs.contiguous(),
+        permutation=routing.permutation.contiguous(),
+        inverse=routing.inverse.contiguous(),
+    )
     if not _OP.uses_triton(x):
         return torch_moe_mlp(x, w_gate_up, w_down, routing, activation)
     weights = routing.weights.contiguous()
@@ -265,6 +270,10 @@ def _check(
         raise ValueError(f"activation is {activation!r}; choose from {', '.join(_ACTIVATIONS)}")
     if x.dim() == 0:
         raise ValueError("x is a scalar; it must have a last dimension, as in x[None]")
+    if routing.offs.dim() != 1:
+        raise ValueError(
+            f"routing.offs has shape {tuple(routing.offs.shape)}; it must be [E], as of moe_route"
+        )
     experts, hidden = routing.offs.shape[0], x.shape[-1]
     if w_gate_up.dim() != 3 or w_gate_up.shape[1] % 2:
         raise ValueError(
@@ -294,6 +303,15 @@ def _check(
             f"routing.weights has shape {tuple(routing.weights.shape)} and x {tuple(x.shape)}; "
             f"route these {tokens} tokens, for which it is [{tokens}, k]"
         )
-    check_same_device(
-        x=x, w_gate_up=w_gate_up, w_down=w_down, weights=routing.weights, offs=routing.offs
-    )
+    assignments = routing.weights.numel()
+    order = {name: getattr(routing, name) for name in ("offs", "permutation", "inverse")}
+    for name, indices in order.items():
+        if indices.dtype != torch.int32:
+            raise TypeError(f"routing.{name} is {indices.dtype}; give {name}.int()")
+        if name != "offs" and tuple(indices.shape) != (assignments,):
+            raise ValueError(
+                f"routing.{name} has shape {tuple(indices.shape)} and routing.weights "
+                f"{tuple(routing.weights.shape)}; it must be [{assignments}], as of moe_route for "
+                f"these tokens and this k"
+            )
+    check_same_device(x=x, w_gate_up=w_gate_up, w_down=w_down, weights=routing.weights, **order)

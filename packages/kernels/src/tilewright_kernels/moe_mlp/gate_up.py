@@ -87,7 +87,7 @@ def launch_gate_up(
     """
     (T, K), (E, double, _) = x.shape, w_gate_up.shape
     R, N = permutation.shape[0], double // 2
-    if R == 0 or N == 0:
+    if R == 0 or N == 0 or E == 0:
         return
     top_k = R // T
     if is_hopper(x.device) and x.element_size() == 2:

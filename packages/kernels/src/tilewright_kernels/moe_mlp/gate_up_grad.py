@@ -97,7 +97,7 @@ def launch_gate_up_grad(
         slope: f', a device function.
     """
     (R, K), (E, _, N) = dy.shape, w_down.shape
-    if R == 0 or N == 0:
+    if R == 0 or N == 0 or E == 0:
         return dy.new_zeros(R, 1, dtype=weights.dtype) if wants_dots else None
     if is_hopper(dy.device) and dy.element_size() == 2 and w_down.stride(-1) != 1:
         w_down = w_down.contiguous()

@@ -54,7 +54,7 @@ def moe_route(
     Raises:
         ValueError: logits is no matrix, or has 2³¹ assignments or more; k, scoring, the groups or
             the bias' shape do not fit; tensors on different devices.
-        TypeError: logits or the bias is not floating point.
+        TypeError: logits or the bias is not floating point; k is no integer.
     """
     _check(logits, k, scoring, correction_bias, num_groups, topk_groups)
     if ROUTE.uses_triton(logits):
@@ -114,6 +114,8 @@ def _check(
             f"logits has shape {tuple(logits.shape)}; it must be [T, E], as logits.flatten(0, -2)"
         )
     num_tokens, num_experts = logits.shape
+    if not isinstance(k, int | torch.SymInt):
+        raise TypeError(f"k is {k!r}; give an integer, the number of experts a token")
     if not 1 <= k <= num_experts:
         raise ValueError(f"k is {k}; choose 1 to {num_experts} of {num_experts} experts")
     if num_tokens * k >= 2**31:

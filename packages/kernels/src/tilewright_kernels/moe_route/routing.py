@@ -54,7 +54,7 @@ class Permutation(NamedTuple):
         """
         _check("x", x, len(self.inverse) // self.k, self.inverse)
         if PERMUTE.uses_triton(x):
-            return moe_permute_forward(x, self.inverse, self.k)
+            return moe_permute_forward(x, self.inverse.contiguous(), self.k)
         return permute_reference(x, self.indices, self.k)
 
     def combine(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -79,7 +79,7 @@ class Permutation(NamedTuple):
                 raise ValueError(f"weights has shape {tuple(weights.shape)}; it must be {shape}")
             check_same_device(rows=rows, weights=weights)
         if COMBINE.uses_triton(rows):
-            return moe_combine_forward(rows, weights, self.inverse, self.k)
+            return moe_combine_forward(rows, weights, self.inverse.contiguous(), self.k)
         return combine_reference(rows, weights, self.inverse, self.k)
 
 
