@@ -159,8 +159,8 @@ def balanced_bias(correction_bias: Tensor, tokens_per_expert: Tensor, rate: floa
     rank must see the same load: all-reduce tokens_per_expert first.
 
     Args:
-        correction_bias: [E] float32 or float64, what `moe_route` was given. Of 16 bits a step is
-            less than half the distance between two numbers, and the bias would stay where it is.
+        correction_bias: [E] float32 or float64, what `moe_route` was given. In 16 bits a
+            step may be less than half the distance between two numbers, and the bias stay.
         tokens_per_expert: [E] int32, what it found; of several microbatches their sum.
         rate: the step.
 

@@ -186,8 +186,12 @@ def grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
         a [G, M, K],  b [K, N]        columns of b: out [M, N], a[g] times columns of group g
 
     Nothing waits for the device, and no group is padded: a launch has a program for every tile that
-    there may be at most. Rows (or columns) from offs[-1] on are no group's: they are not read, and
-    zero in the result and in the gradient, where torch leaves them undefined.
+    there may be at most, or on Hopper one a multiprocessor, which walks them. Rows (or columns)
+    from offs[-1] on are no group's: they are not read, and zero in the result and in the gradient,
+    where torch leaves them undefined.
+
+    Where torch computes, sizes that its own product or the gradient of that refuses take a loop
+    over groups, which does wait; compiled, they take every group over all rows.
 
     Args:
         a: float16, bfloat16, float32 or float64.

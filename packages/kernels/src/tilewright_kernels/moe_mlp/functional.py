@@ -219,8 +219,9 @@ def moe_mlp(
     """Σ w · f(x · Wg[e]ᵀ) · (x · Wu[e]ᵀ) · Wd[e]ᵀ over the experts e of each token.
 
     Nothing waits for the device, no expert is padded and no token dropped: a launch has a program
-    for every tile that there may be at most, and each looks up whose tile it has. A captured CUDA
-    graph follows whatever routing says at its replay. Bits repeat.
+    for every tile that there may be at most (on Hopper, one a multiprocessor at most, which walks
+    the tiles), and each looks up whose tile it has. A captured CUDA graph follows whatever routing
+    says at its replay. Bits repeat.
 
     Experts that all tokens go to (shared experts) are a `gated_mlp` of the same x, added by the
     caller.
@@ -242,8 +243,9 @@ def moe_mlp(
         Like x, contiguous. Differentiable once, by x, both weights and routing.weights.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation, tensors on different devices.
-        TypeError: dtypes that differ or are not floating point.
+        ValueError: shapes that do not fit, those of routing among them, an unknown activation,
+            tensors on different devices.
+        TypeError: dtypes that differ or are not floating point; a routing that is not int32.
     """
     x, w_gate_up, w_down = autocast(x, w_gate_up, w_down)
     _check(x, w_gate_up, w_down, routing, activation)
