@@ -3,7 +3,9 @@
 On CPUs the memory that ranks read from each other is a file that all of them have mapped.
 """
 
+import copy
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from tilewright_dist import (
     copies,
     data_parallel,
 )
+from tilewright_dist.channel import Channel
 from tilewright_dist.layout import BucketLayout, Slot, round_up
-from tilewright_dist.peers import PeerBuffer
+from tilewright_dist.peers import GPUPeers, PeerBuffer
 from tilewright_dist.testing import run_ranks
 from tilewright_dist.testing_models import Stack, adamw_groups, device_of, rows_of, train
 
@@ -214,7 +217,13 @@ def test_training_by_copies_equals_training_by_collectives(backend, world_size):
             if transport == "copy" and world_size == 2:
                 assert torch.equal(weights, expected), case
             elif transport == "copy":
-                torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    weights,
+                    expected,
+                    rtol=1e-5,
+                    atol=1e-5,
+                    msg=lambda text, case=case: f"{case}: {text}",
+                )
 
 
 def test_sharded_and_plain_training_are_equal_at_any_number_of_ranks():
@@ -327,3 +336,127 @@ def test_gradients_are_scattered_once():
         one, other = run_ranks(scatter_twice, folder)
     assert torch.equal(one, other)
     assert not torch.equal(one, torch.cat([p.detach().reshape(-1) for p in Stack().parameters()]))
+
+
+class Summed(nn.Module):
+    """Two parameters to which autograd hands views of one gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.zeros(32, 32))
+        self.other = nn.Parameter(torch.zeros(1024, 1))
+
+    def forward(self, x):
+        return ((self.one.view(-1) + self.other.view(-1)) * x).sum()
+
+
+def share_storage(rank, folder):
+    """Weights by form, and gradients that accumulated, where two gradients are one."""
+    pretend(folder)
+    found = {}
+    kind: Any = torch.optim.SGD
+    for cap in (1e-6, 25.0):
+        for transport in ("collective", "copy"):
+            for form in ("replicated", "flat", "matrix"):
+                model = Summed()
+                wrapper = DistributedDataParallel(
+                    model, transport=transport, bucket_cap_mb=cap, first_bucket_mb=cap
+                )
+                optimizer: Any = kind(model.parameters(), lr=1.0)
+                if form != "replicated":
+                    optimizer = ShardedOptimizer(
+                        model.parameters(), kind, ddp=wrapper, partition=form, lr=1.0
+                    )
+                x = torch.full((1024,), float(rank + 1))
+                for times in (1, 2):
+                    with wrapper.no_sync():
+                        for _ in range(times - 1):
+                            wrapper(x).backward()
+                    wrapper(x).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                if form != "replicated":
+                    optimizer.wait_for_parameters()
+                found[cap, transport, form] = [p.detach().clone() for p in model.parameters()]
+    return found
+
+
+def test_gradients_that_share_storage_are_averaged_once():
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = run_ranks(share_storage, folder)
+    for found in ranks:
+        for case, weights in found.items():
+            for weight in weights:
+                # The mean of 1 and 2, in one backward and then in two.
+                assert torch.equal(weight, torch.full_like(weight, -4.5)), case
+
+
+def default_transports(rank, folder):
+    """How many ranks share memory, by choice; at first while no rank but the last one fails."""
+    pretend(folder)
+    with_peers = vars(bucketed)["GPUPeers"]
+
+    class Failing(HostPeers):
+        def allocate(self, sizes, dtypes):
+            if self.rank == self.world_size - 1:
+                raise RuntimeError("no memory left")
+            return []
+
+    found: dict[str, Any] = {}
+    makers = {"": with_peers, " failing": lambda group, _: Failing(group, folder)}
+    for name, make in makers.items():
+        vars(bucketed)["GPUPeers"] = make
+        for transport in ("default", "auto", "copy"):
+            options: dict[str, Any] = {} if transport == "default" else {"transport": transport}
+            try:
+                wrapper = DistributedDataParallel(Stack(), **options)
+            except RuntimeError as error:
+                found[transport + name] = str(error)
+                continue
+            reducer: Any = wrapper.reducer
+            found[transport + name] = reducer.shared_bytes > 0
+            wrapper(rows_of(rank, 0)).square().mean().backward()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_who_copies(world_size):
+    with tempfile.TemporaryDirectory() as folder:
+        for found in run_ranks(default_transports, folder, world_size=world_size):
+            refused = found.pop("copy failing")
+            assert f"(rank {world_size - 1}: no memory left): use transport='coll" in refused
+            assert found == {
+                "default": False,
+                "auto": world_size == 2,  # what has been verified
+                "copy": True,
+                "default failing": False,
+                "auto failing": False,
+            }
+
+
+def test_no_copies_in_a_captured_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"CUDA graph.*use transport='collective'"):
+        GPUPeers.__new__(GPUPeers).barrier()
+
+
+def test_a_copy_of_the_wrapper_would_not_average(one_rank_group):
+    model = Stack()
+    wrapper = DistributedDataParallel(model)
+    optimizer = ShardedOptimizer(model.parameters(), torch.optim.SGD, ddp=wrapper, lr=1.0)  # pyrefly: ignore
+    with pytest.raises(TypeError, match=r"copy or save `\.module`, then wrap the copy"):
+        copy.deepcopy(wrapper)
+    with pytest.raises(TypeError, match="load them into a new one"):
+        copy.deepcopy(optimizer)
+    copy.deepcopy(wrapper.module)
+
+
+@pytest.mark.gpu
+def test_memory_that_is_sent_lives_until_it_is():
+    tensor = torch.ones(1000, device="cuda")
+    gone = weakref.ref(tensor)
+    handle = Channel(tensor.device).start(iter([None]), [tensor])  # pyrefly: ignore
+    del tensor
+    assert gone() is not None
+    handle.wait()
+    assert gone() is None

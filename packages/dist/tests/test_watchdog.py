@@ -55,6 +55,29 @@ def test_the_rank_that_does_not_answer_is_named():
         assert seconds > TIMEOUT / 2
 
 
+def come_late(rank):
+    """What the watchdogs say of rank 1, which hangs, and of rank 2, which comes later."""
+    group: Any = dist.new_group(timeout=timedelta(seconds=6))
+    said: list[str] = []
+    watchdog = Watchdog(group, torch.device("cpu"), said.append)
+    if rank == 1:
+        time.sleep(14.0)
+        return None
+    time.sleep(3.0 * rank)  # rank 0 calls after 3 s, for 5 s; the timeout of rank 2 is at 9 s
+    watchdog.watch(Exchange())
+    until = time.monotonic() + 12.0
+    while not said and rank == 0 and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(4.0 if rank == 2 else 2.0)
+    return said
+
+
+def test_a_rank_that_came_late_and_waits_is_not_named():
+    said, _, later = run_ranks(come_late, world_size=3)
+    assert "rank(s) 1 died or hang" in said[0]
+    assert later in ([], [said[0].replace("rank 0:", "rank 2:")])
+
+
 def test_no_thread_where_the_host_waits_itself(one_rank_group):
     assert watchdog_of(one_rank_group, torch.device("cpu")) is None
 

@@ -23,14 +23,14 @@ from torch import nn
 
 from tilewright_dist import copies
 from tilewright_dist.agreement import from_first, verify_agreement
-from tilewright_dist.buckets import Bucket, allocate, describe
+from tilewright_dist.buckets import Bucket, allocate, describe, has_other_users
 from tilewright_dist.channel import Exchange
 from tilewright_dist.comm_hook import CommHook, GradBucket, HookHandle
 from tilewright_dist.layout import BucketLayout, Partition, fingerprint, plan_buckets
 from tilewright_dist.missing import give_missing, lacks
 from tilewright_dist.options import ReducerOptions
 from tilewright_dist.overlapped_reducer import OverlappedReducer
-from tilewright_dist.peers import GPUPeers, PeerBuffer, Peers
+from tilewright_dist.peers import GPUPeers, PeerBuffer, Peers, made_by_all
 from tilewright_dist.readiness import ReadyQueue
 from tilewright_dist.wire import all_reduce, reduce_scatter
 
@@ -64,10 +64,8 @@ class BucketedReducer(OverlappedReducer):
         self._peers: Peers | None = None
         self._landing: PeerBuffer | None = None
         self._filled: dict[str, torch.Tensor] = {}
-        if options.transport == "copy" and process_group.size() > 1:
-            self._peers = GPUPeers(process_group, self._device)
-            size = copies.landing_bytes(self._peers)
-            (self._landing,) = self._peers.allocate([size], [torch.uint8])
+        if options.transport != "collective" and process_group.size() > 1:
+            self._meet(process_group)
         self._build(list(reversed(list(parameters))), process_group, learns=options.static_graph)
 
     @property
@@ -100,7 +98,9 @@ class BucketedReducer(OverlappedReducer):
         self._enter_backward()
         self._refuse_scattered(name)
         if process_group is None:
-            if not self._is_loose:
+            if self._is_loose:
+                self._separate([name])
+            else:
                 self._put([name])
             return
         for unit in self._queue.arrived(name):
@@ -157,8 +157,25 @@ class BucketedReducer(OverlappedReducer):
         self._build([*self._names()], process_group, learns=self._learns)
 
     def more_peers(self, process_group: dist.ProcessGroup) -> Peers | None:
-        """The same ranks for another stream; None where collectives move the buckets."""
-        return GPUPeers(process_group, self._device) if self._peers is not None else None
+        """The same ranks for another stream; None where collectives move the buckets. Collective.
+
+        Raises:
+            RuntimeError: They could not share more memory, on every rank.
+        """
+        if self._peers is None:
+            return None
+        try:
+            return GPUPeers(process_group, self._device)
+        except RuntimeError as error:
+            self.refuse_copies(error)
+            return None
+
+    def refuse_copies(self, error: RuntimeError) -> None:
+        """Raise, where they were asked for; "auto" goes on with collectives."""
+        if self._options.transport == "copy":
+            raise RuntimeError(
+                f"the GPUs cannot share memory ({error}): use transport='collective'"
+            ) from error
 
     def gradients_are_gone(self) -> None:
         """Let the next backward begin: the scattered gradients have been used or zeroed."""
@@ -180,6 +197,19 @@ class BucketedReducer(OverlappedReducer):
         self._hook = (state, hook)
         if was_loose:
             self._build([*self._names()], process_group, learns=self._learns)
+
+    def _meet(self, process_group: dist.ProcessGroup) -> None:
+        """Share memory with the other ranks; with "auto" collectives are used if one cannot."""
+        try:
+            peers = GPUPeers(process_group, self._device)
+            sizes = [copies.landing_bytes(peers)]
+            (landing,) = made_by_all(
+                lambda: peers.allocate(sizes, [torch.uint8]), process_group, self._device
+            )
+        except RuntimeError as error:
+            self.refuse_copies(error)
+            return
+        self._peers, self._landing = peers, landing
 
     def _build(self, order: list[str], process_group: dist.ProcessGroup, *, learns: bool) -> None:
         """Lay the gradients out anew, in the order in which they are expected."""
@@ -256,6 +286,20 @@ class BucketedReducer(OverlappedReducer):
         """Whether gradients stay where backward put them: copies fetch them from anywhere."""
         return self._peers is not None and self._hook is None
 
+    def _separate(self, names: Iterable[str]) -> None:
+        """Give gradients memory of their own where it is used by others as well.
+
+        Autograd hands the views that a sum's backward makes to both of its parameters. What is
+        averaged in place, or added to, would change the other's.
+        """
+        for name in names:
+            parameter = self._parameters[name]
+            gradient = parameter.grad
+            if gradient is None or lacks(gradient) or gradient.requires_grad:
+                continue
+            if has_other_users(gradient):
+                parameter.grad = gradient.clone()
+
     def _divided(self) -> dict[str, torch.Tensor]:
         """Gradients of which each rank has its part only."""
         names = (name for name, partition in self._partitions.items() if partition != "replicated")
@@ -285,7 +329,10 @@ class BucketedReducer(OverlappedReducer):
     def _start(self, unit: int, process_group: dist.ProcessGroup) -> None:
         if self._is_loose:
             assert self._peers is not None
-            self._send(self._average(self._layouts[unit], self._peers))
+            names = self._units[unit]
+            self._separate(names)
+            held = [g for n in names if (g := self._parameters[n].grad) is not None]
+            self._send(self._average(self._layouts[unit], self._peers), held)
             return
         bucket = self._buckets[unit]
         self._put(bucket.views)

@@ -60,6 +60,12 @@ def describe(
     ]
 
 
+def has_other_users(tensor: torch.Tensor) -> bool:
+    """Whether other tensors, also such as autograd still holds, use the same memory."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) > 2  # the tensor's, and this one
+
+
 def allocate(
     layouts: Iterable[BucketLayout], specs: Iterable[TensorSpec], device: torch.device
 ) -> list[Bucket]:

@@ -12,7 +12,7 @@ device:
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -49,8 +49,14 @@ class Channel:
         # for them, so they should not queue behind a product's thousands.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
-    def start(self, exchange: Exchange) -> Handle:
-        """Start an exchange of what the current stream has written so far."""
+    def start(self, exchange: Exchange, holds: Sequence[torch.Tensor] = ()) -> Handle:
+        """Start an exchange of what the current stream has written so far.
+
+        Args:
+            exchange: What to do.
+            holds: Memory of the current stream that it uses; kept until the handle is waited for,
+                as a device would give it to others once it is freed.
+        """
         if self._stream is None:
             return _HostHandle(exchange)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
@@ -62,17 +68,21 @@ class Channel:
             event.record(self._stream)
             if self._watch is not None and not torch.cuda.is_current_stream_capturing():
                 self._watch(event)
-            return _StreamHandle(event, self._stream.device)
+            return _StreamHandle(event, self._stream.device, holds)
 
 
 class _StreamHandle(Handle):
-    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+    def __init__(
+        self, event: torch.cuda.Event, device: torch.device, holds: Sequence[torch.Tensor]
+    ) -> None:
         self._event = event
         self._device = device
+        self._holds = holds
 
     def wait(self) -> None:
         # Of this device: the current one may be another.
         torch.cuda.current_stream(self._device).wait_event(self._event)
+        self._holds = ()
 
 
 class _HostHandle(Handle):

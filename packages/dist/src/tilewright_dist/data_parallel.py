@@ -41,6 +41,10 @@ from tilewright_dist.per_parameter import PerParameterReducer
 Strategy = Literal["naive", "per_parameter", "bucketed"]
 
 
+VERIFIED_RANKS = 2
+"""Number of GPUs on which training by copies was compared with that by collectives."""
+
+
 class Reducer(Protocol):
     """What a strategy does."""
 
@@ -94,7 +98,8 @@ class DistributedDataParallel(nn.Module):
         transport: What moves the buckets. "collective" is the backend's collectives. "copy", for
             GPUs of one host and the bucketed strategy, is copies between them, which take no
             multiprocessors from the kernels of backward: gradients stay where backward put them,
-            and a communication hook replaces it. "auto" copies where that is possible.
+            and a communication hook replaces it. "auto" copies between two GPUs where that is
+            possible, as copies have been verified on two only; else it is "collective".
 
     Raises:
         TypeError: module is not an nn.Module.
@@ -104,6 +109,7 @@ class DistributedDataParallel(nn.Module):
             modules or options that differ between ranks (raised on every rank, with the ranks);
             reduce_dtype for a module with complex parameters; transport="copy" for another strategy
             or for ranks that are not GPUs of one host.
+        RuntimeError: transport="copy", and the GPUs could not share memory (on every rank).
     """
 
     def __init__(
@@ -119,7 +125,7 @@ class DistributedDataParallel(nn.Module):
         static_graph: bool = False,
         find_unused_parameters: bool = False,
         broadcast_buffers: bool = True,
-        transport: Transport = "auto",
+        transport: Transport = "collective",
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
@@ -268,6 +274,17 @@ class DistributedDataParallel(nn.Module):
         """The same, unless no gradient of this rank arrived since the last time."""
         if self._has_arrived:
             self._finish()
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Refuse copies and pickles: the hooks that average would not be in them.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "a DistributedDataParallel cannot be copied or pickled, as the copy's gradients would "
+            "not be averaged: copy or save `.module`, then wrap the copy"
+        )
 
     @property
     def reducer(self) -> Reducer:
@@ -421,9 +438,11 @@ def _refuse_complex(
 def _settled_transport(
     transport: Transport, strategy: Strategy, process_group: dist.ProcessGroup, device: torch.device
 ) -> Transport:
-    """What "auto" is, or the choice if it can be had. Collective."""
+    """The choice if it can be had; "auto" stays where copies may be tried. Collective."""
     if transport == "collective":
         return transport
+    if transport == "auto" and process_group.size() != VERIFIED_RANKS:
+        return "collective"
     if strategy != "bucketed":
         obstacle = f"strategy {strategy!r} has no buckets"
     else:
@@ -432,7 +451,7 @@ def _settled_transport(
         raise ValueError(
             f"transport='copy' is not possible, as {obstacle}: use transport='auto' or 'collective'"
         )
-    return "collective" if obstacle else "copy"
+    return "collective" if obstacle else transport
 
 
 def _common_device(

@@ -25,6 +25,9 @@ ROLL_CALL_SECONDS = 5.0
 connection is seen at once, and timeouts began with the same collective."""
 
 
+_OPEN = "a roll call is open"
+"""Key in the store."""
+
 _DIGEST_BYTES = 2**22
 """Looked at together, as 8 bytes for each."""
 
@@ -82,7 +85,8 @@ def absent_ranks(process_group: dist.ProcessGroup, seconds: float = ROLL_CALL_SE
     ranks = dist.get_process_group_ranks(process_group)
     try:
         store = process_group.get_group_store()
-        store.set(f"alive after a failure: {dist.get_rank()}", "")
+        store.set(_OPEN, "")
+        store.set(_signature_of(dist.get_rank()), "")
     except RuntimeError:
         return [0]
     if dist.get_backend(process_group) == "gloo":
@@ -94,9 +98,31 @@ def absent_ranks(process_group: dist.ProcessGroup, seconds: float = ROLL_CALL_SE
     while absent and time.monotonic() < deadline:
         for rank in sorted(absent):
             with contextlib.suppress(RuntimeError):
-                store.wait([f"alive after a failure: {rank}"], timedelta(milliseconds=100))
+                store.wait([_signature_of(rank)], timedelta(milliseconds=100))
                 absent.remove(rank)
     return sorted(absent)
+
+
+def sign_if_called(process_group: dist.ProcessGroup) -> bool:
+    """Sign a roll call that another rank has opened, without one of its own.
+
+    For ranks that wait as well, but began to later: they live, and would say so too late.
+
+    Returns:
+        Whether there is nothing left to sign.
+    """
+    try:
+        store = process_group.get_group_store()
+        if not store.check([_OPEN]):
+            return False
+        store.set(_signature_of(dist.get_rank()), "")
+    except RuntimeError:
+        pass  # the store is gone, and with it whoever asked
+    return True
+
+
+def _signature_of(rank: int) -> str:
+    return f"alive after a failure: {rank}"
 
 
 def verify_replicas(module: nn.Module, process_group: dist.ProcessGroup) -> None:

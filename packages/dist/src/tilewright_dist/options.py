@@ -25,8 +25,8 @@ class ReducerOptions:
     find_unused_parameters: bool = False
     """Whether parameters may lack a gradient."""
     transport: Transport = "collective"
-    """Whether the backend's collectives move the buckets, or copies between the host's GPUs; or
-    what is faster of those that are possible."""
+    """Whether the backend's collectives move the buckets, or copies between the host's GPUs;
+    "auto" copies where that is verified and possible."""
 
     def __post_init__(self) -> None:
         for name in ("bucket_cap_mb", "first_bucket_mb"):

@@ -5,7 +5,7 @@ when the next forward begins, or, where none comes before it, at the first gradi
 backward.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -56,8 +56,9 @@ class OverlappedReducer:
             self._abandon()
         self._task = task
 
-    def _send(self, exchange: Exchange) -> None:
-        self._handles.append(self._channel.start(exchange))
+    def _send(self, exchange: Exchange, holds: Sequence[torch.Tensor] = ()) -> None:
+        """Start an exchange. After a backward that raised nobody else may hold its gradients."""
+        self._handles.append(self._channel.start(exchange, holds))
 
     def _ask_for_missing(self, process_group: dist.ProcessGroup) -> torch.Tensor | None:
         """Start to find out which gradients any rank has; None without find_unused_parameters."""

@@ -12,8 +12,8 @@ What travels through them is in `copies.py`. One host only.
 import ctypes
 import functools
 import socket
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 
 from tilewright_dist.agreement import gather_objects
 from tilewright_dist.layout import round_up
+
+T = TypeVar("T")
 
 _ALIGNMENT = 512  # bytes, between buffers of one allocation
 
@@ -68,7 +70,7 @@ class GPUPeers(Peers):
         device: This rank's GPU.
 
     Raises:
-        RuntimeError: From torch: the GPUs cannot read each other's memory; `can_copy` asks first.
+        RuntimeError: On every rank: one of them cannot share memory; `can_copy` asks first.
     """
 
     def __init__(self, process_group: dist.ProcessGroup, device: torch.device) -> None:
@@ -76,10 +78,10 @@ class GPUPeers(Peers):
         self._device = device
         self._group_name = process_group.group_name
         self._count = 0
-        (self._signals,) = self.allocate([self.world_size], [torch.int32])
-        # Nobody signals before all have their zeros.
-        torch.cuda.synchronize(device)
-        gather_objects(None, process_group, device)
+        # Nobody signals before all have their zeros: who has agreed has them.
+        (self._signals,) = made_by_all(
+            lambda: self.allocate([self.world_size], [torch.int32]), process_group, device
+        )
 
     def allocate(self, sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[PeerBuffer]:
         """Buffers of some numbers of elements, zeros; the same on all ranks. Collective."""
@@ -89,6 +91,8 @@ class GPUPeers(Peers):
             end += round_up(size * dtype.itemsize, _ALIGNMENT)
         memory = symmetric_memory.empty(max(end, 1), dtype=torch.uint8, device=self._device)
         memory.zero_()
+        # Others write from streams of their own, as soon as they have met this rank.
+        torch.cuda.synchronize(self._device)
         handle = symmetric_memory.rendezvous(memory, self._group_name)
         buffers = []
         for start, size, dtype in zip(starts, sizes, dtypes, strict=True):
@@ -105,7 +109,15 @@ class GPUPeers(Peers):
         """Let the current stream go on when those of all ranks have come to this point.
 
         Each rank has a number in the memory of each other: how often it has come to a barrier.
+
+        Raises:
+            RuntimeError: In a graph's capture: replayed, the numbers would be old.
         """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "copies between GPUs cannot be captured in a CUDA graph, whose replay would signal "
+                "the same number again: use transport='collective'"
+            )
         self._count += 1
         stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
         others = [rank for rank in range(self.world_size) if rank != self.rank]
@@ -130,6 +142,25 @@ def _stream_operations() -> tuple["ctypes._FuncPointer", "ctypes._FuncPointer"]:
 def _check(error: int) -> None:
     if error:
         raise RuntimeError(f"a stream operation between GPUs failed with CUDA error {error}")
+
+
+def made_by_all(make: Callable[[], T], process_group: dist.ProcessGroup, device: torch.device) -> T:
+    """What a function gives, if it succeeds on every rank. Collective.
+
+    Raises:
+        RuntimeError: On every rank alike, with the first error of one of them.
+    """
+    made: list[T] = []
+    message = ""
+    try:
+        made.append(make())
+    except RuntimeError as error:
+        text = " ".join(str(error).split())[:300]
+        message = f"rank {process_group.rank()}: {text or type(error).__name__}"
+    found = next(filter(None, gather_objects(message, process_group, device)), "")
+    if found:
+        raise RuntimeError(found)
+    return made[0]
 
 
 def can_copy(process_group: dist.ProcessGroup, device: torch.device) -> str:

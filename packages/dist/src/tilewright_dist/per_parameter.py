@@ -77,4 +77,5 @@ class PerParameterReducer(OverlappedReducer):
         gradient = parameter.grad
         if gradient is None or lacks(gradient):
             gradient = self._filled[name] = torch.zeros_like(parameter)
-        self._send(all_reduce_any_layout(gradient, process_group, self._options.reduce_dtype))
+        exchange = all_reduce_any_layout(gradient, process_group, self._options.reduce_dtype)
+        self._send(exchange, [gradient])

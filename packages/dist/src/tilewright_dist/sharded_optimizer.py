@@ -29,9 +29,10 @@ from tilewright_dist.buckets import describe, shared_memory
 from tilewright_dist.channel import Channel, collective_errors
 from tilewright_dist.data_parallel import DistributedDataParallel, checked_process_group
 from tilewright_dist.failure import naming_the_missing
-from tilewright_dist.layout import Partition, Segment, plan_buckets
+from tilewright_dist.layout import BucketLayout, Partition, Segment, plan_buckets
 from tilewright_dist.overlap import LateGather
 from tilewright_dist.param_groups import named_groups, options_of, unnamed
+from tilewright_dist.peers import PeerBuffer, made_by_all
 from tilewright_dist.shards import Shard
 from tilewright_dist.watchdog import watchdog_of
 
@@ -219,6 +220,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         return getattr(self._inner, "_step_supports_amp_scaling", False)
 
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Refuse copies and pickles: the parameters are views that the ranks fill together.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "a ShardedOptimizer cannot be copied or pickled, as the copy's parameters would not be "
+            "gathered: save state_dict() or state_tensors(), and load them into a new one"
+        )
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyrefly: ignore
         """Update this rank's part and start to gather the others'.
@@ -363,12 +375,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
         memories = [bucket.memory for bucket in self._reducer.buckets]
         pairs = itertools.zip_longest(self._reducer.layouts, memories)
         divided = [(x, m) for x, m in pairs if x.partition != "replicated"][::-1]
-        shared = shared_memory([layout for layout, _ in divided], self._peers)
+        shared = self._shared_memory(self._reducer, [layout for layout, _ in divided])
         rank = self._group.rank()
         return [
             Shard(layout, self._parameters, rank, memory, buffer)
             for (layout, memory), buffer in zip(divided, shared, strict=True)
         ]
+
+    def _shared_memory(
+        self, reducer: BucketedReducer, layouts: Sequence[BucketLayout]
+    ) -> Sequence[PeerBuffer | None]:
+        """Memory for parameters that other ranks read; None where collectives gather them."""
+        peers = self._peers
+        if peers is not None:
+            try:
+                return made_by_all(lambda: shared_memory(layouts, peers), self._group, self._device)
+            except RuntimeError as error:
+                reducer.refuse_copies(error)
+                self._peers = None
+        return shared_memory(layouts, None)
 
     def _shards_alone(
         self, named: Iterable[tuple[str, nn.Parameter]], partition: Partition

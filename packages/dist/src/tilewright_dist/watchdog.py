@@ -5,7 +5,8 @@ others waits: in a kernel of NCCL, whose own watchdog ends the process after the
 without a name, or, with copies between GPUs, in a wait that no one limits. A thread looks at the
 last exchange now and then. When one has been under way for nearly the timeout, it holds the roll
 call of `failure.py`, says who is missing, and ends the process, as an error could be raised
-nowhere: the program's own thread waits in the driver.
+nowhere: the program's own thread waits in the driver. Ranks come to an exchange at different times,
+so the others' calls are over before the last one's timeout: who waits as well signs at once.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from tilewright_dist.failure import ROLL_CALL_SECONDS, absent_ranks
+from tilewright_dist.failure import ROLL_CALL_SECONDS, absent_ranks, sign_if_called
 
 LOOKS = 20
 """A timeout, at least; once a second at most."""
@@ -64,11 +65,14 @@ class Watchdog:
         self._end = end or _say_and_exit
         self._latest: tuple[float, Awaited] | None = None
         self._watched: tuple[float, Awaited] | None = None
+        self._lock = threading.Lock()
         self._has_thread = False
+        self._has_signed = False
 
     def watch(self, awaited: Awaited) -> None:
         """Take note of an exchange that has been started."""
-        self._latest = (time.monotonic(), awaited)
+        with self._lock:
+            self._latest = (time.monotonic(), awaited)
         if not self._has_thread:
             self._has_thread = True
             arguments = (weakref.ref(self), self._interval, self._device)
@@ -78,10 +82,17 @@ class Watchdog:
         """Go on to the latest exchange if that which is watched is over; end if it is late."""
         if self._watched is None or self._watched[1].query():
             # Taken away, so that what is over is asked once: queries cost.
-            self._watched, self._latest = self._latest, None
+            with self._lock:
+                self._watched, self._latest = self._latest, None
             return
         process_group = self._process_group()
-        if process_group is None or time.monotonic() - self._watched[0] < self._timeout:
+        waited = time.monotonic() - self._watched[0]
+        if process_group is None:
+            return
+        if waited < self._timeout:
+            # Exchanges that get on are over sooner: in good times nobody asks the store.
+            if waited > self._interval and not self._has_signed:
+                self._has_signed = sign_if_called(process_group)
             return
         missing = absent_ranks(process_group)
         who = "all ranks answer: one of their GPUs hangs, or they wait for different exchanges"

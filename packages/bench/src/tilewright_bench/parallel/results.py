@@ -50,7 +50,9 @@ class ParallelBar:
             return None
         if any("copy" in name and name not in setups for name in self.ours):
             return None  # what is left of them is not the best of ours
-        best = min(ours, key=step_seconds)
+        name = self.best(run)
+        assert name is not None
+        best = setups[name]
         if self.quantity in ("arithmetic", "memory") and not best["held_bytes"]:
             return None  # on CPUs
         if self.quantity == "arithmetic":
@@ -58,7 +60,7 @@ class ParallelBar:
         if self.quantity == "memory":
             return best["held_bytes"] / min(setup["held_bytes"] for setup in beside)
         if self.quantity == "update":
-            mine = min(statistics.median(setup["update_seconds"]) for setup in ours)
+            mine = statistics.median(best["update_seconds"])
             return min(statistics.median(s["update_seconds"]) for s in beside) / mine
         theirs = min(map(step_seconds, beside))
         if self.quantity == "time":
@@ -66,6 +68,16 @@ class ParallelBar:
         if self.quantity == "exposed":
             return 1 - theirs / step_seconds(best)
         return theirs / step_seconds(best)
+
+    def best(self, run: Mapping[str, Any]) -> str | None:
+        """Name of the fastest of ours, by the update where that is the quantity."""
+        setups = run["parts"].get(self.part, {}).get("setups", {})
+        names = [name for name in self.ours if name in setups]
+        if self.quantity == "update":
+            return min(
+                names, key=lambda n: statistics.median(setups[n]["update_seconds"]), default=None
+            )
+        return min(names, key=lambda name: step_seconds(setups[name]), default=None)
 
     def holds(self, value: float) -> bool:
         """Whether a value reaches the limit."""
@@ -103,8 +115,10 @@ def _bars_of_steps(part: str) -> tuple[ParallelBar, ...]:
         bar(ZERO, OURS, "time", 1.02),
         bar(ZERO, ("torch zero",), "speed", 1.05, 2),
         bar(ZERO, ("torch zero",), "speed", 1.08, 4),
-        bar(ZERO, (), "arithmetic", 1.03),
-        bar(ZERO, ("torch zero",), "memory", 1.0),
+        # Not with copies: their gradients are freed between steps, when this is read, and those
+        # of the arithmetic are not.
+        bar(("zero1",), (), "arithmetic", 1.03),
+        bar(("zero1",), ("torch zero",), "memory", 1.0),
     )
 
 
@@ -186,7 +200,7 @@ def bars_table(runs: Sequence[Mapping[str, Any]]) -> str:
         for run in runs:
             asked = bar.world_size in (0, run["world_size"])
             value = bar.value(run) if asked else None
-            measured = "not measured" if value is None else _shown(bar, value)
+            measured = "not measured" if value is None else _shown(bar, value, run)
             cells.append(measured if asked else "")
             cells.append("" if value is None else "yes" if bar.holds(value) else "**no**")
         case = f"{_case(bar)}, {bar.part}" if bar.part != "muon" else _case(bar)
@@ -200,14 +214,16 @@ def _bars_for(run: Mapping[str, Any]) -> list[ParallelBar]:
 
 def _bar_line(bar: ParallelBar, run: Mapping[str, Any]) -> str:
     value = bar.value(run)
-    shown = "not measured" if value is None else _shown(bar, value)
+    shown = "not measured" if value is None else _shown(bar, value, run)
     verdict = "" if value is None else "yes" if bar.holds(value) else "NO"
-    return f"{bar.part:<9} {_case(bar):<22} {bar.text():<60} {shown:>12} {verdict}"
+    return f"{bar.part:<9} {_case(bar):<22} {bar.text():<60} {shown:>20} {verdict}"
 
 
-def _shown(bar: ParallelBar, value: float) -> str:
-    """Three decimals; shares in per cent."""
-    return f"{value * 100:.1f} %" if bar.quantity == "exposed" else f"{value:.3f}×"
+def _shown(bar: ParallelBar, value: float, run: Mapping[str, Any]) -> str:
+    """Three decimals, shares in per cent; and by what the best of ours sends."""
+    shown = f"{value * 100:.1f} %" if bar.quantity == "exposed" else f"{value:.3f}×"
+    best = bar.best(run)
+    return f"{shown} ({'copies' if best is not None and 'copy' in best else 'NCCL'})"
 
 
 def _case(bar: ParallelBar) -> str:
@@ -215,6 +231,7 @@ def _case(bar: ParallelBar) -> str:
         OURS: "DDP",
         HALF: "DDP, bf16 on the wire",
         ZERO: "ZeRO-1",
+        ("zero1",): "ZeRO-1, NCCL",
     }
     return names.get(bar.ours, "ZeRO-1, Muon")
 
