@@ -186,18 +186,18 @@ def check_gradients_that_nobody_wants(inputs, deterministic, wanted, monkeypatch
         kernels.append(kernel.__name__)
         launch(operator, kernel, *args, **meta)
 
-    def gradients(q, k, v, wanted):
-        inputs = [x.detach().requires_grad_(i in wanted) for i, x in enumerate((q, k, v))]
+    def gradients(wanted):
+        q, k, v = some = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
         out = scaled_dot_product_attention(
-            *inputs, is_causal=True, enable_gqa=True, deterministic=deterministic
+            q, k, v, is_causal=True, enable_gqa=True, deterministic=deterministic
         )
         kernels.clear()
-        return torch.autograd.grad(out, [inputs[i] for i in wanted], torch.ones_like(out))
+        return torch.autograd.grad(out, [some[i] for i in wanted], torch.ones_like(out))
 
     monkeypatch.setattr(Operator, "launch", record)
     with use_backend("triton"):
-        every = gradients(*inputs, (0, 1, 2))
-        some = gradients(*inputs, wanted)
+        every = gradients((0, 1, 2))
+        some = gradients(wanted)
     assert all(not x.isnan().any() and (x != 0).any() for x in some)
     torch.testing.assert_close(some, tuple(every[i] for i in wanted))
     # dq is one kernel's, or is added up by that of the keys and then finished.
