@@ -251,14 +251,13 @@ def test_what_changes_between_steps_is_seen(what, device):
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2,), (3, 2)], ids=str)
 def test_objects_are_told_from_equal_ones(shape, device):
     ours = [torch.ones(shape, device=device) for _ in range(3)]
-    single = ours[0].numel() == 1
-    assert _plan.are_same(list(ours), ours, single)
-    assert not _plan.are_same(ours[:2], ours, single)
+    assert _plan.are_same(list(ours), ours)
+    assert not _plan.are_same(ours[:2], ours)
     for i in range(3):
         for other in (ours[i].clone(), torch.ones(7, device=device), None):
             changed: list[Any] = list(ours)
             changed[i] = other
-            assert not _plan.are_same(changed, ours, single)
+            assert not _plan.are_same(changed, ours)
 
 
 def test_a_thousand_small_tensors(backend, device):

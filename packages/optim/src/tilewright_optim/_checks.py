@@ -1,6 +1,7 @@
 """What a user can get wrong, checked where it enters; messages name the value and the remedy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -9,6 +10,12 @@ from torch import Tensor
 from tilewright_optim._blockwise import num_blocks
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FIXED = {
+    "master_low": torch.int16,
+    "exp_avg_scale": torch.float32,
+    "exp_avg_sq_scale": torch.float32,
+}
+_SHAPE = attrgetter("shape")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -51,6 +58,35 @@ def check_tensors(param: Tensor, grad: Tensor, *states: Tensor) -> None:
                 f"{what} is on {param.device} and its {name} on {tensor.device}; move the model "
                 f"first, then create its optimizer and load the optimizer's state"
             )
+
+
+def check_rows(params: Sequence[Tensor], columns: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raise a RuntimeError unless kernels may walk each row as far as its parameter reaches.
+
+    Args:
+        params: parameters.
+        columns: under "grad" and keys of states, a tensor for each parameter, or nothing.
+    """
+    shapes = list(map(_SHAPE, params))
+    for key, column in columns.items():
+        coded = key.endswith("_scale")
+        if column and (coded or list(map(_SHAPE, column)) != shapes):
+            for param, tensor in zip(params, column, strict=True):
+                expected = state_shape(param, key)
+                if tuple(tensor.shape) != expected or (coded and not tensor.is_contiguous()):
+                    raise RuntimeError(
+                        f"{key} has shape {tuple(tensor.shape)}, strides {tensor.stride()} for a "
+                        f"parameter of shape {tuple(param.shape)}, where {expected} without gaps "
+                        f"is needed; after a change of a parameter's size set its grad to None "
+                        f"and delete its state, or create the optimizer anew"
+                    )
+        dtype = columns["exp_avg_sq"][0].dtype if key == "max_exp_avg_sq" else _FIXED.get(key)
+        for param, tensor in zip(params, column if dtype else (), strict=False):
+            if tensor.dtype != dtype or tensor.device != param.device:
+                raise RuntimeError(
+                    f"{key} is {tensor.dtype} on {tensor.device} for a parameter on "
+                    f"{param.device}; it must be {dtype} there, convert it with .to()"
+                )
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:

@@ -2,7 +2,8 @@
 
 The kernels take element i of each to lie at offset i. That is so when all are contiguous, or dense
 with the same strides (channels_last weights, say), which is how autograd makes gradients and
-`zeros_like` makes states. What lies otherwise goes through a copy.
+`zeros_like` makes states. What lies otherwise, or is the negative of what lies there (a view such
+as `z.conj().imag`), goes through a copy.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def aligned(grads: Sequence[Tensor], written: Columns) -> Aligned:
             parameter's strides are the ones kept.
     """
     columns = (grads, *written)
-    if all(all(map(Tensor.is_contiguous, column)) for column in columns):
+    if all(all(map(lies_plain, column)) for column in columns):
         return Aligned(grads, written, ())
     new_columns: list[list[Tensor]] = [[] for _ in columns]
     copies = []
@@ -39,7 +40,7 @@ def aligned(grads: Sequence[Tensor], written: Columns) -> Aligned:
         # empty_like keeps the strides of a dense tensor and makes a sliced one contiguous.
         strides = torch.empty_like(row[1], device="meta").stride()
         for i, tensor in enumerate(row):
-            if _has_strides(tensor, strides):
+            if _has_strides(tensor, strides) and not tensor.is_neg():
                 new_columns[i].append(tensor)
                 continue
             copy = torch.empty_strided(
@@ -49,6 +50,11 @@ def aligned(grads: Sequence[Tensor], written: Columns) -> Aligned:
             if i > 0:
                 copies.append((tensor, copy))
     return Aligned(new_columns[0], new_columns[1:], copies)
+
+
+def lies_plain(tensor: Tensor) -> bool:
+    """Whether its elements are, in order, what lies at its address."""
+    return tensor.is_contiguous() and not tensor.is_neg()
 
 
 def _has_strides(tensor: Tensor, strides: Sequence[int]) -> bool:

@@ -88,7 +88,7 @@ def muon_triton(
 
 
 def _in_rows(column: Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """The tensors, contiguous, and which of them are copies of which."""
-    contiguous = [tensor.contiguous() for tensor in column]
+    """The tensors, contiguous without a negative bit, and which of them are copies of which."""
+    contiguous = [tensor.contiguous().resolve_neg() for tensor in column]
     pairs = zip(column, contiguous, strict=True)
     return contiguous, [(old, new) for old, new in pairs if old is not new]

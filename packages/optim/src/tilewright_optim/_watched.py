@@ -4,7 +4,9 @@ Before a kernel is given the addresses of the step before, it must be certain th
 other tensors into the states since. To look at a thousand dicts would take longer than all the rest
 of a step on the host. These say it of themselves: every change of any of them moves one clock.
 
-Copies and pickles of them are plain dicts.
+Copies and pickles of them are plain dicts. What goes past a dict's own methods,
+`dict.__setitem__(state, …)` or C's PyDict_SetItem, stays unknown; who does so must keep the old
+tensors or call `load_state_dict`.
 """
 
 from collections import defaultdict

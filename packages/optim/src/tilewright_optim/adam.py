@@ -279,12 +279,12 @@ class Adam(NamedStates, Optimizer):
         if group["amsgrad"]:
             self._make_maxima(states)
         places = map(Tensor.get_device, params) if group["capturable"] else repeat(_CPU)
-        if any(map(ne, [state["step"].get_device() for state in states], places)):
-            # capturable was changed, or the model was moved
-            for param, state in zip(params, states, strict=True):
-                place = param.device if group["capturable"] else "cpu"
-                state["step"] = state["step"].to(place, torch.float32)
-            pack_steps(states)
+        steps = [state["step"] for state in states]
+        if any(map(ne, map(Tensor.get_device, steps), places)) or (
+            group["capturable"] and any(step.dtype != torch.float32 for step in steps)
+        ):
+            # capturable was changed, the model was moved, or counts are of another dtype
+            self._move_steps(params, states, group["capturable"])
         if not self._numbers:
             self._numbers = {id(param): i for i, param in enumerate(self._all_params())}
         seeds = [self._numbers[id(param)] for param in params]
@@ -305,6 +305,16 @@ class Adam(NamedStates, Optimizer):
             )
             yield Launch(columns, group["capturable"], kind)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _move_steps(self, params: list[Tensor], states: list[State], capturable: bool) -> None:
+        for param, state in zip(params, states, strict=True):
+            place = param.device if capturable else "cpu"
+            state["step"] = state["step"].clone().to(place, torch.float32)
+        pack_steps(states)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _make_maxima(self, states: list[State]) -> None:
         """Begin running maxima where there are none: amsgrad was set after some steps."""
         for state in states:
@@ -312,6 +322,8 @@ class Adam(NamedStates, Optimizer):
                 self._storage.check_amsgrad(True)
                 state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
 
+    @torch.inference_mode(False)  # states are to serve steps outside of it as well
+    @torch.no_grad()
     def _make_states(self, params: list[Tensor], group: dict[str, Any]) -> None:
         new = [param for param in params if not self.state[param]]
         if not new:

@@ -113,7 +113,11 @@ def _dense(grads: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _tables_here(device: torch.device) -> NormTables:
-    """Those of the current stream, for streams may be at work at once; one for all captures."""
+    """Those of the current stream, for streams may be at work at once; one for all captures.
+
+    What a capture is given stays for good, 16 bytes a gradient and 8 more for each chunk that was
+    sent: each replay copies from the host's part, and a graph does not tell when it is gone.
+    """
     if device.type != "cuda" or is_capturing(device):
         return _tables(device, None)
     return _tables(device, torch.cuda.current_stream(device).cuda_stream)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from tilewright_optim._arguments import evaluate, is_capturing, number, obstacle, on
-from tilewright_optim._checks import check_tensors
+from tilewright_optim._checks import check_rows, check_tensors
 from tilewright_optim._coefficients import QUINTIC, Coefficients
 from tilewright_optim._kinds import Kind, by_kind
 from tilewright_optim._muon_checks import check_muon_matrix, check_muon_options
@@ -154,6 +154,8 @@ class Muon(NamedStates, Optimizer):
             check_tensors(
                 params[0], grads[0], *(column[0] for column in (buffers, *lows) if column)
             )
+            low = lows[0] if lows else []
+            check_rows(params, {"grad": grads, "momentum_buffer": buffers, "master_low": low})
             device = params[0].device
             update: Callable[..., None] = muon_reference
             if any(map(Tensor.numel, params)) and OPERATOR.uses_triton(params[0], obstacle(params)):
@@ -189,6 +191,8 @@ class Muon(NamedStates, Optimizer):
         lows = [state["master_low"] for state in states] if halves else []
         yield from by_kind([params, grads, buffers], [lows])
 
+    @torch.inference_mode(False)  # states are to serve steps outside of it as well
+    @torch.no_grad()
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[param]
         exact = group["master"] == "exact" and param.dtype == torch.bfloat16

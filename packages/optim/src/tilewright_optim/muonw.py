@@ -233,6 +233,7 @@ class MuonW(NamedStates, Optimizer):
             What closure returned, else None.
         """
         loss = evaluate(closure)
+        self._share()
         found_inf = getattr(self, "found_inf", None)
         adamw, muon = self._parts["adamw"], self._parts["muon"]
         sound, found_inf = without_overflow(found_inf, adamw.param_groups)
@@ -251,6 +252,7 @@ class MuonW(NamedStates, Optimizer):
     @torch.compiler.disable  # dicts of its own, as in `step`
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set all gradients to None, or to zeros, as torch.optim does."""
+        self._share()
         super().zero_grad(set_to_none)
         self._parts["adamw"]._forget_gradients()
 
