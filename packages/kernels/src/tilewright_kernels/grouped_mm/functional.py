@@ -88,25 +88,26 @@ def grouped_sums(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
 
 
 def torch_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
-    """torch's own grouped product where it and its gradient are defined, else the definition."""
+    """torch's own grouped product where it and its gradient are defined, else the definition.
+
+    Groups end anywhere, so rows of both matrices and of the gradient are made to lie one after
+    another: where the dimension of the groups is the one of adjacent numbers, torch's kernels want
+    every group to begin at a multiple of 16 bytes, and look at that on the device only.
+    """
+    if a.dim() == 3:
+        return torch_grouped_mm(b.mT, a.mT, offs).mT
     compiling = torch.compiler.is_compiling()
     # torch 2.11 traces its product in bfloat16 alone, and cannot trace the definition's lengths.
-    traceable = not compiling or a.dtype == torch.bfloat16
-    fits = _gradient_fits(a, b) and all(torch_takes(x) for x in (a, b))
-    if not (traceable and fits):
+    if not _torch_multiplies(a, b) or (compiling and a.dtype != torch.bfloat16):
         return _every_group(a, b, offs) if compiling else grouped_mm_reference(a, b, offs=offs)
     # What torch leaves undefined, in the result and in the gradients, becomes zero.
-    if a.dim() == 3:
-        inside = torch.arange(b.shape[1], device=b.device) < offs[-1]
-        out = F.grouped_mm(a, b.where(inside, 0), offs=offs)
-        return _with_contiguous_gradient(out).where(inside, 0)
-    inside = torch.arange(a.shape[b.dim() == 2], device=a.device) < offs[-1]
+    rows = a.mT if b.dim() == 2 else a
+    inside = torch.arange(rows.shape[0], device=a.device)[:, None] < offs[-1]
+    rows = rows.where(inside, 0).contiguous()
     if b.dim() == 2:
-        out = F.grouped_mm(a.where(inside, 0), b.where(inside[:, None], 0), offs=offs)
+        out = F.grouped_mm(rows.mT, b.where(inside, 0).contiguous(), offs=offs)
         return _with_contiguous_gradient(out)
-    inside = inside[:, None]
-    out = F.grouped_mm(a.where(inside, 0), b, offs=offs)
-    return _with_contiguous_gradient(out).where(inside, 0)
+    return _with_contiguous_gradient(F.grouped_mm(rows, b, offs=offs)).where(inside, 0)
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -137,11 +138,14 @@ def _apply_contiguous_gradient(x: Tensor) -> Any:
 _with_contiguous_gradient: Any = torch.compiler.allow_in_graph(_apply_contiguous_gradient)
 
 
-def _gradient_fits(a: Tensor, b: Tensor) -> bool:
-    """Whether torch's product takes the result's gradient: both sizes that are not grouped."""
+def _torch_multiplies(a: Tensor, b: Tensor) -> bool:
+    """Whether torch's product takes both operands, their rows made adjacent, and the gradient."""
+    if not hasattr(F, "grouped_mm") or a.dtype == torch.float64 or 0 in (a.numel(), b.numel()):
+        return False
     unit = 16 // a.element_size()
-    last = b.shape[-1] % unit == 0
-    return last and (b.dim() == 3 or a.shape[-2] % unit == 0)
+    if b.dim() == 2:
+        return a.shape[0] % unit == 0 and b.shape[1] % unit == 0
+    return a.shape[1] % unit == 0 and b.shape[2] % unit == 0 and torch_takes(b)
 
 
 def _every_group(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
