@@ -1,6 +1,7 @@
 """What a caller of attention can get wrong, and what the message says of it."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -66,12 +67,19 @@ def test_bad_input(device):
 @pytest.mark.parametrize("softcap", SOFTCAPS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_the_widest_softcaps_hide_and_cap(dtype, softcap, device):
-    q, k, v = torch.randn(3, 1, 2, 40, 16, device=device, dtype=dtype)
-    options = {"is_causal": True, "softcap": softcap}
-    expected = attention_reference(q.double(), k.double(), v.double(), **options)
+    # On Hopper in 16 bits its own kernels, which give a hidden key a score of -2⁶³ softcap.
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 1, 1, 80, 64, generator=generator).to(device, dtype)
+    q, k, v = (x.requires_grad_() for x in inputs.unbind())
+    wide_q, wide_k, wide_v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    expected = attention_reference(wide_q, wide_k, wide_v, is_causal=True, softcap=softcap)
     with use_backend("triton"):
-        out = scaled_dot_product_attention(q, k, v, **options)
-    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, softcap=softcap)
+    assert_close = partial(torch.testing.assert_close, rtol=1e-2, atol=1e-2, check_dtype=False)
+    assert_close(out, expected)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert_close(dv, torch.autograd.grad(expected, wide_v, torch.ones_like(expected))[0])
+    assert not (dq.isnan().any() or dk.isnan().any())
 
 
 def test_bad_packed_input(device):
