@@ -3,6 +3,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_files_replace_older_ones_and_leave_nothing_beside(tmp_path: Path) -> No
     assert (tmp_path / "model.safetensors").stat().st_mode == mode
 
 
-@pytest.mark.parametrize("failing", ["save_file", "os.fsync"])
+@pytest.mark.parametrize("failing", ["checkpoint.save_file", "staged_files.os.fsync"])
 def test_a_failed_save_leaves_the_older_files(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +115,7 @@ def test_a_failed_save_leaves_the_older_files(
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"tilewright_model.checkpoint.{failing}", fail)
+    monkeypatch.setattr(f"tilewright_model.{failing}", fail)
     with pytest.raises(OSError, match="No space left"):
         build().to(torch.bfloat16).save_pretrained(tmp_path)
     monkeypatch.undo()
@@ -275,3 +276,70 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
 def test_max_shard_bytes_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_shard_bytes is 0"):
         build().save_pretrained(tmp_path, max_shard_bytes=0)
+
+
+@pytest.mark.parametrize("failing", [2, 3])
+def test_a_failed_save_of_shards_leaves_the_older_ones(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build().save_pretrained(tmp_path, max_shard_bytes=8000)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    newer, calls = build(), 0
+    with torch.no_grad():
+        for parameter in newer.parameters():
+            parameter.add_(1)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(28, "No space left on device")
+        save_file(*args, **kwargs)
+
+    monkeypatch.setattr("tilewright_model.checkpoint.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        newer.save_pretrained(tmp_path, max_shard_bytes=8000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert_same(CausalLM.from_pretrained(tmp_path), build())
+
+
+@pytest.mark.parametrize("shard_bytes", [8000, 10**9], ids=["shards to shards", "shards to one"])
+def test_a_save_that_ends_between_renames_is_not_read(
+    shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build().save_pretrained(tmp_path, max_shard_bytes=8000)
+    replace, calls = Path.replace, 0
+
+    def fail(path: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError(5, "Input/output error")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        build().save_pretrained(tmp_path, max_shard_bytes=shard_bytes)
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        CausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        (["a"], "weight_map must be an object"),
+        (None, "weight_map must be an object"),
+        ({"a": 3}, "weight_map must be an object"),
+        ({"a": "../model.safetensors"}, r"'\.\./model\.safetensors' is not the name of a file"),
+        ({"a": "/model.safetensors"}, "is not the name of a file"),
+        ({"a": ".."}, "is not the name of a file"),
+    ],
+    ids=str,
+)
+def test_a_damaged_index_is_refused(weight_map: Any, message: str, tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=message):
+        CausalLM.from_pretrained(tmp_path / "model")

@@ -1,5 +1,6 @@
 import dataclasses
-from typing import Any
+from collections.abc import Generator
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 from tilewright_kernels import use_backend
 from tilewright_kernels.testing import count_launches
 from tilewright_model import CausalLM, Engine, ModelConfig, SamplingParams
+from tilewright_model.stop_strings import StopStrings
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -300,3 +302,91 @@ def test_a_graph_gives_what_steps_of_their_own_give() -> None:
     with count_launches() as launches:
         engine.generate(PROMPTS, params)
     assert launches["skinny_linear"] == 0
+
+
+def test_a_second_stream_is_refused_while_one_is_open(device: torch.device) -> None:
+    engine = Engine(build(device), max_batch_size=3)
+    expected = [c.token_ids for c in engine.generate(PROMPTS, GREEDY)]
+    first = engine.stream(PROMPTS, GREEDY)
+    begun = next(first)
+    for other in (
+        lambda: engine.generate(PROMPTS[:1], GREEDY),
+        lambda: next(engine.stream([[1]], GREEDY)),
+    ):
+        with pytest.raises(RuntimeError, match="a stream of this engine is open"):
+            other()
+    ours = [[begun.token_id], [], []]
+    for token in first:
+        ours[token.index].append(token.token_id)
+    assert ours == expected
+    left = engine.stream(PROMPTS, GREEDY)
+    next(left)
+    assert isinstance(left, Generator)
+    left.close()
+    assert [c.token_ids for c in engine.generate(PROMPTS, GREEDY)] == expected
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_more_rows_than_the_fused_step_takes(backend: Literal["torch", "triton"]) -> None:
+    model = build(num_hidden_layers=1)
+    prompts = [[3, 1]] * 64 + [[5]]
+    request = SamplingParams(max_new_tokens=2, temperature=0)
+    with use_backend("torch"):
+        expected = Engine(model, max_batch_size=2).generate(prompts[-2:], request)
+    with use_backend(backend):
+        ours = Engine(model, max_batch_size=65, max_length=4).generate(prompts, request)
+    assert [c.token_ids for c in ours[-2:]] == [c.token_ids for c in expected]
+
+
+def test_autocast_and_new_dtypes_of_an_engine_that_is_there(device: torch.device) -> None:
+    model = build(device)
+    engine = Engine(model, max_batch_size=3)
+    expected = engine.generate(PROMPTS, GREEDY)
+    with torch.autocast(device.type, torch.bfloat16):
+        mixed = engine.generate(PROMPTS, GREEDY)
+        assert engine.cache.keys.dtype == torch.bfloat16
+        assert mixed == Engine(model, max_batch_size=3).generate(PROMPTS, GREEDY)
+    assert engine.generate(PROMPTS, GREEDY) == expected
+    model.double()
+    engine.generate(PROMPTS, GREEDY)
+    assert engine.cache.keys.dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_end_with_an_error(
+    backend: Literal["torch", "triton"], temperature: float
+) -> None:
+    model = build(num_hidden_layers=1)
+    with torch.no_grad():
+        model.norm.weight.fill_(torch.nan)
+    engine = Engine(model, max_length=8)
+    request = SamplingParams(max_new_tokens=3, temperature=temperature)
+    for _ in range(2):
+        with (
+            use_backend(backend),
+            pytest.raises(FloatingPointError, match="new token 0 of prompt 0 are not finite"),
+        ):
+            engine.generate([[1]], request)
+
+
+@pytest.mark.parametrize("between", [0, 1, 9, 300])
+def test_tokens_without_text_hide_no_stop_string(between: int) -> None:
+    def decode(ids: list[int]) -> str:
+        return "".join("abc"[i] for i in ids if i < 3)
+
+    stop = StopStrings(decode, ("never", "ab"))
+    assert not any(stop.found_with(token) for token in [*[2] * 100, 0, *[9] * between])
+    assert stop.found_with(1)
+
+
+def test_a_long_text_is_not_decoded_again_for_every_token() -> None:
+    seen = []
+
+    def decode(ids: list[int]) -> str:
+        seen.append(len(ids))
+        return "x" * len(ids)
+
+    stop = StopStrings(decode, ("ab",))
+    assert not any(stop.found_with(0) for _ in range(2000))
+    assert max(seen) < 100

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -161,3 +162,31 @@ def test_another_dtype_is_refused() -> None:
 def test_impossible_sizes_are_refused(batch_size: int, max_length: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KVCache(CONFIG, batch_size, max_length)
+
+
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 3}, {"head_dim": 2}], ids=str)
+def test_the_cache_of_another_model_is_refused_at_the_door(fields: dict[str, Any]) -> None:
+    cache = KVCache(dataclasses.replace(CONFIG, **fields), 1, 6)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"the cache is for .* build it with"):
+        CausalLM(CONFIG)(torch.zeros(1, 4, dtype=torch.int64), cache=cache)
+    assert not cache.keys.any()
+
+
+def test_a_cache_of_integers_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"dtype is torch\.int64"):
+        KVCache(CONFIG, 1, 6, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"attention_mask": torch.tensor([[0, 0, 1, 1, 1]])},
+        {"cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32)},
+    ],
+    ids=["padded", "packed"],
+)
+def test_padding_and_packing_are_refused_with_an_empty_cache(given: dict[str, Any]) -> None:
+    ids, cache = torch.arange(5)[None], KVCache(CONFIG, 1, 8)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"without a cache.* with Engine"):
+        CausalLM(CONFIG)(ids, cache=cache, **given)
+    assert cache.position == 0

@@ -148,3 +148,8 @@ def test_impossible_requests_are_refused() -> None:
         optimizer_bytes(CONFIG, "sgd")  # pyrefly: ignore[bad-argument-type]
     with pytest.raises(ValueError, match="recompute is 'some'"):
         activation_bytes(CONFIG, 1, 1, recompute="some")  # pyrefly: ignore[bad-argument-type]
+    for batch_size, tokens in ((-1, 5), (1, 0), (1, 10**6)):
+        with pytest.raises(ValueError, match="max_length"):
+            kv_cache_bytes(CONFIG, batch_size, tokens)
+    with pytest.raises(ValueError, match="seq_len 1000000 exceeds max_position_embeddings"):
+        memory_estimate(CONFIG, 1, 10**6)

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright_model import RopeScaling
+from tilewright_model import RopeScaling, preset
 from tilewright_model.rope_scaling import rotary_frequencies
 from tilewright_model.rotary import rotary_tables
 
@@ -112,3 +112,9 @@ def test_llama3_divides_long_waves_and_keeps_short_ones() -> None:
 def test_bad_constants_are_refused(values: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         RopeScaling(**values)
+
+
+def test_yarn_with_a_base_of_one_is_refused() -> None:
+    scaling = RopeScaling(rope_type="yarn", factor=2.0, original_max_position_embeddings=128)
+    with pytest.raises(ValueError, match=r"rope_theta is 1\.0 and rope_type 'yarn'"):
+        preset("nano", rope_theta=1.0, rope_scaling=scaling)

@@ -1,8 +1,9 @@
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
+from tilewright_kernels import use_backend
 from tilewright_model.sampling import (
     Sampler,
     SamplingParams,
@@ -169,3 +170,40 @@ def test_padding_is_not_seen() -> None:
 def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 2.5}, "top_k is 2.5: give an int or None"),
+        ({"top_k": True}, "top_k is True"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5: give an int"),
+        ({"max_new_tokens": None}, "max_new_tokens is None: give an int"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"temperature": "a"}, "temperature is 'a': give a number"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5: give a tuple of ints"),
+        ({"stop_token_ids": (1.0,)}, "stop_token_ids is"),
+        ({"stop": ("a", 1)}, "stop is .*: give a tuple of strings"),
+    ],
+    ids=str,
+)
+def test_options_of_another_type_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        SamplingParams(**options)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.9}, {"top_k": 3}], ids=str)
+def test_the_coldest_rows_take_the_likeliest(
+    backend: Literal["torch", "triton"], truncation: dict[str, Any]
+) -> None:
+    logits = torch.tensor([[30.0, 500.0, 1e4, 3e3, -1e4]])
+    request = SamplingParams(temperature=1e-37, seed=3, **truncation)
+    candidates = candidates_for([request], 5)
+    sampler = Sampler(1, 5, torch.device("cpu"), candidates=candidates, penalizes=False)
+    sampler.load([request], torch.tensor([[0]]), torch.tensor([1]))
+    token, log_prob = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    with use_backend(backend):
+        sampler.draw(logits, torch.tensor([1]), tokens_B=token, log_probs_B=log_prob)
+    assert token.item() == 2
+    assert log_prob.item() == 0

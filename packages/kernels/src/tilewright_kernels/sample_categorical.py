@@ -52,7 +52,9 @@ def sample_categorical_reference(
     uniform = (words.to(wide.dtype) * 2**-32 + 2**-33).clamp(max=1 - 2**-24)
     greedy = temperature[:, None] == 0
     warm = torch.where(greedy, 1.0, temperature[:, None])
-    score = torch.where(greedy, wide, wide / warm - (-torch.log1p(-uniform)).log())
+    # Temperature times the sum where it is below 1, so that no logit overflows.
+    noise = (-torch.log1p(-uniform)).log()
+    score = torch.where(greedy, wide, wide / warm.clamp(min=1) - noise * warm.clamp(max=1))
     if threshold is not None:
         score = score.masked_fill(wide < threshold[:, None], -torch.inf)
     tokens = score.argmax(-1)
@@ -73,7 +75,9 @@ def _sample_categorical_kernel(
     block, row = tl.program_id(0), tl.program_id(1)
     v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     at = logits_ptr + row.to(tl.int64) * row_stride + v
-    logit = tl.load(at, mask=v < V, other=float("-inf")).to(ACC)
+    given = tl.load(at, mask=v < V, other=float("-inf")).to(ACC)
+    # What is no number is not drawn, and makes the log-probability none either, by the sum below.
+    logit = tl.where(given == given, given, float("-inf"))
     score = logit
     temperature = tl.full((), 1.0, dtype=ACC)
     if temperature_ptr is not None:
@@ -83,7 +87,9 @@ def _sample_categorical_kernel(
         word, _, _, _ = philox(tl.load(seeds_ptr + row), counter.to(tl.uint64))
         uniform = tl.minimum(word.to(ACC) * 2.3283064365386963e-10 + 1.1641532182693481e-10,
                              1 - 5.9604644775390625e-08)  # fmt: skip
-        score = logit / temperature - tl.log(-_math.log1p(-uniform))
+        # Temperature times the sum where it is below 1, so that no logit overflows.
+        noise = tl.log(-_math.log1p(-uniform))
+        score = logit / tl.maximum(temperature, 1.0) - noise * tl.minimum(temperature, 1.0)
     if threshold_ptr is not None:
         score = tl.where(logit < tl.load(threshold_ptr + row).to(ACC), float("-inf"), score)
     score = tl.where(v < V, score, float("-inf"))
@@ -92,7 +98,7 @@ def _sample_categorical_kernel(
     chosen = tl.max(tl.where(v == block * BLOCK_V + index, logit, float("-inf")), 0)
     largest = tl.max(logit, 0)
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.sum(tl.exp(logit - base), 0)
+    total = tl.sum(tl.exp(given - base), 0)
     parts = parts_ptr + row * 4 * BLOCKS
     tl.store(parts + block, best)
     tl.store(parts + BLOCKS + block, chosen)

@@ -32,7 +32,7 @@ from tilewright_model.checkpoint import (
 )
 from tilewright_model.config import ModelConfig
 from tilewright_model.inputs import check_labels, check_tokens, sequences
-from tilewright_model.kv_cache import KVCache
+from tilewright_model.kv_cache import KVCache, computed_dtype
 from tilewright_model.loss import IGNORE_INDEX, linear_loss, logits_loss, next_tokens
 from tilewright_model.moe import Experts, RouterOutput
 from tilewright_model.positions import Positions, SinusoidalPositions
@@ -172,17 +172,20 @@ class CausalLM(nn.Module):
             max_seqlen: no packed sequence is longer: the attention's grid is made for so many;
                 by default as many as there are positions.
             attention_mask: [B, T], 0 for padding on one side of each row, which no token sees.
-            cache: earlier tokens; the new ones are added to it.
+            cache: earlier tokens; the new ones are added to it. Not with cu_seqlens or
+                attention_mask, whose sequences `Engine` reads.
             num_items: what the summed loss is divided by; by default the number of labels counted
                 here. Give the number over all micro-batches and ranks to weigh every token alike.
             return_logits: whether to return logits; by default only when labels are not given.
 
         Raises:
-            TypeError: ids or labels that are not integers.
+            TypeError: ids or labels that are not integers, a cache of another dtype.
             ValueError: shapes that do not fit, more tokens than positions or room in the cache,
-                num_items without labels, a cache while gradients are recorded.
+                on the CPU ids or labels out of range, num_items without labels or below 1, a cache
+                of another model, with cu_seqlens or attention_mask, or while gradients are
+                recorded.
         """
-        check_labels(input_ids, labels, num_items)
+        check_labels(self.config, input_ids, labels, num_items)
         keep_logits = labels is None if return_logits is None else return_logits
         if labels is None and not keep_logits:
             return CausalLMOutput()
@@ -242,8 +245,10 @@ class CausalLM(nn.Module):
             max_seqlen=max_seqlen,
             attention_mask=attention_mask,
             start=start,
+            cached=cache is not None,
         )
         if cache is not None:
+            cache.check_model(self.config, computed_dtype(self.embed_tokens.weight))
             cache.check_room(*input_ids.shape)
             if torch.is_grad_enabled():
                 raise ValueError("a cache is for inference: call the model under torch.no_grad()")

@@ -1,16 +1,16 @@
 """A model's files: `config.json` and safetensors, written whole or not at all, read strictly.
 
-No pickle is ever read or written. Each file appears under its name complete: it is written beside
-its place, flushed to disk and renamed over. On reading, every tensor of the model must be there
-with its shape, and nothing else.
+No pickle is ever read or written. All files are written beside their places and flushed to disk
+before the first is renamed over an older one. While several are, there is no configuration: who
+reads then finds a checkpoint that is incomplete, never one mixed from two. On reading, every tensor
+of the model must be there with its shape, and nothing else.
 """
 
 import contextlib
 import difflib
 import json
-import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tilewright_model.hugging_face import (
     to_hugging_face,
 )
 from tilewright_model.hugging_face_tensors import TensorOnDisk
+from tilewright_model.staged_files import StagedFiles
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -83,20 +84,38 @@ def write_checkpoint(
     shards = _shards(tensors, max_shard_bytes)
     dtype = weights["embed_tokens.weight"].dtype
     values = to_hugging_face(config, dtype, read_token_ids(origin))
-    for file, names in shards.items():
-        _write_tensors(directory / file, {name: tensors[name] for name in names})
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(directory / INDEX_NAME, index)
-    _write_json(directory / CONFIG_NAME, values)
-    _remove_others(directory, [*shards, *([INDEX_NAME] if len(shards) > 1 else [])])
+    others: list[str] = []
     if origin is not None and origin.resolve() != directory.resolve():
-        for name in TOKENIZER_FILES:
-            if (origin / name).is_file():
-                with _replacing(directory / name) as path:
-                    shutil.copyfile(origin / name, path)
+        others = [name for name in TOKENIZER_FILES if (origin / name).is_file()]
+    files = [*shards, *([INDEX_NAME] if len(shards) > 1 else [])]
+    with StagedFiles(directory) as staged:
+        for file, names in shards.items():
+            _write_tensors(staged, file, {name: tensors[name] for name in names})
+        if len(shards) > 1:
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            weight_map = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _write_json(staged, INDEX_NAME, index)
+        _write_json(staged, CONFIG_NAME, values)
+        for name in others:
+            assert origin is not None
+            with staged.file(name) as path:
+                shutil.copyfile(origin / name, path)
+        if not _one_rename_does(directory, files, values):
+            staged.remove(CONFIG_NAME)
+        staged.rename(*files)
+        staged.remove(*_others(directory, files))
+        staged.rename(*others, CONFIG_NAME)
+
+
+def _one_rename_does(directory: Path, files: list[str], values: Mapping[str, Any]) -> bool:
+    """Whether one file replaces one file under the same configuration."""
+    if files != [WEIGHTS_NAME] or (directory / INDEX_NAME).exists():
+        return False
+    try:
+        return _read_json(directory / CONFIG_NAME) == json.loads(_as_json(values))
+    except (OSError, ValueError):
+        return False
 
 
 def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> dict[str, list[str]]:
@@ -115,28 +134,28 @@ def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> dict[str, list[str
     return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups)}
 
 
-def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(staged: StagedFiles, file: str, tensors: Mapping[str, Tensor]) -> None:
     on_host = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    with _replacing(file) as path:
+    with staged.file(file) as path:
         try:
             save_file(on_host, path, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"cannot write {file}: {error}") from error
+            raise OSError(f"cannot write {staged.directory / file}: {error}") from error
 
 
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    with _replacing(file) as path:
-        path.write_text(text, encoding="utf-8")
+def _as_json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-def _remove_others(directory: Path, written: Collection[str]) -> None:
-    """Remove weights of an earlier save, which a reader could take for this one's."""
-    old = [directory / WEIGHTS_NAME, directory / INDEX_NAME]
-    old += directory.glob("model-?????-of-?????.safetensors")
-    for path in old:
-        if path.name not in written:
-            path.unlink(missing_ok=True)
+def _write_json(staged: StagedFiles, file: str, values: Mapping[str, Any]) -> None:
+    with staged.file(file) as path:
+        path.write_text(_as_json(values), encoding="utf-8")
+
+
+def _others(directory: Path, written: Collection[str]) -> list[str]:
+    """Weights of an earlier save, which a reader could take for this one's."""
+    shards = [path.name for path in directory.glob("model-?????-of-?????.safetensors")]
+    return [name for name in (WEIGHTS_NAME, INDEX_NAME, *shards) if name not in written]
 
 
 def read_token_ids(directory: Path | None) -> dict[str, Any]:
@@ -250,8 +269,14 @@ def _weight_files(directory: Path) -> list[Path]:
     whole, index = directory / WEIGHTS_NAME, directory / INDEX_NAME
     if whole.is_file() or not index.is_file():
         return [whole]
-    shards = _read_json(index).get("weight_map", {})
-    return [directory / name for name in sorted(set(shards.values()))]
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+        raise ValueError(f"{index}: weight_map must be an object from tensors to file names")
+    names = sorted(set(shards.values()))
+    for name in names:
+        if name in ("", "..") or Path(name).name != name or "\\" in name:
+            raise ValueError(f"{index}: {name!r} is not the name of a file beside it")
+    return [directory / name for name in names]
 
 
 def _open(path: Path, stack: contextlib.ExitStack) -> Any:
@@ -304,30 +329,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}: it must be a JSON object")
     return values
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place when the block ends well."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        # Created here, so that it has the permissions of any new file; safetensors' own would be
-        # readable by the owner alone.
-        beside.touch()
-        mode = beside.stat().st_mode
-        yield beside
-        beside.chmod(mode)
-        _flush(beside)
-        beside.replace(path)
-        _flush(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or a directory's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -112,6 +112,11 @@ def _check_positions(config: ModelConfig) -> None:
             f"rope_scaling is set and position_embedding is {config.position_embedding!r}: "
             f"leave one of them at its default"
         )
+    if scaling.rope_type == "yarn" and config.rope_theta <= 1:
+        raise ValueError(
+            f"rope_theta is {config.rope_theta} and rope_type 'yarn' asks how often each pair "
+            f"turns: give a rope_theta above 1"
+        )
     if scaling.rope_type == "ntk" and config.attention_head_dim <= 2:
         raise ValueError(
             f"head_dim {config.attention_head_dim} is one pair, which rope_type 'ntk' cannot "

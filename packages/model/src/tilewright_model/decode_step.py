@@ -9,18 +9,26 @@
 At this size every launch is a wait, and the time between them, in which no weights are read, is
 most of what a decoder's step costs. So norms, rotation, cache, gate and sums are parts of the
 products and of the attention (`skinny_linear`, `flash_attn_with_kvcache`), each of which fetches
-its weights while the one before still runs. A mixture of experts is called as a module.
+its weights while the one before still runs. A mixture of experts is called as a module. Of more
+sequences than `skinny_linear` takes rows, norms, gates and sums are launches of their own.
 
 Shapes: B batch, C hidden_size, V vocab_size, H query heads, K key/value heads, D head dimension.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilewright_kernels import flash_attn_with_kvcache, rms_norm, skinny_linear
+from tilewright_kernels import (
+    flash_attn_with_kvcache,
+    linear,
+    rms_norm,
+    skinny_linear,
+    swiglu,
+)
+from tilewright_kernels.skinny_linear import MAX_ROWS
 from tilewright_model.attention import Attention
 from tilewright_model.block import Block
 from tilewright_model.causal_lm import CausalLM
@@ -80,17 +88,40 @@ def decode_step(
     for module, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
         block = cast(Block, module)
         norm = block.input_layernorm
-        qkv_BN = skinny_linear(
+        qkv_BN = _product(
             h_BC, block.self_attn.qkv_proj.weight,
             norm_weight=norm.weight, eps=norm.eps, counters=counters, prefetch_weight=True,
         )  # fmt: skip
         y_BC = _attend(block.self_attn, qkv_BN, keys, values, cache.lengths, cos, sin, counters)
-        h_BC = skinny_linear(
+        h_BC = _product(
             y_BC, block.self_attn.o_proj.weight,
             residual=h_BC, counters=counters, prefetch_weight=True,
         )  # fmt: skip
         h_BC = _feed_forward(block, h_BC, counters)
     return _logits(model, h_BC, counters)
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+    **launch: Any,
+) -> Tensor:
+    """`skinny_linear`, or the same part by part for more rows than it takes."""
+    if len(x) <= MAX_ROWS:
+        return skinny_linear(
+            *(x, weight),
+            norm_weight=norm_weight, eps=eps, residual=residual, gated=gated, **launch,
+        )  # fmt: skip
+    if norm_weight is not None:
+        x = rms_norm(x, norm_weight.shape, norm_weight, eps)
+    y = linear(x, weight)
+    y = swiglu(y) if gated else y
+    return y if residual is None else y + residual
 
 
 def _attend(
@@ -124,18 +155,18 @@ def _feed_forward(block: Block, h_BC: Tensor, counters: Tensor | None) -> Tensor
     if not isinstance(mlp, MLP):
         x_BC = rms_norm(h_BC, h_BC.shape[-1:], norm.weight, norm.eps)
         return h_BC + mlp(x_BC)[0]
-    z_BI = skinny_linear(
+    z_BI = _product(
         h_BC, mlp.gate_up_proj.weight, gated=True,
         norm_weight=norm.weight, eps=norm.eps, counters=counters, prefetch_weight=True,
     )  # fmt: skip
-    return skinny_linear(
+    return _product(
         z_BI, mlp.down_proj.weight, residual=h_BC, counters=counters, prefetch_weight=True
     )
 
 
 def _logits(model: CausalLM, h_BC: Tensor, counters: Tensor | None) -> Tensor:
     head = model.embed_tokens if model.lm_head is None else model.lm_head
-    logits_BV = skinny_linear(
+    logits_BV = _product(
         h_BC, head.weight,
         norm_weight=model.norm.weight, eps=model.norm.eps, counters=counters, prefetch_weight=True,
     )  # fmt: skip

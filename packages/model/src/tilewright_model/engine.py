@@ -9,6 +9,7 @@ The host launches a step before it looks at the tokens of the one before, so it 
 What a request gets does not depend on the others in its batch.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -16,9 +17,10 @@ from typing import Literal, NamedTuple
 import torch
 
 from tilewright_model.causal_lm import CausalLM
-from tilewright_model.kv_cache import KVCache
+from tilewright_model.kv_cache import KVCache, computed_dtype
 from tilewright_model.prefill import padded, prefill, uncompiled
 from tilewright_model.sampling import Sampler, SamplingParams, candidates_for
+from tilewright_model.stop_strings import StopStrings
 from tilewright_model.token_step import Readback, TokenStep
 
 FinishReason = Literal["stop", "length"]
@@ -58,7 +60,7 @@ class Engine:
 
     Args:
         model: where it computes and in which precision; torch.autocast around a call is honoured,
-            at the price of the graph.
+            at the price of the graph, and a cache of another dtype than before is allocated anew.
         max_batch_size: most requests at a time.
         max_length: most tokens of a sequence, prompt and continuation; by default as many as the
             model has positions.
@@ -68,7 +70,7 @@ class Engine:
         cuda_graph: whether steps are captured in a graph, where the model is on a GPU.
 
     Attributes:
-        cache: of the largest batch, allocated once.
+        cache: of the largest batch, allocated once for a device and a dtype.
 
     Raises:
         ValueError: a size below 1, or more tokens than the model has positions.
@@ -88,17 +90,16 @@ class Engine:
             raise ValueError(f"prefill_chunk is {prefill_chunk}: give 1 or more, or None")
         self.model, self.decode = model, decode
         self.prefill_chunk, self.cuda_graph = prefill_chunk, cuda_graph
-        weight = model.embed_tokens.weight
-        kind = weight.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        self.cache = KVCache(
-            model.config,
-            max_batch_size,
-            model.config.max_position_embeddings if max_length is None else max_length,
-            device=weight.device,
-            dtype=torch.get_autocast_dtype(kind) if autocast else weight.dtype,
-        )
         self._steps: dict[tuple[object, ...], TokenStep] = {}
+        self._runs = False
+        longest = model.config.max_position_embeddings if max_length is None else max_length
+        self.cache = self._new_cache(max_batch_size, longest)
+
+    def _new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """For what the model computes in now."""
+        weight = self.model.embed_tokens.weight
+        dtype = computed_dtype(weight)
+        return KVCache(self.model.config, batch_size, max_length, device=weight.device, dtype=dtype)
 
     def generate(
         self,
@@ -118,6 +119,8 @@ class Engine:
             TypeError: a token that is no integer.
             ValueError: more prompts than fit in a batch, a prompt that is empty or too long with
                 its new tokens, a token outside the vocabulary, stop strings without `decode`.
+            RuntimeError: a stream of this engine is open.
+            FloatingPointError: logits that are not finite.
         """
         requests = self._check(prompts, params)
         completions = [Completion() for _ in prompts]
@@ -132,7 +135,8 @@ class Engine:
     ) -> Iterator[Token]:
         """As `generate`, token by token as they come. One stream of an engine runs at a time.
 
-        Requests are checked at the call, before the first token is asked for.
+        Requests are checked at the call, before the first token is asked for. From that one on the
+        stream is open, until its last token or its `close()`, and another one raises.
         """
         return self._run(prompts, self._check(prompts, params), [Completion() for _ in prompts])
 
@@ -164,6 +168,25 @@ class Engine:
     ) -> Iterator[Token]:
         if not prompts:
             return
+        if self._runs:
+            raise RuntimeError(
+                "a stream of this engine is open, and its cache is in use: read it to its end, "
+                "close() it, or build an engine for each"
+            )
+        self._runs = True
+        try:
+            yield from self._tokens(prompts, requests, completions)
+        finally:
+            self._runs = False
+
+    def _tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[SamplingParams],
+        completions: list[Completion],
+    ) -> Iterator[Token]:
+        decode = self.decode or (lambda ids: "")
+        stops = [StopStrings(decode, request.stop) for request in requests]
         step = self._begin(prompts, requests)
         readback = Readback(step.result)
         readback.send(step.result)
@@ -177,19 +200,29 @@ class Engine:
             log_probs = result[1].view(torch.float32).tolist()[: len(ids)]
             for i, completion in enumerate(completions):
                 if completion.finish_reason is None:
-                    self._add(completion, requests[i], ids[i], log_probs[i])
+                    if math.isnan(log_probs[i]):
+                        raise FloatingPointError(
+                            f"the logits for new token {count - 1} of prompt {i} are not finite: "
+                            f"check the model's weights, or compute in a wider dtype"
+                        )
+                    self._add(completion, requests[i], stops[i], ids[i], log_probs[i])
                     yield Token(i, ids[i], log_probs[i], completion.finish_reason)
             if all(completion.finish_reason for completion in completions):
                 return
 
     def _add(
-        self, completion: Completion, request: SamplingParams, token: int, log_prob: float
+        self,
+        completion: Completion,
+        request: SamplingParams,
+        strings: StopStrings,
+        token: int,
+        log_prob: float,
     ) -> None:
         """Append a token, and see whether it is the last."""
         completion.token_ids.append(token)
         completion.log_probs.append(log_prob)
         stops = token in request.stop_token_ids
-        if stops or self._ends_in_stop(completion.token_ids, request.stop):
+        if strings.found_with(token) or stops:
             completion.finish_reason = "stop"
         elif len(completion.token_ids) == request.max_new_tokens:
             completion.finish_reason = "length"
@@ -198,16 +231,15 @@ class Engine:
             found = [at for at in map(text.find, request.stop) if at >= 0]
             completion.text = text[: min(found)] if found else text
 
-    def _ends_in_stop(self, ids: list[int], stop: tuple[str, ...]) -> bool:
-        if not stop or self.decode is None:
-            return False
-        # A token is a byte at least, and a character four at most.
-        tail = 4 * max(map(len, stop)) + 4
-        text = self.decode(ids[-tail:])
-        return any(string in text for string in stop)
-
     def _step(self, requests: Sequence[SamplingParams]) -> TokenStep:
         """The step for such a batch, its cache empty; built once while the weights stay."""
+        weight = self.model.embed_tokens.weight
+        if (self.cache.keys.dtype, self.cache.keys.device) != (
+            computed_dtype(weight),
+            weight.device,
+        ):
+            self._steps.clear()
+            self.cache = self._new_cache(self.cache.batch_size, self.cache.max_length)
         candidates = candidates_for(requests, self.model.config.vocab_size)
         penalizes = any(request.repetition_penalty != 1 for request in requests)
         kind = self.cache.lengths.device.type

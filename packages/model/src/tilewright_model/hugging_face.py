@@ -35,6 +35,16 @@ _REQUIRED = (
 # this model computes. All are written; on reading, another value is refused, not ignored.
 _FIXED: Mapping[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
+# What some checkpoints of other families say, null or the one value that is computed here. Two of
+# them are fields of ours, for the family "tilewright".
+_NEUTRAL: Mapping[str, Any] = {
+    "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "logits_scaling": 1.0,
+}
+
 _ROUTER_LOSS_KEYS = ("router_aux_loss_coef", "router_aux_loss_layers", "router_z_loss_coef")
 
 _SCALING_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -183,11 +193,19 @@ def from_hugging_face(values: Mapping[str, Any]) -> ModelConfig:
     if family not in ARCHITECTURES:
         raise ValueError(f"model_type is {family!r}: known are {', '.join(ARCHITECTURES)}")
     for key in _REQUIRED:
-        if key not in values:
-            raise ValueError(f"{key} is missing")
+        if values.get(key) is None:
+            raise ValueError(f"{key} is {'null' if key in values else 'missing'}")
     for key, expected in _FIXED.items():
         if values.get(key, expected) != expected:
             raise ValueError(f"{key} is {values[key]!r}: only {expected!r} is computed here")
+    ours = {field.name for field in dataclasses.fields(ModelConfig)}
+    for key, expected in _NEUTRAL.items():
+        if family == "tilewright" and key in ours:
+            continue
+        if values.get(key) not in (None, expected):
+            raise ValueError(
+                f"{key} is {values[key]!r}: for {family} only {expected!r} is computed here"
+            )
     if values.get("quantization_config") is not None:
         raise ValueError("quantization_config is set: only unquantized weights are read")
     values = {**DEFAULTS.get(family, {}), **values}
@@ -269,10 +287,19 @@ def _expert_fields(values: Mapping[str, Any], family: str) -> dict[str, Any]:
 def _rope_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """rope_theta and rope_scaling from either spelling, or from both where they agree."""
     newer, older = values.get("rope_parameters"), values.get("rope_scaling")
+    for name, given in (("rope_parameters", newer), ("rope_scaling", older)):
+        if given is not None and not isinstance(given, Mapping):
+            raise ValueError(f"{name} is {given!r}: it must be an object or null")
     parameters = newer or older or {}
     kind = _rope_type(parameters)
     if newer and older and _rope_type(older) != kind:
         raise ValueError(f"rope_parameters says {kind!r}, rope_scaling {_rope_type(older)!r}")
+    if newer and older:
+        for key in sorted(newer.keys() & older.keys() - {"type", "rope_type"}):
+            if newer[key] != older[key]:
+                raise ValueError(
+                    f"rope_parameters says {key} {newer[key]}, rope_scaling {older[key]}"
+                )
     if kind != "default" and kind not in _SCALING_KEYS:
         raise ValueError(
             f"rope_type is {kind!r}: computed here are default, {', '.join(_SCALING_KEYS)}"

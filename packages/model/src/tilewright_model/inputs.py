@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tilewright_kernels import packed_position_ids
 from tilewright_model.config import ModelConfig
+from tilewright_model.loss import IGNORE_INDEX
 from tilewright_model.positions import padded_cu_seqlens
 
 
@@ -29,8 +30,14 @@ def check_tokens(config: ModelConfig, input_ids: Tensor) -> None:
                 )
 
 
-def check_labels(input_ids: Tensor, labels: Tensor | None, num_items: object) -> None:
-    """Raise for labels of another shape, or num_items without labels."""
+def check_labels(
+    config: ModelConfig, input_ids: Tensor, labels: Tensor | None, num_items: int | Tensor | None
+) -> None:
+    """Raise for labels of another shape or, where looking is free, out of range.
+
+    Raises:
+        ValueError: and for num_items without labels, or not above 0.
+    """
     if labels is None and num_items is not None:
         raise ValueError(f"num_items {num_items} scales the loss: give labels with it")
     if labels is not None and labels.shape != input_ids.shape:
@@ -38,6 +45,17 @@ def check_labels(input_ids: Tensor, labels: Tensor | None, num_items: object) ->
             f"labels {list(labels.shape)} must have the shape of input_ids "
             f"{list(input_ids.shape)} (unshifted)"
         )
+    if labels is not None and labels.numel() and _looking_is_free(labels):
+        counted = labels.masked_fill(labels == IGNORE_INDEX, 0)
+        for label in counted.aminmax():
+            if not 0 <= label < config.vocab_size:
+                raise ValueError(
+                    f"label {label.item()} is outside the vocabulary of {config.vocab_size}: give "
+                    f"token ids, and {IGNORE_INDEX} where there is nothing to learn"
+                )
+    known = not isinstance(num_items, Tensor) or _looking_is_free(num_items)
+    if num_items is not None and known and not num_items > 0:
+        raise ValueError(f"num_items is {num_items}: give the number of labels, 1 or more")
 
 
 def sequences(
@@ -49,6 +67,7 @@ def sequences(
     max_seqlen: int | None,
     attention_mask: Tensor | None,
     start: int,
+    cached: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, int]:
     """Positions, bounds and the longest length of the sequences in a batch.
 
@@ -60,6 +79,7 @@ def sequences(
         max_seqlen: no sequence of these is longer.
         attention_mask: [B, T], 0 for padding.
         start: tokens in the cache.
+        cached: whether there is a cache, empty or not.
 
     Returns:
         position_ids where they are not start, start + 1, …; cu_seqlens of packed or padded
@@ -77,8 +97,12 @@ def sequences(
     if cu_seqlens is None and max_seqlen is not None:
         raise ValueError(f"max_seqlen {max_seqlen} is that of packed sequences: give cu_seqlens")
     packed = cu_seqlens is not None or attention_mask is not None
-    if packed and start:
-        raise ValueError("cu_seqlens and attention_mask are for a batch without a cache")
+    if packed and cached:
+        name = "attention_mask" if attention_mask is not None else "cu_seqlens"
+        raise ValueError(
+            f"{name} is for a batch without a cache, which knows of sequences of one length: read "
+            f"unequal prompts with Engine, or each of them into a cache of its own"
+        )
     if cu_seqlens is None or attention_mask is not None:
         end = start + T
         if position_ids is None and end > limit:

@@ -56,6 +56,13 @@ class LayerCache(NamedTuple):
         return self.keys[:, :end], self.values[:, :end]
 
 
+def computed_dtype(weight: Tensor) -> torch.dtype:
+    """What products with a weight come in now: its dtype, or autocast's."""
+    kind = weight.device.type
+    casts = torch.is_autocast_enabled(kind) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if casts else weight.dtype
+
+
 def _copy(target: Tensor, source: Tensor) -> None:
     """Copy rows that lie apart, in words of 16 bytes where they can be seen as such.
 
@@ -94,6 +101,7 @@ class KVCache:
 
     Raises:
         ValueError: a size below 1, or more tokens than the model has positions.
+        TypeError: dtype is not floating.
     """
 
     def __init__(
@@ -114,6 +122,8 @@ class KVCache:
                 f"max_length {max_length} exceeds max_position_embeddings "
                 f"{config.max_position_embeddings}: use at most that"
             )
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype is {dtype}: give the floating dtype that the model computes in")
         heads, head_dim = config.num_key_value_heads, config.attention_head_dim
         shape = (config.num_hidden_layers, batch_size, max_length, heads, head_dim)
         # Zeros, since some of torch's attention multiplies what it hides by zero.
@@ -166,6 +176,27 @@ class KVCache:
         if not self.ragged:
             return None
         return self.lengths[:, None].long() + torch.arange(length, device=self.lengths.device)
+
+    def check_model(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        """Fail before anything is written if this is the cache of another model.
+
+        Raises:
+            ValueError: other layers, key/value heads or head dimension.
+            TypeError: the cache holds another dtype than the model computes in.
+        """
+        held = self.keys.shape[0], *self.keys.shape[3:]
+        wanted = config.num_hidden_layers, config.num_key_value_heads, config.attention_head_dim
+        if held != wanted:
+            raise ValueError(
+                f"the cache is for {held[0]} layers of {held[1]} key/value heads of {held[2]}, and "
+                f"the model has {wanted[0]} of {wanted[1]} of {wanted[2]}: build it with the "
+                f"model's config"
+            )
+        if dtype != self.keys.dtype:
+            raise TypeError(
+                f"the cache holds {self.keys.dtype} and the model computes {dtype}: build it with "
+                f"dtype={dtype}"
+            )
 
     def check_room(self, batch_size: int, length: int) -> None:
         """Fail before anything is written if [batch_size, length] tokens do not fit.

@@ -67,10 +67,9 @@ def memory_estimate(
         recompute: as `CausalLM.recompute`.
 
     Raises:
-        ValueError: a size below 1, an unknown optimizer or mode.
+        ValueError: a size below 1, more tokens than positions, an unknown optimizer or mode.
     """
-    if batch_size < 1 or seq_len < 1:
-        raise ValueError(f"batch_size {batch_size} and seq_len {seq_len}: both must be 1 or more")
+    _check_sizes(config, batch_size, "seq_len", seq_len)
     weights = count_parameters(config).total * dtype.itemsize
     return MemoryEstimate(
         weights=weights,
@@ -79,6 +78,16 @@ def memory_estimate(
         activations=activation_bytes(config, batch_size, seq_len, dtype=dtype, recompute=recompute),
         logits=logits_bytes(config, batch_size * seq_len, dtype=dtype),
     )
+
+
+def _check_sizes(config: ModelConfig, batch_size: int, name: str, tokens: int) -> None:
+    if batch_size < 1 or tokens < 1:
+        raise ValueError(f"batch_size {batch_size} and {name} {tokens}: both must be 1 or more")
+    if tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"{name} {tokens} exceeds max_position_embeddings {config.max_position_embeddings}: "
+            f"use at most that"
+        )
 
 
 def optimizer_bytes(
@@ -185,6 +194,11 @@ def kv_cache_bytes(
     *,
     dtype: torch.dtype = torch.bfloat16,
 ) -> int:
-    """Bytes of a `KVCache` of `max_length` tokens for each of `batch_size` sequences."""
+    """Bytes of a `KVCache` of `max_length` tokens for each of `batch_size` sequences.
+
+    Raises:
+        ValueError: a size below 1, or more tokens than positions.
+    """
+    _check_sizes(config, batch_size, "max_length", max_length)
     a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.attention_head_dim
     return a_token * dtype.itemsize * batch_size * max_length

@@ -21,6 +21,7 @@ class SamplingParams:
 
     Raises:
         ValueError: a value out of range; the message names it and what would do.
+        TypeError: a value of another type.
     """
 
     max_new_tokens: int = 128
@@ -53,6 +54,7 @@ class SamplingParams:
     batch; None takes one from torch's default generator."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}: give 1 or more")
         if not 0 <= self.temperature < math.inf:
@@ -75,11 +77,36 @@ class SamplingParams:
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}: give an integer of 64 bits, or None")
 
+    def _check_types(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            optional = name != "max_new_tokens"
+            if not (_is_int(value) or (optional and value is None)):
+                raise TypeError(f"{name} is {value!r}: give an int{' or None' * optional}")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            optional = name in ("top_p", "min_p")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number or (optional and value is None)):
+                raise TypeError(f"{name} is {value!r}: give a number{' or None' * optional}")
+        for name, kind in (("stop_token_ids", "ints"), ("stop", "strings")):
+            value = getattr(self, name)
+            if name == "stop" and isinstance(value, str):
+                continue
+            fits = _is_int if kind == "ints" else lambda item: isinstance(item, str)
+            if not isinstance(value, tuple | list) or not all(map(fits, value)):
+                raise TypeError(f"{name} is {value!r}: give a tuple of {kind}")
+            object.__setattr__(self, name, tuple(value))
+
     @property
     def truncates(self) -> bool:
         """Whether some tokens are not drawn at all."""
         some = self.top_k is not None or self.top_p is not None or bool(self.min_p)
         return self.temperature > 0 and some
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Sampler:
@@ -221,7 +248,8 @@ def threshold_of(
     warm = torch.where(temperature > 0, temperature, 1.0)[:, None]
     rank = torch.arange(sorted_BV.shape[1], device=sorted_BV.device)
     kept_BV = rank < top_k[:, None]
-    p_BV = (sorted_BV / warm).masked_fill(~kept_BV, -torch.inf).softmax(-1)
+    # Less the largest first: a low temperature would otherwise make several of them infinite.
+    p_BV = ((sorted_BV - sorted_BV[:, :1]) / warm).masked_fill(~kept_BV, -torch.inf).softmax(-1)
     # A token stays if those before it do not reach top_p.
     kept_BV &= p_BV.cumsum(-1) - p_BV < top_p[:, None]
     kept_BV &= p_BV >= min_p[:, None] * p_BV[:, :1]
