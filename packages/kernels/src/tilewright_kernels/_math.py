@@ -131,7 +131,7 @@ def tanh(x):
     from the Padé approximant [7/6], whose error is below the rounding. So whatever error division
     and exponential have, half of it or less is left.
     """
-    LIMIT: tl.constexpr = 0.5 if x.dtype == tl.float64 else 1.0
+    LIMIT: tl.constexpr = tl.constexpr(0.5 if x.dtype == tl.float64 else 1.0)
     u = tl.abs(x)
     e = exp(-2.0 * u)
     v = u * u
