@@ -10,7 +10,7 @@ db[g] = Σ a[r]ᵀ · dout[r], which is `sums`; the second has da[r] = b[r] · d
 db[r] = a[r] · dout[g], both `rows`. FLOPs are 2 · M · N · K of each group: nothing is padded.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,12 +130,11 @@ class _ContiguousGradient(torch.autograd.Function):
         return dx.contiguous()
 
 
-def _apply_contiguous_gradient(x: Tensor) -> Any:
-    return _ContiguousGradient.apply(x)
-
-
-# As one node: where dynamo of torch 2.11 traces into such a class, it makes one, which warns.
-_with_contiguous_gradient: Any = torch.compiler.allow_in_graph(_apply_contiguous_gradient)
+def _with_contiguous_gradient(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        # dynamo of torch 2.11 warns of the class; a product of a single row has no other layout.
+        return (x.reshape(-1) * 1).view(x.shape)
+    return cast(Tensor, _ContiguousGradient.apply(x))
 
 
 def _torch_multiplies(a: Tensor, b: Tensor) -> bool:
