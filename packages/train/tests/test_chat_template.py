@@ -49,7 +49,9 @@ def test_an_answer_that_occurs_in_the_question_is_marked_once() -> None:
     [
         ("{% for m in messages %}{{ m.content }}", "is no Jinja: line 1: Unexpected end of"),
         ("{% generation %}{{ messages }}", "is no Jinja: line 1: Unexpected end of template"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "marks nothing as the assistant's"),
+        ("{{ messages[0].content }}", "writes nothing for the assistant's turns: put {% gen"),
+        ("{% if false %}{% generation %}x{% endgeneration %}{% endif %}", "writes nothing for"),
+        ("{{ messages | length }}", "writes turn 2 otherwise when others follow it"),
         ("{{ raise_exception('no tools') }}", "raises TemplateError: no tools: mend the data"),
         ("{{ messages[0].content + 1 }}", "raises TypeError: can only concatenate str"),
         ("{{ messages.nothing.more }}", "raises UndefinedError"),
@@ -62,6 +64,54 @@ def test_a_template_that_cannot_be_used_is_named(source: str, message: str) -> N
         ChatTemplate(source)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+PLAIN = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+@pytest.mark.parametrize("talk", [TALK, [TALK[1]], TALK[:3], [TALK[1], TALK[2], TALK[2]]])
+def test_without_marks_a_turn_is_the_difference_that_it_makes(talk: list[Message]) -> None:
+    """As with marks, but that the line behind a turn's end belongs to the difference."""
+    marked, plain = ChatTemplate(CHATML), ChatTemplate(PLAIN)
+    assert (marked.marks, plain.marks) == (True, False)
+    for prompted in (False, True):
+        expected = marked.render(talk, add_generation_prompt=prompted)
+        pieces = plain.render(talk, add_generation_prompt=prompted)
+        assert "".join(p.text for p in pieces) == "".join(p.text for p in expected)
+        assert [p.text for p in pieces if p.is_generated] == [
+            f"{p.text}\n" for p in expected if p.is_generated
+        ]
+
+
+def test_a_turn_that_is_written_otherwise_once_others_follow_is_refused() -> None:
+    """As templates do that leave out the thoughts of earlier answers."""
+    source = (
+        "{% for m in messages %}[{{ m.role }}]"
+        "{% if m.role == 'assistant' and loop.last %}hm... {% endif %}{{ m.content }}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    template = ChatTemplate(source)
+    assert template.render(TALK[1:3])[1] == Piece("hm... Hello.\n", True)
+    with pytest.raises(InputError, match=r"writes turn 3 otherwise .*: put {% generation %} and"):
+        template.render(TALK)
+
+
+def test_spans_are_those_of_transformers(tmp_path: Path) -> None:
+    """Of the same template with marks, letter for letter."""
+    processing = pytest.importorskip("transformers.utils.chat_template_utils")
+    turns = [{"role": m.role, "content": m.content} for m in TALK]
+    (text,), (spans,) = processing.render_jinja_template(
+        [turns], chat_template=CHATML, return_assistant_tokens_mask=True
+    )
+    pieces = ChatTemplate(CHATML).render(TALK)
+    assert "".join(piece.text for piece in pieces) == text
+    assert [text[a:b] for a, b in spans] == [p.text for p in pieces if p.is_generated]
+
+
+def test_json_in_a_template_is_json() -> None:
+    source = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
+    pieces = ChatTemplate(source).render([Message("user", "<é>"), Message("assistant", '"')])
+    assert pieces == [Piece('"<é>"', False), Piece(r'"\""', True)]
 
 
 def test_a_file_that_is_no_template_is_named(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Conversations as text: a Jinja template that also says which text is the assistant's.
 
-A template is one that `transformers` reads, with what the assistant writes, its end of turn
-included, between `{% generation %}` and `{% endgeneration %}`. Those spans come out of the template
-itself: nothing is searched for, so no message can pass for a turn. It is kept beside the tokenizer,
-as `chat_template.jinja`. Templates run in a sandbox.
+A template is one that `transformers` reads. What the assistant writes, its end of turn included,
+stands between `{% generation %}` and `{% endgeneration %}`; a template without them is rendered
+with and without each of the assistant's turns, and the difference is the turn. Either way nothing
+is searched for, so no message can pass for a turn. It is kept beside the tokenizer, as
+`chat_template.jinja`. Templates run in a sandbox.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +47,12 @@ class Piece(NamedTuple):
 
 
 class ChatTemplate:
-    """A compiled template."""
+    """A compiled template.
+
+    Attributes:
+        source: Its text.
+        marks: Whether it marks the assistant's part itself, by {% generation %}.
+    """
 
     def __init__(self, source: str) -> None:
         """Compile it.
@@ -54,7 +61,7 @@ class ChatTemplate:
             source: Jinja.
 
         Raises:
-            InputError: It is no Jinja, or marks no text as the assistant's.
+            InputError: It is no Jinja, raises, or writes nothing for the assistant's turns.
         """
         self.source = source
         environment = ImmutableSandboxedEnvironment(
@@ -62,17 +69,21 @@ class ChatTemplate:
             lstrip_blocks=True,
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
+        environment.filters["tojson"] = _to_json
         try:
+            parsed = environment.parse(source)
             self._template = environment.from_string(source, globals={"raise_exception": _raise})
         except TemplateSyntaxError as error:
             raise InputError(
                 f"the chat template is no Jinja: line {error.lineno}: {one_line(error)}"
             ) from None
+        used = parsed.find_all(nodes.ExtensionAttribute)
+        self.marks = any(attribute.name == _Generation._mark.__name__ for attribute in used)
         tried = self.render([Message("user", "question"), Message("assistant", "answer")])
         if not any(piece.is_generated for piece in tried):
             raise InputError(
-                "the chat template marks nothing as the assistant's: put {% generation %} and"
-                " {% endgeneration %} around the content and the end of its turns"
+                "the chat template writes nothing for the assistant's turns: put {% generation %}"
+                " and {% endgeneration %} around their content and their end"
             )
 
     def render(
@@ -85,26 +96,61 @@ class ChatTemplate:
             add_generation_prompt: End with what the assistant's next turn begins with.
 
         Raises:
-            InputError: The template raises.
+            InputError: The template raises, or writes turns otherwise when others follow and does
+                not mark them.
         """
-        turns = [{"role": role, "content": content} for role, content in messages]
-        pieces: list[Piece] = []
-        try:
-            parts = self._template.generate(
-                messages=turns, add_generation_prompt=add_generation_prompt
+        if self.marks:
+            return _joined(
+                (str(part), isinstance(part, _Generated))
+                for part in self._parts(messages, add_generation_prompt)
             )
-            for part in parts:
-                kind = isinstance(part, _Generated)
-                if pieces and pieces[-1].is_generated == kind:
-                    pieces[-1] = Piece(pieces[-1].text + part, kind)
-                elif part:
-                    pieces.append(Piece(str(part), kind))
+        return _joined(self._differences(messages, add_generation_prompt))
+
+    def _parts(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[str]:
+        """What the template yields, one part after the other."""
+        turns = [{"role": role, "content": content} for role, content in messages]
+        try:
+            return list(
+                self._template.generate(messages=turns, add_generation_prompt=add_generation_prompt)
+            )
         except Exception as error:  # whatever the template's expressions do
             raise InputError(
                 f"the chat template raises {type(error).__name__}: {one_line(error)}: mend the"
                 " data, or give another --chat-template"
             ) from None
-        return pieces
+
+    def _differences(
+        self, messages: Sequence[Message], add_generation_prompt: bool
+    ) -> Iterator[tuple[str, bool]]:
+        """(text, whether it is the assistant's), by rendering up to each turn and with it."""
+        whole = "".join(self._parts(messages, add_generation_prompt))
+        done = 0
+        for number, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before = "".join(self._parts(messages[:number], True))
+            after = "".join(self._parts(messages[: number + 1], False))
+            if not (after.startswith(before) and whole.startswith(after)):
+                raise InputError(
+                    f"the chat template writes turn {number + 1} otherwise when others follow it,"
+                    " so its end is not known: put {% generation %} and {% endgeneration %} around"
+                    " what the assistant writes, or give another --chat-template"
+                )
+            yield whole[done : len(before)], False
+            yield whole[len(before) : len(after)], True
+            done = len(after)
+        yield whole[done:], False
+
+
+def _joined(parts: Iterable[tuple[str, bool]]) -> list[Piece]:
+    """Pieces of (text, whether it is the assistant's), neighbours of one kind in one."""
+    pieces: list[Piece] = []
+    for text, kind in parts:
+        if pieces and pieces[-1].is_generated == kind:
+            pieces[-1] = Piece(pieces[-1].text + text, kind)
+        elif text:
+            pieces.append(Piece(text, kind))
+    return pieces
 
 
 def read_template(path: Path) -> str:
@@ -143,3 +189,8 @@ class _Generation(Extension):
 def _raise(message: Any) -> None:
     """What templates call `raise_exception`."""
     raise TemplateError(str(message))
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    """The filter `tojson` as templates for models mean it: Jinja's own escapes HTML."""
+    return json.dumps(value, ensure_ascii=False, **options)

@@ -25,6 +25,9 @@ from tilewright_train.tokens import Encoding
 WITHOUT_ASSISTANT = "without_assistant"
 """Counts conversations that were skipped because the assistant says nothing in them."""
 
+REFUSED = "refused_by_template"
+"""Counts conversations that were skipped because the template raises on them."""
+
 _TOGETHER = 1000  # conversations that are encoded together, so that all cores have work
 
 
@@ -52,7 +55,7 @@ def tokenize(
         add_generation_prompt: End with what the assistant's next turn begins with.
 
     Raises:
-        InputError: The template raises.
+        InputError: The template raises; the message quotes the conversation's beginning.
     """
     special = special_tokens(tokenizer)
     split = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
@@ -60,13 +63,20 @@ def tokenize(
     for number, messages in enumerate(conversations):
         guard = _absent(messages)
         guarded = [Message(m.role, _guarded(m.content, special, guard)) for m in messages]
-        for piece in template.render(guarded, add_generation_prompt=add_generation_prompt):
+        try:
+            pieces = template.render(guarded, add_generation_prompt=add_generation_prompt)
+        except InputError as error:
+            raise InputError(f"{error} (in {_quoted(messages)})") from None
+        for piece in pieces:
             kind, end = int(piece.is_generated), 0
             for match in split.finditer(piece.text):
                 parts.append((number, kind, piece.text[end : match.start()].replace(guard, "")))
                 parts.append((number, kind, special[match.group()]))
                 end = match.end()
-            parts.append((number, kind, piece.text[end:].replace(guard, "")))
+            rest = piece.text[end:].replace(guard, "")
+            if end and not template.marks and not rest.strip():
+                kind = 0  # behind the end of a turn stands what separates it from the next
+            parts.append((number, kind, rest))
     texts = [part for _, _, part in parts if isinstance(part, str)]
     encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
     made = [Tokenized([], []) for _ in conversations]
@@ -77,10 +87,14 @@ def tokenize(
     return made
 
 
-def chat_encoding(template: ChatTemplate) -> Encoding:
+def chat_encoding(template: ChatTemplate, *, skip_refused: bool = False) -> Encoding:
     """Conversations to samples of which the assistant's tokens are predicted.
 
     One without such a token is skipped and counted as `WITHOUT_ASSISTANT`.
+
+    Args:
+        template: Conversations to text.
+        skip_refused: Skip what the template raises on, too, and count it as `REFUSED`.
     """
 
     def encode(
@@ -88,6 +102,10 @@ def chat_encoding(template: ChatTemplate) -> Encoding:
     ) -> Iterator[Encoded]:
         talks = ((mark, r.messages) for mark, r in records if isinstance(r, Conversation))
         while together := list(itertools.islice(talks, _TOGETHER)):
+            if skip_refused:
+                accepted = [talk for talk in together if _is_accepted(template, talk[1])]
+                counts[REFUSED] += len(together) - len(accepted)
+                together = accepted
             made = tokenize(tokenizer, template, [messages for _, messages in together])
             for (mark, _), (tokens, targets) in zip(together, made, strict=True):
                 if any(targets):
@@ -150,6 +168,23 @@ def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> int:
             f" {{% endgeneration %}}, with a special token of the tokenizer ({known})"
         )
     return tokens[last]
+
+
+def _is_accepted(template: ChatTemplate, messages: Sequence[Message]) -> bool:
+    try:
+        template.render(messages)
+    except InputError:
+        return False
+    return True
+
+
+def _quoted(messages: Sequence[Message]) -> str:
+    """Words by which to find a conversation in the data."""
+    if not messages:
+        return "an empty conversation"
+    role, content = messages[0]
+    start = " ".join(content.split())
+    return f"the conversation that begins {role}: {start[:40]!r}{'…' * (len(start) > 40)}"
 
 
 def _guarded(content: str, special: dict[str, int], guard: str) -> str:
