@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from tilewright_kernels._hopper import barriers
 from tilewright_kernels._launch import cdiv, num_programs
 from tilewright_kernels.flash_attention.backward_problem import Problem
 from tilewright_kernels.flash_attention.backward_tiles import (
@@ -35,12 +36,12 @@ from tilewright_kernels.flash_attention.hopper_tasks import (
     FLAGS,
     GROUPS,
     ROWS,
-    barriers,
     clear_rows,
     describe,
     describe_vector,
     following,
     load,
+    meet,
     place_of,
     tell,
     told,
@@ -77,7 +78,7 @@ def _fetch(
 ):  # fmt: skip
     """The one warp that fetches: keys and values of each tile, and a ring of queries."""
     k_bufs, v_bufs, q_bufs, dout_bufs, lse2_bufs, minus_delta_bufs = bufs
-    k_full, k_empty, v_full, v_empty, full, empty, message_bars = bars
+    k_full, k_empty, v_full, v_empty, full, empty, _met, message_bars = bars
     STAGES: gl.constexpr = q_bufs.shape[0]
     BLOCK_M: gl.constexpr = q_bufs.shape[1]
     rows: gl.constexpr = [1, 1, BLOCK_M, q_bufs.shape[2]]
@@ -153,7 +154,7 @@ def _multiply(
 ):  # fmt: skip
     """A warpgroup: keys WHICH · 64 … of each tile."""
     k_bufs, v_bufs, q_bufs, dout_bufs, lse2_bufs, minus_delta_bufs = bufs
-    k_full, k_empty, v_full, v_empty, full, empty, message_bars = bars
+    k_full, k_empty, v_full, v_empty, full, empty, met, message_bars = bars
     left, right = shape[4], shape[5]
     dtype: gl.constexpr = q_bufs.dtype
     STAGES: gl.constexpr = q_bufs.shape[0]
@@ -166,7 +167,7 @@ def _multiply(
     zeros = gl.zeros((ROWS, BLOCK_M), gl.float32, s_layout)
     inner, outer = score_scales(scale, softcap, CAP)
     k, v = k_bufs.index(WHICH), v_bufs.index(WHICH)
-    turn, step = 0, 0
+    turn, step, meetings = 0, 0, 0
     tile, batch, kv_head = told(message, message_bars, turn)
     while tile >= 0:
         first = tile * (GROUPS * ROWS)
@@ -194,10 +195,11 @@ def _multiply(
             slot = step % STAGES
             q, dout = q_bufs.index(slot), dout_bufs.index(slot)
             mbarrier.wait(full.index(slot), step // STAGES & 1)
+            if PACKED and row + BLOCK_M > len_q:
+                clear_rows(WHICH, q, len_q - row)
+                clear_rows(WHICH, dout, len_q - row)
+                meetings = meet(met.index(0), meetings)
             if (row >= own_begin) & (row < own_end):
-                if PACKED and row + BLOCK_M > len_q:
-                    clear_rows(q, len_q - row, 32)
-                    clear_rows(dout, len_q - row, 32)
                 s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
                 dp = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
                 lse2 = lse2_bufs.index(slot).load(of_query)[None, :]
@@ -262,7 +264,7 @@ def attention_backward_keys_hopper_kernel(
     mbarrier.init(message_bars.index(1), count=GROUPS)
     bars = (
         barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(GROUPS, 1),
-        barriers(STAGES, 1), barriers(STAGES, GROUPS), message_bars,
+        barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(1, GROUPS), message_bars,
     )  # fmt: skip
     shape = batches, kv_heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, together
     dk_strides, dv_strides = (dk_batch, dk_row, dk_head), (dv_batch, dv_row, dv_head)

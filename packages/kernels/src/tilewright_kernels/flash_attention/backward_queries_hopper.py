@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from tilewright_kernels._hopper import barriers
 from tilewright_kernels._launch import cdiv, num_programs
 from tilewright_kernels.flash_attention.backward_problem import Problem
 from tilewright_kernels.flash_attention.backward_rows import row_terms
@@ -37,11 +38,11 @@ from tilewright_kernels.flash_attention.hopper_tasks import (
     FLAGS,
     GROUPS,
     ROWS,
-    barriers,
     blocks_of,
     clear_rows,
     describe,
     load,
+    meet,
     place_of,
     tell,
     told,
@@ -66,7 +67,10 @@ def _fetch(
 ):  # fmt: skip
     """The one warp that fetches: q and dout of each tile, and a ring of keys and one of values."""
     q_bufs, dout_bufs, k_bufs, v_bufs = bufs
-    q_full, q_empty, dout_full, dout_empty, k_full, k_empty, v_full, v_empty, message_bars = bars
+    (
+        q_full, q_empty, dout_full, dout_empty, k_full, k_empty, v_full, v_empty,
+        _met, message_bars,
+    ) = bars  # fmt: skip
     BLOCK_N: gl.constexpr = k_bufs.shape[1]
     turn, step, task = 0, 0, gl.program_id(0)
     while task < tasks:
@@ -154,6 +158,14 @@ def _pass_over(count, step, k_full, k_empty, v_full, v_empty):
 
 
 @gluon.jit
+def _clear_last(WHICH: gl.constexpr, k, v, rows, met, meetings):
+    """Clear what lies after a sequence in its last tile of keys and of values."""
+    clear_rows(WHICH, k, rows)
+    clear_rows(WHICH, v, rows)
+    return meet(met.index(0), meetings)
+
+
+@gluon.jit
 def _multiply(
     WHICH: gl.constexpr, pointers, dq_ptr, bufs, bars, message, shape, strides, dq_strides,
     rows_per_head, scale, softcap, CAP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr,
@@ -162,7 +174,10 @@ def _multiply(
 ):  # fmt: skip
     """A warpgroup: rows WHICH · 64 … of each tile."""
     q_bufs, dout_bufs, k_bufs, v_bufs = bufs
-    q_full, q_empty, dout_full, dout_empty, k_full, k_empty, v_full, v_empty, message_bars = bars
+    (
+        q_full, q_empty, dout_full, dout_empty, k_full, k_empty, v_full, v_empty,
+        met, message_bars,
+    ) = bars  # fmt: skip
     heads = shape[1]
     window = shape[4], shape[5]
     dtype: gl.constexpr = k_bufs.dtype
@@ -177,7 +192,7 @@ def _multiply(
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, s_layout)
     inner, outer = score_scales(scale, softcap, CAP)
     q, dout = q_bufs.index(WHICH), dout_bufs.index(WHICH)
-    turn, step = 0, 0
+    turn, step, meetings = 0, 0, 0
     tile, batch, head = told(message, message_bars, turn)
     out_strides = strides[0]
     out = _load_out(tile, batch, head, pointers[0], out_strides, shape, WHICH, D_V, BLOCK_D)
@@ -208,8 +223,7 @@ def _multiply(
         )  # fmt: skip
         mbarrier.wait(v_full.index(slot), phase)
         if PACKED and own_begin + BLOCK_N > len_k:
-            clear_rows(k, len_k - own_begin, 32)
-            clear_rows(v, len_k - own_begin, 32)
+            meetings = _clear_last(WHICH, k, v, len_k - own_begin, met, meetings)
         dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
         if own_begin + BLOCK_N >= own_end:
@@ -236,8 +250,7 @@ def _multiply(
                 mbarrier.arrive(k_empty.index(before))
                 mbarrier.wait(v_full.index(slot), phase)
             if PACKED and j + BLOCK_N > len_k:
-                clear_rows(k, len_k - j, 32)
-                clear_rows(v, len_k - j, 32)
+                meetings = _clear_last(WHICH, k, v, len_k - j, met, meetings)
             dp = warpgroup_mma(dout, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
             if not LATE:
                 s = warpgroup_mma_wait(2, deps=(s,))
@@ -266,7 +279,21 @@ def _multiply(
         )
         dq = warpgroup_mma_wait(0, deps=(dq,))
         mbarrier.arrive(k_empty.index(slot))
-        step = _pass_over((end - own_end) // BLOCK_N, step + 1, k_full, k_empty, v_full, v_empty)
+        step += 1
+        if PACKED and (own_end < end) & (end > len_k):
+            step = _pass_over(
+                (end - own_end) // BLOCK_N - 1, step, k_full, k_empty, v_full, v_empty
+            )
+            slot, phase = step % STAGES, step // STAGES & 1
+            mbarrier.wait(k_full.index(slot), phase)
+            mbarrier.wait(v_full.index(slot), phase)
+            k, v = k_bufs.index(slot), v_bufs.index(slot)
+            meetings = _clear_last(WHICH, k, v, len_k - (end - BLOCK_N), met, meetings)
+            mbarrier.arrive(k_empty.index(slot))
+            mbarrier.arrive(v_empty.index(slot))
+            step += 1
+        else:
+            step = _pass_over((end - own_end) // BLOCK_N, step, k_full, k_empty, v_full, v_empty)
         write_rows(dq * scale, dq_ptr, dq_strides, place[0], head, place[1], first, place[2], D)
         batch, head = next_batch, next_head
 
@@ -305,7 +332,7 @@ def attention_backward_queries_hopper_kernel(
     bars = (
         barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(GROUPS, 1),
         barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(STAGES, 1),
-        barriers(STAGES, GROUPS), message_bars,
+        barriers(STAGES, GROUPS), barriers(1, GROUPS), message_bars,
     )  # fmt: skip
     shape = batches, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, together
     pointers = out_ptr, lse_ptr, dlse_ptr, lse2_ptr, minus_delta_ptr

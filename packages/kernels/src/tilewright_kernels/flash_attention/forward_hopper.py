@@ -43,16 +43,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from tilewright_kernels._hopper import barriers
 from tilewright_kernels._launch import cdiv, num_programs
 from tilewright_kernels._operator import Operator
 from tilewright_kernels.flash_attention.hopper_tasks import (
     GROUPS,
     ROWS,
-    barriers,
     blocks_of,
     clear_rows,
     describe,
     load,
+    meet,
     place_of,
     tell,
     told,
@@ -77,7 +78,7 @@ def _fetch(
 ):  # fmt: skip
     """The one warp that fetches: queries of each tile, and a ring of keys and one of values."""
     q_bufs, k_bufs, v_bufs = bufs
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, message_bars, _turn_bars = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _met, message_bars, _turn_bars = bars
     BLOCK_N: gl.constexpr = k_bufs.shape[1]
     turn, step, task = 0, 0, gl.program_id(0)
     while task < tasks:
@@ -184,7 +185,7 @@ def _attend(
 ):  # fmt: skip
     """A warpgroup: rows WHICH · 64 … of each tile."""
     q_bufs, k_bufs, v_bufs = bufs
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, message_bars, turn_bars = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, met, message_bars, turn_bars = bars
     left, right = shape[4], shape[5]
     dtype: gl.constexpr = k_bufs.dtype
     STAGES: gl.constexpr = k_bufs.shape[0]
@@ -197,7 +198,7 @@ def _attend(
     rows_of: gl.constexpr = gl.SliceLayout(1, s_layout)
     zeros = gl.zeros((ROWS, BLOCK_N), gl.float32, s_layout)
     q = q_bufs.index(WHICH)
-    turn, step, rounds = 0, 0, 0
+    turn, step, rounds, meetings = 0, 0, 0, 0
     tile, batch, head = told(message, message_bars, turn)
     while tile >= 0:
         place, first, shift, blocks = blocks_of(
@@ -269,7 +270,8 @@ def _attend(
         slot = step % STAGES
         mbarrier.wait(v_full.index(slot), step // STAGES & 1)
         if PACKED and end > len_k:
-            clear_rows(v_bufs.index(slot), len_k - (end - BLOCK_N), 32)
+            clear_rows(WHICH, v_bufs.index(slot), len_k - (end - BLOCK_N))
+            meetings = meet(met.index(0), meetings)
         acc = warpgroup_mma(p, v_bufs.index(slot), acc, is_async=True)
         step += 1
         turn += 1
@@ -318,7 +320,7 @@ def attention_forward_hopper_kernel(
     bars = (
         barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(STAGES, 1),
         barriers(STAGES, GROUPS), barriers(STAGES, 1), barriers(STAGES, GROUPS),
-        message_bars, barriers(GROUPS, 1),
+        barriers(1, GROUPS), message_bars, barriers(GROUPS, 1),
     )  # fmt: skip
     shape = batches, heads, len_q, len_k, left, right, cu_q_ptr, cu_k_ptr, together
     out_strides = out_batch_stride, out_row_stride, out_head_stride

@@ -29,15 +29,6 @@ FLAGS = "CAP", "GROUP", "BOTTOM_RIGHT", "HAS_LEFT", "HAS_RIGHT"
 
 
 @gluon.jit
-def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT barriers, each of which waits for so many arrivals."""
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=ARRIVALS)
-    return bars
-
-
-@gluon.jit
 def place_of(task, shape):
     """(tile, sequence, head) as `forward` places them: groups of heads, the last tiles first."""
     batches, heads, len_q, together = shape[0], shape[1], shape[2], shape[8]
@@ -81,19 +72,27 @@ def load(desc, bufs, full, empty, step, index, head, row):
 
 
 @gluon.jit
-def clear_rows(buffer, rows, SLICE: gl.constexpr):
-    """Zeros in the rows of a buffer from `rows` on: there may be NaN, which 0 does not cancel.
+def clear_rows(WHICH: gl.constexpr, buffer, rows):
+    """Zeros in a warpgroup's share of the rows of a buffer from `rows` on, before they `meet`.
 
-    Both warpgroups do it, to the same effect, and each reads the buffer after its own.
+    There may be NaN, which 0 does not cancel. The shares are every other 32 rows.
     """
+    SLICE: gl.constexpr = 32
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     row = gl.arange(0, SLICE, gl.SliceLayout(1, layout))[:, None]
-    for i in gl.static_range(buffer.shape[0] // SLICE):
+    for i in gl.static_range(WHICH, buffer.shape[0] // SLICE, GROUPS):
         if rows < (i + 1) * SLICE:
             part = buffer.slice(i * SLICE, SLICE)
             part.store(gl.where(i * SLICE + row < rows, part.load(layout), 0.0))
+
+
+@gluon.jit
+def meet(bar, meetings):
+    """Wait until both warpgroups have written what either will multiply; meetings, with this."""
     fence_async_shared()
-    gl.thread_barrier()
+    mbarrier.arrive(bar)
+    mbarrier.wait(bar, meetings & 1)
+    return meetings + 1
 
 
 @gluon.jit
