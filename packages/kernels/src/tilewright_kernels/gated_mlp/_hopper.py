@@ -1,37 +1,35 @@
 # What Gluon's decorators and annotations say of themselves is not what they do.
 # pyrefly: ignore-errors
-"""Both kernels for Hopper, in Gluon: who multiplies does nothing else.
+"""Both kernels for Hopper, in Gluon; the package's `_hopper` says how the warps share the work.
 
-A program of twelve warps stays on its multiprocessor and walks tiles of 128 x 256. Eight warps
-multiply: they keep the tensor cores busy, fetch their own operands two steps ahead, and hand each
-finished tile over in shared memory, in the dtype of the tensors. Four warps take it from there:
-they apply the activation or its gradient and write the results, while the eight are at the next
-tile. In `_gate_up` and `_gate_up_grad` all warps do both, one after the other, and the tensor cores
-wait meanwhile. H200, bfloat16, 16384 tokens, one run:
+The four that do not multiply apply the activation or its gradient and write the results. In
+`_gate_up` and `_gate_up_grad` all warps do both, one after the other, and the tensor cores wait
+meanwhile. H200, bfloat16, 16384 tokens, one run:
 
     hidden, I      forward: here, there, cuBLAS alone      backward: here, cuBLAS and two kernels
     1536, 4096     0.69     0.73     0.64 ms               0.44    0.59 ms
     4096, 11008    4.51     4.66     4.37 ms               2.34    3.03 ms
-
-Twelve warps are the most: with 16 a thread could have 128 registers by default, and the compiler
-refuses an accumulator of 128. For the same reason no warp is there just to load.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from tilewright_kernels._hopper import (
+    barriers,
+    buffers,
+    describe,
+    hand_over,
+    next_product,
+    tile_at,
+)
 from tilewright_kernels._launch import cdiv, num_programs
 from tilewright_kernels._operator import Operator
 
@@ -46,23 +44,6 @@ ROWS = 32
 
 EPILOGUE_REGISTERS = gl.constexpr(104)
 """A thread of the four warps may take so many; those that multiply get the rest."""
-
-
-@gluon.jit
-def _tile_at(index, tiles_m, tiles_n, GROUP_M: gl.constexpr):
-    """Row and column of a tile, counted down GROUP_M rows of tiles, then in the next column."""
-    group = index // (GROUP_M * tiles_n)
-    rows = gl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    within = index - group * (GROUP_M * tiles_n)
-    return group * GROUP_M + within % rows, within // rows
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr):
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=1)
-    return bars
 
 
 @gluon.jit
@@ -105,7 +86,7 @@ def _multiply(
     )
     tiles = tiles_m * tiles_n
     next_tile, next_k = gl.program_id(0), 0
-    next_m, next_n = _tile_at(next_tile, tiles_m, tiles_n, GROUP_M)
+    next_m, next_n = tile_at(next_tile, tiles_m, tiles_n, GROUP_M)
     for slot in gl.static_range(STAGES - 1):
         _fetch(
             a_desc, b_desc, b_low_desc, a_bufs, b_bufs, full, slot, next_m, next_n, next_k,
@@ -115,7 +96,7 @@ def _multiply(
         if next_k == k_tiles:
             next_k = 0
             next_tile += gl.num_programs(0)
-            next_m, next_n = _tile_at(next_tile, tiles_m, tiles_n, GROUP_M)
+            next_m, next_n = tile_at(next_tile, tiles_m, tiles_n, GROUP_M)
     step = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         acc = gl.zeros((BLOCK_M, 256), gl.float32, layout)
@@ -125,9 +106,7 @@ def _multiply(
             b = b_bufs.index(current)
             if TRANSPOSED:
                 b = b.permute((1, 0))
-            token = warpgroup_mma(a_bufs.index(current), b, acc, is_async=True)
-            acc = warpgroup_mma_wait(num_outstanding=1, deps=(token,))
-            gl.thread_barrier()
+            acc = next_product(a_bufs.index(current), b, acc)
             _fetch(
                 a_desc, b_desc, b_low_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES,
                 next_m, next_n, next_k, next_tile < tiles, TRANSPOSED,
@@ -136,19 +115,10 @@ def _multiply(
             if next_k == k_tiles:
                 next_k = 0
                 next_tile += gl.num_programs(0)
-                next_m, next_n = _tile_at(next_tile, tiles_m, tiles_n, GROUP_M)
+                next_m, next_n = tile_at(next_tile, tiles_m, tiles_n, GROUP_M)
             step += 1
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        mbarrier.wait(tile_empty, index // gl.num_programs(0) & 1 ^ 1)
-        left, right = acc.reshape((BLOCK_M, 2, 128)).permute((0, 2, 1)).split()
-        part_0, part_1 = left.reshape((BLOCK_M, 2, 64)).permute((0, 2, 1)).split()
-        part_2, part_3 = right.reshape((BLOCK_M, 2, 64)).permute((0, 2, 1)).split()
-        parts.index(0).store(part_0.to(parts.dtype))
-        parts.index(1).store(part_1.to(parts.dtype))
-        parts.index(2).store(part_2.to(parts.dtype))
-        parts.index(3).store(part_3.to(parts.dtype))
-        fence_async_shared()
-        mbarrier.arrive(tile_full)
+        hand_over(acc, parts, tile_full, tile_empty, index // gl.num_programs(0))
 
 
 @gluon.jit
@@ -162,7 +132,7 @@ def _gate(
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     cols = gl.arange(0, 64, gl.SliceLayout(0, layout))
     for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        m, n = _tile_at(index, tiles_m, tiles_n, GROUP_M)
+        m, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
         mbarrier.wait(tile_full, index // gl.num_programs(0) & 1)
         if gate_desc is not None:
             for half in gl.static_range(2):
@@ -191,12 +161,9 @@ def gate_up_hopper_kernel(
 ):  # fmt: skip
     """`gate_up_persistent_kernel` with a division of labour."""
     tiles_m, tiles_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, 128)
-    dtype: gl.constexpr = x_desc.dtype
-    part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, 64], dtype)
-    a_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
-    b_bufs = gl.allocate_shared_memory(dtype, [STAGES, 256, BLOCK_K], w_gate_desc.layout)
-    parts = gl.allocate_shared_memory(dtype, [4, BLOCK_M, 64], part_layout)
-    full, tile = _barriers(STAGES), _barriers(2)
+    b_layout: gl.constexpr = w_gate_desc.layout
+    a_bufs, b_bufs, parts = buffers(x_desc, [BLOCK_M, BLOCK_K], [256, BLOCK_K], b_layout, STAGES)
+    full, tile = barriers(STAGES, 1), barriers(2, 1)
     gl.warp_specialize(
         [
             (
@@ -231,7 +198,7 @@ def _chunk_at(
     """
     PARTS_M: gl.constexpr = BLOCK_M // ROWS
     index = gl.program_id(0) + chunk // (4 * PARTS_M) * gl.num_programs(0)
-    m, n = _tile_at(index, tiles_m, tiles_n, GROUP_M)
+    m, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     cols = gl.arange(0, 64, gl.SliceLayout(0, layout))
     row = m * BLOCK_M + chunk % PARTS_M * ROWS + rows
@@ -293,12 +260,9 @@ def gate_up_grad_hopper_kernel(
     stride is that of the rows of gate, up, dgate and dup; h is contiguous, or None.
     """
     tiles_m, tiles_n = gl.cdiv(M, BLOCK_M), gl.cdiv(N, 256)
-    dtype: gl.constexpr = dy_desc.dtype
-    part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, 64], dtype)
-    a_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], dy_desc.layout)
-    b_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, 256], w_desc.layout)
-    parts = gl.allocate_shared_memory(dtype, [4, BLOCK_M, 64], part_layout)
-    full, tile = _barriers(STAGES), _barriers(2)
+    b_layout: gl.constexpr = w_desc.layout
+    a_bufs, b_bufs, parts = buffers(dy_desc, [BLOCK_M, BLOCK_K], [BLOCK_K, 256], b_layout, STAGES)
+    full, tile = barriers(STAGES, 1), barriers(2, 1)
     gl.warp_specialize(
         [
             (
@@ -331,8 +295,8 @@ def launch_gate_up_hopper(
     (M, K), N = x.shape, w_gate_up.shape[0] // 2
     w_gate, w_up = w_gate_up.chunk(2)
     gate, up = (None, None) if gate_up is None else gate_up.chunk(2, dim=1)
-    operands = [_describe(t, [BLOCK_M, BLOCK_K]) for t in (x, w_gate, w_up)]
-    kept = [None if t is None else _describe(t, [BLOCK_M, 64]) for t in (gate, up)]
+    operands = [describe(t, [BLOCK_M, BLOCK_K]) for t in (x, w_gate, w_up)]
+    kept = [describe(t, [BLOCK_M, 64]) for t in (gate, up)]
     tiles = cdiv(M, BLOCK_M) * cdiv(N, 128)
     operator.launch(
         gate_up_hopper_kernel, (min(tiles, num_programs(x.device, per_sm=1)),),
@@ -349,7 +313,7 @@ def launch_gate_up_grad_hopper(
     tiles = cdiv(M, BLOCK_M) * cdiv(N, 256)
     operator.launch(
         gate_up_grad_hopper_kernel, (min(tiles, num_programs(dy.device, per_sm=1)),),
-        _describe(dy, [BLOCK_M, BLOCK_K]), _describe(w_down, [BLOCK_K, 256]),
+        describe(dy, [BLOCK_M, BLOCK_K]), describe(w_down, [BLOCK_K, 256]),
         *gate_up.chunk(2, dim=1), *dgate_up.chunk(2, dim=1), h, M, N, K, gate_up.stride(0),
         FUNCTION=function, SLOPE=slope, **_OPTIONS,
     )  # fmt: skip
@@ -359,10 +323,3 @@ _OPTIONS = {
     "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, "GROUP_M": GROUP_M, "STAGES": STAGES, "ROWS": ROWS,
     "num_warps": 8, "maxnreg": 168,
 }  # fmt: skip
-
-
-def _describe(x: Tensor, block: list[int]) -> TensorDescriptor:
-    """A tensor descriptor for tiles of this shape, which lie in shared memory as wgmma wants."""
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)

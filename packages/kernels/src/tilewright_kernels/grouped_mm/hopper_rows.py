@@ -1,8 +1,11 @@
 # What Gluon's decorators and annotations say of themselves is not what they do.
 # pyrefly: ignore-errors
-"""Rows times the matrix of their group, for Hopper, in Gluon: `hopper` says who does what.
+"""Rows times the matrix of their group, for Hopper, in Gluon: `_hopper` says who does what.
 
 out[r] = a[r] · b[g]            for each row r of group g
+
+How many tiles there are is known on the device alone, so that a program asks a table (`blocks`)
+which rows and whose matrix its next tile has, one tile before it needs to know.
 """
 
 from triton.experimental import gluon
@@ -10,11 +13,25 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from tilewright_kernels.grouped_mm.hopper import barriers, block_at, buffers, hand_over
+from tilewright_kernels._hopper import barriers, buffers, hand_over, next_product, tile_at
+
+
+@gluon.jit
+def block_at(blocks_ptr, index, num_blocks, tiles_n, GROUP_M: gl.constexpr):
+    """Whose matrix a tile multiplies with, its first row, its group's last + 1, and its column.
+
+    Past the last tile all but the column are 0.
+    """
+    m, n = tile_at(index, num_blocks, tiles_n, GROUP_M)
+    inside = index < num_blocks * tiles_n
+    entry = blocks_ptr + 1 + 3 * m
+    group = gl.load(entry, mask=inside, other=0)
+    row = gl.load(entry + 1, mask=inside, other=0)
+    end = gl.load(entry + 2, mask=inside, other=0)
+    return group, row, end, n
 
 
 @gluon.jit
@@ -107,9 +124,7 @@ def multiply_rows(
             b = b_bufs.index(current)
             if TRANSPOSED:
                 b = b.permute((1, 0))
-            token = warpgroup_mma(a_bufs.index(current), b, acc, is_async=True)
-            acc = warpgroup_mma_wait(num_outstanding=1, deps=(token,))
-            gl.thread_barrier()
+            acc = next_product(a_bufs.index(current), b, acc)
             _fetch_rows(
                 a_desc, b_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES, place, k,
                 b_rows, second, tile < tiles, TRANSPOSED, STEP_N,
@@ -169,7 +184,7 @@ def grouped_rows_hopper_kernel(
     B_SHAPE: gl.constexpr = [256, BLOCK_K] if TRANSPOSED else [BLOCK_K, 256]
     b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(B_SHAPE, a_desc.dtype)
     a_bufs, b_bufs, parts = buffers(a_desc, [128, BLOCK_K], B_SHAPE, b_layout, STAGES)
-    full, tile = barriers(STAGES), barriers(2)
+    full, tile = barriers(STAGES, 1), barriers(2, 1)
     gl.warp_specialize(
         [
             (

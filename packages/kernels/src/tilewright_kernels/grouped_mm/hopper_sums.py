@@ -1,6 +1,6 @@
 # What Gluon's decorators and annotations say of themselves is not what they do.
 # pyrefly: ignore-errors
-"""A product over the rows of each group, for Hopper, in Gluon: `hopper` says who does what.
+"""A product over the rows of each group, for Hopper, in Gluon: `_hopper` says who does what.
 
     out[g] = Σ a[r]ᵀ · b[r]         over the rows r of group g
 
@@ -14,11 +14,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from tilewright_kernels.grouped_mm.hopper import barriers, buffers, hand_over, tile_at
+from tilewright_kernels._hopper import barriers, buffers, hand_over, next_product, tile_at
 
 
 @gluon.jit
@@ -124,9 +123,7 @@ def _multiply_sums(
             current = step % STAGES
             mbarrier.wait(full.index(current), step // STAGES & 1)
             a, b = a_bufs.index(current).permute((1, 0)), b_bufs.index(current)
-            token = warpgroup_mma(a, b, acc, is_async=True)
-            acc = warpgroup_mma_wait(num_outstanding=1, deps=(token,))
-            gl.thread_barrier()
+            acc = next_product(a, b, acc)
             _fetch_sums(
                 a_desc, b_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES,
                 place, rows_of[0], k, tile < tiles,
@@ -144,9 +141,7 @@ def _multiply_sums(
             fence_async_shared()
         gl.thread_barrier()
         a, b = a_bufs.index(current).permute((1, 0)), b_bufs.index(current)
-        token = warpgroup_mma(a, b, acc, is_async=True)
-        acc = warpgroup_mma_wait(num_outstanding=1, deps=(token,))
-        gl.thread_barrier()
+        acc = next_product(a, b, acc)
         _fetch_sums(
             a_desc, b_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES,
             place, rows_of[0], k, tile < tiles,
@@ -191,7 +186,7 @@ def grouped_sums_hopper_kernel(
     tiles = groups * tiles_m * tiles_n
     b_layout: gl.constexpr = b_desc.layout
     a_bufs, b_bufs, parts = buffers(a_desc, [BLOCK_K, 128], [BLOCK_K, 256], b_layout, STAGES)
-    full, tile = barriers(STAGES), barriers(2)
+    full, tile = barriers(STAGES, 1), barriers(2, 1)
     gl.warp_specialize(
         [
             (

@@ -36,7 +36,7 @@ POINTER_TILES = {
 """By bytes of an element."""
 
 HOPPER_BLOCK_M = 128
-"""Rows of a tile of `hopper`'s kernels."""
+"""Rows of a tile of Hopper's kernels."""
 
 HOPPER_OPTIONS: dict[str, Any] = {
     "EPILOGUE_REGISTERS": 104, "BLOCK_K": 64, "GROUP_M": 8, "STAGES": 3, "num_warps": 8,
@@ -93,18 +93,6 @@ def describable(x: Tensor) -> bool:
     )
 
 
-def describe(x: Tensor | None, block: list[int]) -> Any:
-    """A tensor descriptor for tiles of this shape, which lie in shared memory as wgmma wants."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    if x is None:
-        return None
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
-
-
 def hopper_programs(device: torch.device, tiles: int) -> int:
     """Programs of a persistent launch with at most so many tiles."""
     return min(tiles, num_programs(device, per_sm=1))
@@ -143,6 +131,7 @@ def launch_rows(
         b_described = b if b_rows is None else b_rows
         if hopper_can(rows, b_described, out):
             # Imported here: Gluon is there where Triton is, and this file must not need it.
+            from tilewright_kernels._hopper import describe
             from tilewright_kernels.grouped_mm.hopper_rows import grouped_rows_hopper_kernel
 
             table = table_of(operator, blocks, offs, R, HOPPER_BLOCK_M)
@@ -185,6 +174,7 @@ def launch_sums(operator: Operator, a: Tensor, b: Tensor, offs: Tensor, out: Ten
     if is_hopper(a.device) and a.element_size() == 2:
         a_rows, b_rows = with_rows(a), with_rows(b)
         if hopper_can(a_rows, b_rows, out):
+            from tilewright_kernels._hopper import describe
             from tilewright_kernels.grouped_mm.hopper_sums import grouped_sums_hopper_kernel
 
             block_k = HOPPER_OPTIONS["BLOCK_K"]

@@ -24,7 +24,6 @@ from tilewright_kernels.grouped_mm.launches import (
     HOPPER_BLOCK_M,
     HOPPER_OPTIONS,
     ROWS,
-    describe,
     hopper_can,
     hopper_programs,
     operands,
@@ -94,6 +93,7 @@ def launch_gate_up(
         x, w_gate_up = with_rows(x), w_gate_up.contiguous()
     if K and hopper_can(x, w_gate_up, h, gate_up) and N % 8 == 0:
         # Imported here: Gluon is there where Triton is, and this file must not need it.
+        from tilewright_kernels._hopper import describe
         from tilewright_kernels.moe_mlp.hopper import expert_gate_up_hopper_kernel
 
         table = table_of(operator, blocks, offs, R, HOPPER_BLOCK_M)

@@ -20,7 +20,6 @@ from tilewright_kernels.grouped_mm.launches import (
     HOPPER_BLOCK_M,
     HOPPER_OPTIONS,
     ROWS,
-    describe,
     hopper_can,
     hopper_programs,
     operands,
@@ -102,6 +101,7 @@ def launch_gate_up_grad(
     if is_hopper(dy.device) and dy.element_size() == 2 and w_down.stride(-1) != 1:
         w_down = w_down.contiguous()
     if K and hopper_can(dy, w_down, gate_up, dgate_up, h) and N % 8 == 0:
+        from tilewright_kernels._hopper import describe
         from tilewright_kernels.moe_mlp.hopper import expert_gate_up_grad_hopper_kernel
 
         table = table_of(operator, blocks, offs, R, HOPPER_BLOCK_M)

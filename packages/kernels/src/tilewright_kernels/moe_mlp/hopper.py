@@ -2,7 +2,7 @@
 # pyrefly: ignore-errors
 """The two products of a layer of experts that have work to do at their end, for Hopper, in Gluon.
 
-`grouped_mm.hopper` says how the warps share the work. Here the four that do not multiply apply the
+`_hopper` says how the warps share the work. Here the four that do not multiply apply the
 activation (forward), or its gradient, the weights of the router and their gradient (backward).
 """
 
@@ -10,8 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from tilewright_kernels.grouped_mm.hopper import barriers, block_at, buffers
-from tilewright_kernels.grouped_mm.hopper_rows import multiply_rows, store_chunk
+from tilewright_kernels._hopper import barriers, buffers
+from tilewright_kernels.grouped_mm.hopper_rows import block_at, multiply_rows, store_chunk
 
 
 @gluon.jit
@@ -64,7 +64,7 @@ def expert_gate_up_hopper_kernel(
     tiles_n = gl.cdiv(N, 128)
     b_layout: gl.constexpr = w_desc.layout
     a_bufs, b_bufs, parts = buffers(x_desc, [128, BLOCK_K], [256, BLOCK_K], b_layout, STAGES)
-    full, tile = barriers(STAGES), barriers(2)
+    full, tile = barriers(STAGES, 1), barriers(2, 1)
     gl.warp_specialize(
         [
             (
@@ -178,7 +178,7 @@ def expert_gate_up_grad_hopper_kernel(
     B_SHAPE: gl.constexpr = [BLOCK_K, 256]
     b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(B_SHAPE, dy_desc.dtype)
     a_bufs, b_bufs, parts = buffers(dy_desc, [128, BLOCK_K], B_SHAPE, b_layout, STAGES)
-    full, tile = barriers(STAGES), barriers(2)
+    full, tile = barriers(STAGES, 1), barriers(2, 1)
     gl.warp_specialize(
         [
             (

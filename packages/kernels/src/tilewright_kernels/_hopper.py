@@ -1,22 +1,27 @@
 # What Gluon's decorators and annotations say of themselves is not what they do.
 # pyrefly: ignore-errors
-"""What both products of groups for Hopper are made of, in Gluon: who multiplies does nothing else.
+"""What products for Hopper are made of, in Gluon: who multiplies does nothing else.
 
-As in `gated_mlp._hopper`, a program of twelve warps stays on its multiprocessor and walks tiles of
-128 x 256. Eight warps multiply and fetch their own operands by the tensor memory accelerator, two
-steps ahead and across the ends of tiles; four take each finished tile from shared memory and write
-it, while the eight are at the next one. `moe_mlp` has other work for the four.
+A program of twelve warps stays on its multiprocessor and walks tiles of 128 x 256. Eight warps
+multiply and fetch their own operands by the tensor memory accelerator, two steps ahead and across
+the ends of tiles; four take each finished tile from shared memory, in the dtype of the tensors, and
+do with it whatever there is to do, while the eight are at the next one.
 
-How many tiles there are is known on the device alone, so that a program asks a table (`blocks`)
-which rows and whose matrix its next tile has, one tile before it needs to know.
+Twelve warps are the most: with 16 a thread could have 128 registers by default, and the compiler
+refuses an accumulator of 128. For the same reason no warp is there just to load.
 """
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
 @gluon.jit
@@ -29,26 +34,11 @@ def tile_at(index, tiles_m, tiles_n, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def block_at(blocks_ptr, index, num_blocks, tiles_n, GROUP_M: gl.constexpr):
-    """Whose matrix a tile multiplies with, its first row, its group's last + 1, and its column.
-
-    Past the last tile all but the column are 0.
-    """
-    m, n = tile_at(index, num_blocks, tiles_n, GROUP_M)
-    inside = index < num_blocks * tiles_n
-    entry = blocks_ptr + 1 + 3 * m
-    group = gl.load(entry, mask=inside, other=0)
-    row = gl.load(entry + 1, mask=inside, other=0)
-    end = gl.load(entry + 2, mask=inside, other=0)
-    return group, row, end, n
-
-
-@gluon.jit
-def barriers(COUNT: gl.constexpr):
-    """COUNT barriers, each of which waits for one arrival."""
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers, each of which waits for so many arrivals."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
-        mbarrier.init(bars.index(i), count=1)
+        mbarrier.init(bars.index(i), count=ARRIVALS)
     return bars
 
 
@@ -67,6 +57,15 @@ def buffers(
 
 
 @gluon.jit
+def next_product(a, b, acc):
+    """acc + A·B, in flight; the product before is done, and its operands' buffer is free."""
+    token = warpgroup_mma(a, b, acc, is_async=True)
+    acc = warpgroup_mma_wait(num_outstanding=1, deps=(token,))
+    gl.thread_barrier()
+    return acc
+
+
+@gluon.jit
 def hand_over(acc, parts, tile_full, tile_empty, turn):
     """Give a tile to the other warps, in four parts [128, 64] and the operands' dtype."""
     BLOCK_M: gl.constexpr = parts.shape[1]
@@ -80,3 +79,12 @@ def hand_over(acc, parts, tile_full, tile_empty, turn):
     parts.index(3).store(part_3.to(parts.dtype))
     fence_async_shared()
     mbarrier.arrive(tile_full)
+
+
+def describe(x: Tensor | None, block: list[int]) -> TensorDescriptor | None:
+    """A tensor descriptor for tiles of this shape, which lie in shared memory as wgmma wants."""
+    if x is None:
+        return None
+    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
