@@ -25,6 +25,7 @@ from tilewright_dist import (
 from tilewright_dist.channel import Channel
 from tilewright_dist.layout import BucketLayout, Slot, round_up
 from tilewright_dist.peers import GPUPeers, PeerBuffer
+from tilewright_dist.stream_operations import copy_one_by_one
 from tilewright_dist.testing import run_ranks
 from tilewright_dist.testing_models import Stack, adamw_groups, device_of, rows_of, train
 
@@ -63,6 +64,10 @@ class HostPeers:
             )
             for start, size, dtype in zip(starts, sizes, dtypes, strict=False)
         ]
+
+    def copy(self, moves):
+        # Any order is right.
+        copy_one_by_one(moves[::-1])
 
     def barrier(self):
         dist.barrier()

@@ -19,6 +19,7 @@ import torch
 from tilewright_dist.channel import Exchange
 from tilewright_dist.layout import BucketLayout, round_up
 from tilewright_dist.peers import PeerBuffer, Peers
+from tilewright_dist.stream_operations import Move
 
 LANDING_BYTES = 64 * 2**20
 """Of values that are averaged at once: more than most buckets hold."""
@@ -49,24 +50,27 @@ def average(
     if not values:
         return
     dtype, adds_in = _dtypes(values[0].dtype, reduce_dtype)
-    rows = [memory.view(dtype).view(peers.world_size + 1, -1) for memory in landing.ranks]
-    mine = rows[peers.rank]
-    for load in _loads(values, peers.world_size, mine.shape[1]):
+    memory = landing.as_dtype(dtype)
+    rows = memory[peers.rank].view(peers.world_size + 1, -1)
+    width = rows.shape[1]
+    mine, averages = peers.rank * width, peers.world_size * width
+    order = _others_first(peers)
+    for load in _loads(values, peers.world_size, width):
         sent = [value if value.dtype == dtype else value.to(dtype) for value, _, _ in load]
         used = load[-1][1] + load[-1][2]
         # Nobody reads these rows any more: all have added up before any came out of the barrier
         # before the last fetching.
-        for rank in _others_first(peers):
-            for value, (_, start, size) in zip(sent, load, strict=True):
-                piece = value[rank * size : (rank + 1) * size]
-                rows[rank][peers.rank, start : start + piece.numel()].copy_(piece)
+        pieces = [
+            (rank, value, rank * size, start, min(size, value.numel() - rank * size))
+            for rank in order
+            for value, (_, start, size) in zip(sent, load, strict=True)
+            if rank * size < value.numel()
+        ]
+        peers.copy([Move(memory[r], mine + at, v, begin, n) for r, v, begin, at, n in pieces])
         peers.barrier()
-        _mean(mine[:-1, :used], mine[-1, :used], adds_in)
+        _mean(rows[:-1, :used], rows[-1, :used], adds_in)
         peers.barrier()
-        for rank in _others_first(peers):
-            for value, (_, start, size) in zip(sent, load, strict=True):
-                piece = value[rank * size : (rank + 1) * size]
-                piece.copy_(rows[rank][-1, start : start + piece.numel()])
+        peers.copy([Move(v, begin, memory[r], averages + at, n) for r, v, begin, at, n in pieces])
         for value, (target, _, _) in zip(sent, load, strict=True):
             if value is not target:
                 target.copy_(value)
@@ -90,21 +94,24 @@ def scatter_average(
         reduce_dtype: As in `average`; averages are not rounded, as they do not travel.
     """
     dtype, adds_in = _dtypes(layout.dtype, reduce_dtype)
-    rows = [memory.view(dtype).view(peers.world_size + 1, -1) for memory in landing.ranks]
-    mine = rows[peers.rank]
-    width = mine.shape[1]
+    memory = landing.as_dtype(dtype)
+    rows = memory[peers.rank].view(peers.world_size + 1, -1)
+    width = rows.shape[1]
+    mine = peers.rank * width
+    order = _others_first(peers)
     sent = {n: v if v.dtype == dtype else v.to(dtype) for n, v in values.items()}
     longest = max(b - a for a, b in itertools.pairwise(layout.bounds))
-    for start in range(0, longest, width):
-        for rank in _others_first(peers):
-            for name, begin, end, at in _window(layout, rank, start, width):
-                rows[rank][peers.rank, at : at + end - begin].copy_(sent[name][begin:end])
+    for first in range(0, longest, width):
+        peers.copy(
+            [
+                Move(memory[rank], mine + at, sent[name], begin, end - begin)
+                for rank in order
+                for name, begin, end, at in _window(layout, rank, first, width)
+            ]
+        )
         peers.barrier()
-        owned = list(_window(layout, peers.rank, start, width))
-        used = max((at + end - begin for _, begin, end, at in owned), default=0)
-        averages = mine[:-1, :used].mean(0, dtype=adds_in)
-        for name, begin, end, at in owned:
-            values[name][begin:end].copy_(averages[at : at + end - begin])
+        for name, begin, end, at in _window(layout, peers.rank, first, width):
+            _mean(rows[:-1, at : at + end - begin], values[name][begin:end], adds_in)
         peers.barrier()
     yield None
 
@@ -112,16 +119,23 @@ def scatter_average(
 def all_gather(buffer: PeerBuffer, bounds: Sequence[int], peers: Peers) -> Exchange:
     """Fill the other ranks' pieces of a buffer with what their owners hold."""
     peers.barrier()
-    for rank in _others_first(peers)[:-1]:
-        piece = slice(bounds[rank], bounds[rank + 1])
-        buffer.memory[piece].copy_(buffer.ranks[rank][piece])
+    peers.copy(
+        [
+            Move(buffer.memory, bounds[r], buffer.ranks[r], bounds[r], bounds[r + 1] - bounds[r])
+            for r in _others_first(peers)[:-1]
+            if bounds[r] < bounds[r + 1]
+        ]
+    )
     peers.barrier()
     yield None
 
 
 def _mean(rows: torch.Tensor, out: torch.Tensor, adds_in: torch.dtype) -> None:
     """Average over the first dimension, added in a dtype."""
-    if adds_in == rows.dtype == out.dtype:
+    if out.dtype == adds_in:
+        torch.mean(rows, 0, dtype=adds_in, out=out)
+    elif rows.is_cuda and adds_in == torch.float32 and out.dtype == rows.dtype:
+        # 16 bits are added in float32 there, and rounded once: no averages in float32 in between.
         torch.mean(rows, 0, out=out)
     else:
         out.copy_(rows.mean(0, dtype=adds_in))

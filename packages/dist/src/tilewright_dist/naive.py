@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tilewright_dist.channel import Channel
 from tilewright_dist.missing import give_missing, lacks, presence, presence_anywhere
 from tilewright_dist.options import ReducerOptions
-from tilewright_dist.watchdog import watchdog_of
+from tilewright_dist.watchdog import watched_channel
 from tilewright_dist.wire import all_reduce_any_layout
 
 
@@ -40,8 +39,7 @@ class NaiveReducer:
         self._parameters = parameters
         self._options = options
         device = next(iter(parameters.values())).device
-        watchdog = watchdog_of(process_group, device)
-        self._channel = Channel(device, watchdog.watch if watchdog else None)
+        self._channel = watched_channel(process_group, device)
 
     def gradient_arrived(self, name: str, process_group: dist.ProcessGroup | None) -> None:
         """Nothing: all is done at the end."""

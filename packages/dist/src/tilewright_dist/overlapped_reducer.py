@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tilewright_dist.channel import Channel, Exchange, Handle
+from tilewright_dist.channel import Exchange, Handle
 from tilewright_dist.missing import presence, presence_anywhere
 from tilewright_dist.options import ReducerOptions
 from tilewright_dist.readiness import ReadyQueue
-from tilewright_dist.watchdog import watchdog_of
+from tilewright_dist.watchdog import watched_channel
 
 
 class OverlappedReducer:
@@ -38,8 +38,7 @@ class OverlappedReducer:
         self._parameters = parameters
         self._options = options
         self._device = next(iter(parameters.values())).device
-        watchdog = watchdog_of(process_group, self._device)
-        self._channel = Channel(self._device, watchdog.watch if watchdog else None)
+        self._channel = watched_channel(process_group, self._device)
         self._handles: list[Handle] = []
         self._task = -1
 

@@ -9,8 +9,6 @@ Here: buffers that every rank can read (torch's symmetric memory), and a barrier
 What travels through them is in `copies.py`. One host only.
 """
 
-import ctypes
-import functools
 import socket
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
@@ -21,6 +19,7 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 
 from tilewright_dist.agreement import gather_objects
 from tilewright_dist.layout import round_up
+from tilewright_dist.stream_operations import Move, Signals, copy_in_a_batch, copy_one_by_one
 
 T = TypeVar("T")
 
@@ -41,6 +40,13 @@ class PeerBuffer:
         self.memory = ranks[rank]
         """This rank's own."""
         self._keeps = keeps
+        self._views: dict[torch.dtype, list[torch.Tensor]] = {}
+
+    def as_dtype(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The memory of every rank as flat numbers of a dtype that divides it."""
+        if dtype not in self._views:
+            self._views[dtype] = [memory.view(dtype) for memory in self.ranks]
+        return self._views[dtype]
 
 
 class Peers(Protocol):
@@ -53,6 +59,10 @@ class Peers(Protocol):
 
     def allocate(self, sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[PeerBuffer]:
         """Buffers of some numbers of elements, zeros; the same on all ranks. Collective."""
+        ...
+
+    def copy(self, moves: Sequence[Move]) -> None:
+        """Copy, in any order; none reads what another one writes."""
         ...
 
     def barrier(self) -> None:
@@ -79,8 +89,14 @@ class GPUPeers(Peers):
         self._group_name = process_group.group_name
         self._count = 0
         # Nobody signals before all have their zeros: who has agreed has them.
-        (self._signals,) = made_by_all(
+        (self._numbers,) = made_by_all(
             lambda: self.allocate([self.world_size], [torch.int32]), process_group, device
+        )
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        here = self._numbers.memory.data_ptr()
+        self._signals = Signals(
+            [self._numbers.ranks[rank].data_ptr() + 4 * self.rank for rank in others],
+            [here + 4 * rank for rank in others],
         )
 
     def allocate(self, sizes: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[PeerBuffer]:
@@ -105,6 +121,13 @@ class GPUPeers(Peers):
             buffers.append(PeerBuffer(ranks, self.rank, handle))
         return buffers
 
+    def copy(self, moves: Sequence[Move]) -> None:
+        """Copy, in any order; none reads what another one writes."""
+        if copy_in_a_batch(moves, self._stream()):
+            return
+        # Once more what the driver may have taken: it is the same.
+        copy_one_by_one(moves)
+
     def barrier(self) -> None:
         """Let the current stream go on when those of all ranks have come to this point.
 
@@ -119,29 +142,10 @@ class GPUPeers(Peers):
                 "the same number again: use transport='collective'"
             )
         self._count += 1
-        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        write, wait = _stream_operations()
-        for rank in others:
-            there = self._signals.ranks[rank].data_ptr() + 4 * self.rank
-            _check(write(stream, ctypes.c_uint64(there), ctypes.c_uint32(self._count), 0))
-        here = self._signals.memory.data_ptr()
-        for rank in others:
-            # Flag 0: until the value is at least that, counted cyclically.
-            address = ctypes.c_uint64(here + 4 * rank)
-            _check(wait(stream, address, ctypes.c_uint32(self._count), 0))
+        self._signals.exchange(self._count, self._stream())
 
-
-@functools.cache
-def _stream_operations() -> tuple["ctypes._FuncPointer", "ctypes._FuncPointer"]:
-    """The driver's operations that write and await a number in stream order."""
-    driver = ctypes.CDLL("libcuda.so.1")
-    return driver.cuStreamWriteValue32_v2, driver.cuStreamWaitValue32_v2
-
-
-def _check(error: int) -> None:
-    if error:
-        raise RuntimeError(f"a stream operation between GPUs failed with CUDA error {error}")
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self._device).cuda_stream
 
 
 def made_by_all(make: Callable[[], T], process_group: dist.ProcessGroup, device: torch.device) -> T:

@@ -26,7 +26,7 @@ from torch import nn
 from tilewright_dist import sharded_state
 from tilewright_dist.bucketed import BucketedReducer
 from tilewright_dist.buckets import describe, shared_memory
-from tilewright_dist.channel import Channel, collective_errors
+from tilewright_dist.channel import collective_errors
 from tilewright_dist.data_parallel import DistributedDataParallel, checked_process_group
 from tilewright_dist.failure import naming_the_missing
 from tilewright_dist.layout import BucketLayout, Partition, Segment, plan_buckets
@@ -34,7 +34,7 @@ from tilewright_dist.overlap import LateGather
 from tilewright_dist.param_groups import named_groups, options_of, unnamed
 from tilewright_dist.peers import PeerBuffer, made_by_all
 from tilewright_dist.shards import Shard
-from tilewright_dist.watchdog import watchdog_of
+from tilewright_dist.watchdog import watched_channel
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -179,8 +179,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._parameters = {n: p for group in groups for n, p in group["params"]}
         device = next(iter(self._parameters.values())).device
         self._device = device
-        watchdog = watchdog_of(self._group, device)
-        self._channel = Channel(device, watchdog.watch if watchdog else None)
+        self._channel = watched_channel(self._group, device)
         self._peers = self._reducer.more_peers(self._group) if self._reducer is not None else None
         self._shards = self._make_shards(groups)
         self._inner = make_inner([self._inner_group(group) for group in groups])

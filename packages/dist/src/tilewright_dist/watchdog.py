@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from tilewright_dist.channel import Channel
 from tilewright_dist.failure import ROLL_CALL_SECONDS, absent_ranks, sign_if_called
 
 LOOKS = 20
@@ -110,6 +111,12 @@ def watchdog_of(process_group: dist.ProcessGroup, device: torch.device) -> Watch
     if device.type != "cuda" or process_group.size() == 1:
         return None
     return Watchdog(process_group, device)
+
+
+def watched_channel(process_group: dist.ProcessGroup, device: torch.device) -> Channel:
+    """A channel of a device, its exchanges looked after where they are queued."""
+    watchdog = watchdog_of(process_group, device)
+    return Channel(device, watchdog.watch if watchdog else None)
 
 
 def _look_now_and_then(
