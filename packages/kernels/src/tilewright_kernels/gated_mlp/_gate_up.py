@@ -13,14 +13,9 @@ from torch import Tensor
 
 from tilewright_kernels._launch import cdiv, is_hopper, num_programs
 from tilewright_kernels._operator import Operator, accumulator
+from tilewright_kernels._product_tiles import Tile, operands
 from tilewright_kernels._triton import tl, triton
-from tilewright_kernels.gated_mlp._launch import (
-    Tile,
-    describable,
-    describe,
-    operands,
-    tile_for,
-)
+from tilewright_kernels.gated_mlp._launch import describable, describe, tile_for
 from tilewright_kernels.matmul.tiles import dot_pointers, store_pointers, tile_in_groups
 
 # A tile of gate and a tile of up, both of BLOCK_N columns. A fourth stage has room on Hopper alone,

@@ -1,30 +1,16 @@
 """Tiles of the two kernels, and which operands tensor descriptors can describe."""
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tilewright_kernels._launch import next_power_of_2
-from tilewright_kernels._operator import Operator
-from tilewright_kernels._tf32 import rounded_to_tf32, tf32_is_allowed
+from tilewright_kernels._product_tiles import Tile, fitted
 from tilewright_kernels._triton import HAS_TRITON
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
-
-
-class Tile(NamedTuple):
-    """A tile of the result, the step along K, and how the program is built."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    GROUP_M: int
-    num_stages: int
-    num_warps: int
-
 
 POINTER_TILES = {
     2: Tile(128, 64, 64, 8, 3, 8),
@@ -39,13 +25,7 @@ Two accumulators of 128 x 128, or the epilogue of one, take more registers than 
 
 def tile_for(M: int, N: int, K: int, element_size: int) -> Tile:
     """The pointer kernels' tile, made smaller where the matrices are."""
-    tile = POINTER_TILES[element_size]
-    block_m, block_n, block_k = (
-        min(block, max(16, next_power_of_2(size)))
-        for block, size in zip(tile[:3], (M, N, max(K, 1)), strict=True)
-    )
-    num_warps = tile.num_warps if block_m * block_n >= 64 * 64 else min(4, tile.num_warps)
-    return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps)
+    return fitted(POINTER_TILES[element_size], M, N, K)
 
 
 SHARED_MEMORY = 227 * 1024
@@ -86,10 +66,3 @@ def describable(x: Tensor, *others: Tensor | None) -> bool:
 def describe(x: Tensor | None, block: list[int]) -> Any:
     """A tensor descriptor for tiles of this shape."""
     return None if x is None else TensorDescriptor(x, list(x.shape), list(x.stride()), block)
-
-
-def operands(operator: Operator, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, str]:
-    """What tl.dot multiplies, and how: float32 as torch's switch says, rounded for tf32."""
-    if a.dtype == torch.float32 and tf32_is_allowed():
-        return rounded_to_tf32(operator, a), rounded_to_tf32(operator, b), "tf32"
-    return a, b, "ieee"

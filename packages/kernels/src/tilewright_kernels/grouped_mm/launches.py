@@ -1,32 +1,20 @@
 """How the products of groups are launched: through the accelerator on Hopper, else by pointers."""
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilewright_kernels._launch import cdiv, is_hopper, next_power_of_2, num_programs
 from tilewright_kernels._operator import Operator, accumulator
-from tilewright_kernels._tf32 import rounded_to_tf32, tf32_is_allowed
+from tilewright_kernels._product_tiles import Tile, fitted, operands
 from tilewright_kernels.grouped_mm.blocks import most_blocks, row_blocks
 from tilewright_kernels.grouped_mm.pointers import (
     clear_rows_kernel,
     grouped_rows_kernel,
     grouped_sums_kernel,
 )
-
-
-class Tile(NamedTuple):
-    """A tile of the result, the step along the sum, and how the program is built."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    GROUP_M: int
-    num_stages: int
-    num_warps: int
-
 
 POINTER_TILES = {
     2: Tile(128, 128, 64, 8, 3, 8),
@@ -51,13 +39,7 @@ ROWS = 32
 @cache
 def tile_for(M: int, N: int, K: int, element_size: int) -> Tile:
     """The pointer kernels' tile, made smaller where the matrices are."""
-    tile = POINTER_TILES[element_size]
-    block_m, block_n, block_k = (
-        min(block, max(16, next_power_of_2(max(size, 1))))
-        for block, size in zip(tile[:3], (M, N, K), strict=True)
-    )
-    num_warps = tile.num_warps if block_m * block_n >= 64 * 64 else min(4, tile.num_warps)
-    return tile._replace(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps)
+    return fitted(POINTER_TILES[element_size], M, N, K)
 
 
 def pointer_options(tile: Tile, dtype: torch.dtype, precision: str) -> dict[str, Any]:
@@ -66,13 +48,6 @@ def pointer_options(tile: Tile, dtype: torch.dtype, precision: str) -> dict[str,
         "ACC": accumulator(dtype), "PRECISION": precision, "NUM_STAGES": tile.num_stages,
         **tile._asdict(),
     }  # fmt: skip
-
-
-def operands(operator: Operator, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, str]:
-    """What tl.dot multiplies, and how: float32 as torch's switch says, rounded for tf32."""
-    if a.dtype == torch.float32 and tf32_is_allowed():
-        return rounded_to_tf32(operator, a), rounded_to_tf32(operator, b), "tf32"
-    return a, b, "ieee"
 
 
 def hopper_can(*tensors: Tensor | None) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tilewright_kernels._launch import cdiv, is_hopper
 from tilewright_kernels._operator import Operator
+from tilewright_kernels._product_tiles import operands
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.grouped_mm.blocks import most_blocks
 from tilewright_kernels.grouped_mm.launches import (
@@ -22,7 +23,6 @@ from tilewright_kernels.grouped_mm.launches import (
     ROWS,
     hopper_can,
     hopper_programs,
-    operands,
     pointer_options,
     table_of,
     tile_for,
