@@ -5,6 +5,7 @@ its options alone and not on how fast the machine happens to be.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from tilewright_train.machine import (
     choose_threads,
     supports_bf16,
 )
+from tilewright_train.start import saved_config
+from tilewright_train.tokenizer import load_tokenizer, tokenizer_file, vocabulary_rows
 
 
 @dataclass(frozen=True)
@@ -147,14 +150,10 @@ def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
     mask = fill("document_mask", "data", *_document_mask(config, on_gpu, backend), unset="auto")
     fill("workers", "data", *choose_workers(device, available_cores() // local_processes))
 
-    name = fill(
-        "preset",
-        "model",
-        "26m" if on_gpu else "nano",
-        "trains in minutes on a GPU" if on_gpu else "trains in one to two minutes on two CPU cores",
-    )
-    model = preset(name, **config.model.overrides)
-    vocab_size = fill("vocab_size", "data", model.vocab_size, f"preset {name}")
+    begun = saved_config(config.model.init)
+    name = fill("preset", "model", *_preset(begun, on_gpu))
+    model = begun or preset(name, **config.model.overrides)
+    vocab_size = fill("vocab_size", "data", *_vocabulary(config, model, name))
     model = dataclasses.replace(model, vocab_size=vocab_size)
 
     recipe, of = RECIPES[name], f"the recipe of {name}"
@@ -162,7 +161,13 @@ def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
         recipe, of = _sft_recipe(recipe), f"the SFT recipe of {name}"
     steps = fill("steps", "training", recipe.steps, of)
     batch_size = fill("batch_size", "training", recipe.batch_size, of)
-    seq_len = fill("seq_len", "training", recipe.seq_len, of)
+    longest = begun.max_position_embeddings if begun else recipe.seq_len
+    seq_len = fill("seq_len", "training", min(recipe.seq_len, longest), of)
+    if begun and begun.position_embedding == "learned" and seq_len > longest:
+        raise InputError(
+            f"seq_len {seq_len} is more than the {longest} positions that the model of --init has"
+            " learned: give a smaller --seq-len"
+        )
     rows = max(1, batch_size // local_processes)
     packed = mask == "on" and config.data.packing != "none"
     together = _micro_batch(rows, seq_len, packed and not on_gpu)
@@ -197,8 +202,8 @@ def model_config(chosen: Chosen, vocab_size: int | None = None) -> ModelConfig:
     Raises:
         ValueError: Sizes that do not fit each other.
     """
-    settled = chosen.settled
-    base = preset(settled.preset, **chosen.config.model.overrides)
+    settled, options = chosen.settled, chosen.config.model
+    base = saved_config(options.init) or preset(settled.preset, **options.overrides)
     return dataclasses.replace(
         base,
         vocab_size=vocab_size or settled.vocab_size,
@@ -215,6 +220,25 @@ def _check_sft(config: PretrainConfig) -> None:
         raise InputError(
             "packing concat cuts conversations anywhere: give --packing best_fit or none"
         )
+
+
+def _preset(begun: ModelConfig | None, on_gpu: bool) -> tuple[str, str]:
+    """Whose recipe is taken; of a model that is there the one that is nearest in size."""
+    if begun is None:
+        if on_gpu:
+            return "26m", "trains in minutes on a GPU"
+        return "nano", "trains in one to two minutes on two CPU cores"
+    size = math.log(count_parameters(begun).total)
+    away = {n: abs(math.log(count_parameters(preset(n)).total) - size) for n in RECIPES}
+    return min(away, key=away.__getitem__), "nearest in size to the model of --init"
+
+
+def _vocabulary(config: PretrainConfig, model: ModelConfig, name: str) -> tuple[int, str]:
+    if config.data.tokenizer is not None:
+        entries = vocabulary_rows(load_tokenizer(tokenizer_file(config.data.tokenizer)))
+        return entries, "the tokenizer has so many"
+    of_start = config.model.init != "scratch"
+    return model.vocab_size, "the model of --init" if of_start else f"preset {name}"
 
 
 def _prompt(config: PretrainConfig) -> tuple[str, str]:

@@ -39,6 +39,9 @@ class DataOptions:
     """Share of the documents that is kept for validation, 0 to 0.5."""
     vocab_size: int | None = None
     """Entries of the byte-level BPE vocabulary, 257 or more."""
+    tokenizer: Path | None = None
+    """A tokenizer.json, or the folder that holds one, as train-tokenizer writes it. Default: that
+    of --init, else one is trained on the data."""
     cache_dir: Path | None = None
     """Where tokenizers and encoded corpora are kept. Default: $XDG_CACHE_HOME/tilewright or
     ~/.cache/tilewright."""
@@ -94,8 +97,9 @@ class ModelOptions:
     """The size of the model: a preset, and fields of it to change."""
 
     init: str = "scratch"
-    """Where weights and tokenizer come from: «scratch», the folder of a finished run, or «auto» for
-    the latest pretraining in --out. The other options of the model are then that run's."""
+    """Where weights and tokenizer come from: «scratch», the folder of a finished run, a checkpoint
+    or a model in Hugging Face's layout, or «auto» for the latest pretraining in --out. The other
+    options of the model are then those of that one."""
     preset: str | None = None
     """A row of the table of presets in tilewright_model."""
     hidden_size: int | None = None

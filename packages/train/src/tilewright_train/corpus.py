@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tilewright_train import tokens
 from tilewright_train.config import DataOptions
 from tilewright_train.sources import Source
-from tilewright_train.tokenizer import load_tokenizer
+from tilewright_train.tokenizer import load_tokenizer, vocabulary_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Corpus:
     @property
     def vocab_size(self) -> int:
         """Entries of the vocabulary; fewer than asked for where the texts are few."""
-        return self.tokenizer.get_vocab_size()
+        return vocabulary_rows(self.tokenizer)
 
     @property
     def sha256(self) -> str:

@@ -31,6 +31,7 @@ from tilewright_train.errors import InputError, suggest
 
 CONFIG_FILE = "config.toml"
 SUMMARY_FILE = "summary.json"
+_MODEL_FILE = "config.json"
 
 _FLAGS_ALONE = frozenset({"resume", "resume_from_older"})
 """What to do with a run that is there; a file says what a run is."""
@@ -153,12 +154,17 @@ def _begun_with(asked: PretrainConfig, base: PretrainConfig) -> PretrainConfig:
         folder = _latest(finished)
     else:
         folder = Path(init)
-        if not (folder / CONFIG_FILE).is_file() or not (folder / SUMMARY_FILE).exists():
+        is_run = (folder / CONFIG_FILE).is_file()
+        if not is_run and (folder / _MODEL_FILE).is_file():
+            return _begun_with_model(asked, base, folder)
+        if not is_run or not (folder / SUMMARY_FILE).exists():
             raise InputError(
-                f"--init {folder} is no finished run: give the folder that a run printed, or"
-                " «auto» for the latest pretraining in --out"
+                f"--init {folder} is no finished run and no model: give the folder that a run"
+                f" printed, one with a model in Hugging Face's layout ({_MODEL_FILE}), or «auto»"
+                " for the latest pretraining in --out"
             )
     begun = read_toml(folder / CONFIG_FILE, None)
+    _refuse_own_tokenizer(asked, folder)
     model = dataclasses.replace(begun.model, init=str(folder.absolute()))
     for name in (f.name for f in dataclasses.fields(model)):
         wanted = getattr(asked.model, name)
@@ -168,6 +174,28 @@ def _begun_with(asked: PretrainConfig, base: PretrainConfig) -> PretrainConfig:
         raise InputError(f"--vocab-size comes from the run of --init, {folder}: leave it out")
     asked = dataclasses.replace(asked, model=model)
     return with_options(asked, vocab_size=begun.data.vocab_size)
+
+
+def _begun_with_model(asked: PretrainConfig, base: PretrainConfig, folder: Path) -> PretrainConfig:
+    """`asked` with the place of a model that no run here has made; its config.json has the shape.
+
+    Raises:
+        InputError: Flags that ask for another model.
+    """
+    _refuse_own_tokenizer(asked, folder)
+    sections = {"preset": "model", **dict.fromkeys(asked.model.overrides, "model")}
+    for name, section in (sections | {"vocab_size": "data"}).items():
+        given = getattr(getattr(asked, section), name)
+        if given != getattr(getattr(base, section), name):
+            raise InputError(
+                f"{_flag(name)} comes from the model of --init, {folder}: leave it out"
+            )
+    return with_options(asked, init=str(folder.absolute()))
+
+
+def _refuse_own_tokenizer(asked: PretrainConfig, folder: Path) -> None:
+    if asked.data.tokenizer is not None:
+        raise InputError(f"--tokenizer comes from the model of --init, {folder}: leave it out")
 
 
 def read_toml(path: Path, objective: Objective | None = "pretrain") -> PretrainConfig:
@@ -383,11 +411,12 @@ def _plain(config: _CommandLine) -> PretrainConfig:
     """Without the file; paths of data absolute, so that a run can be resumed from anywhere."""
     built_in = (STDLIB, STORIES)
     absolute = tuple(d if d in built_in else str(Path(d).absolute()) for d in config.data.data)
-    template = config.data.chat_template
+    template, tokenizer = config.data.chat_template, config.data.tokenizer
     plain = with_options(
         PretrainConfig(**_sections_of(config)),
         data=absolute,
         chat_template=template.absolute() if template else None,
+        tokenizer=tokenizer.absolute() if tokenizer else None,
     )
     for name, section in option_sections().items():
         _toml_value(name, getattr(getattr(plain, section), name))  # before any folder is made

@@ -21,7 +21,9 @@ from tilewright_train.automatic import Chosen, model_config
 from tilewright_train.batches import BatchSampler
 from tilewright_train.cache import default_cache, writable_cache
 from tilewright_train.chat_template import CHATML, ChatTemplate, read_template
+from tilewright_train.config import DataOptions
 from tilewright_train.conversations import (
+    REFUSED,
     WITHOUT_ASSISTANT,
     chat_encoding,
     chat_tokenizer,
@@ -51,7 +53,12 @@ from tilewright_train.start import (
     load_start,
     saved_vocabulary,
 )
-from tilewright_train.tokenizer import end_token, load_tokenizer
+from tilewright_train.tokenizer import (
+    end_token,
+    load_tokenizer,
+    tokenizer_file,
+    vocabulary_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +119,8 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         loaded.append(corpus)
         return [corpus.tokenizer_file, *(source.folder for source in corpus.sources)], run
 
-    (tokenizer_file, *entries), run = on_first(environment, prepare_files)
-    corpus = loaded[0] if loaded else load_corpus(tokenizer_file, entries)
+    (file, *entries), run = on_first(environment, prepare_files)
+    corpus = loaded[0] if loaded else load_corpus(file, entries)
     options = RowOptions(
         packing=config.data.packing,
         document_mask=settled.document_mask == "on",
@@ -244,19 +251,20 @@ def _prepare_files(
     for source in sources:
         reporter.say(f"corpus       {source.describe()}")
     cache = writable_cache(config.data.cache_dir or default_cache(), config.run.out / ".cache")
-    tokenizer_file = start.tokenizer_file if start else None
+    file = start.tokenizer_file if start else _own_tokenizer(config.data)
     if start is not None:
         reporter.say(f"begins with  {start.folder}")
-    if template is not None and tokenizer_file is not None:
-        tokenizer_file = chat_tokenizer(tokenizer_file, template, cache)
-        end_of_turn(load_tokenizer(tokenizer_file), template)  # complains before anything is read
+    if template is not None and file is not None:
+        file = chat_tokenizer(file, template, cache)
+        end_of_turn(load_tokenizer(file), template)  # complains before anything is read
+    skips = config.data.on_bad_line == "skip"
     corpus = prepare_corpus(
         sources,
         config.data,
         shape.vocab_size,
         cache,
-        tokenizer_file=tokenizer_file,
-        encoding=chat_encoding(template) if template else None,
+        tokenizer_file=file,
+        encoding=chat_encoding(template, skip_refused=skips) if template else None,
     )
     for encoded, was_there in zip(corpus.sources, corpus.were_there, strict=True):
         facts = encoded.facts
@@ -270,6 +278,8 @@ def _prepare_files(
             reporter.say(f"skipped      {facts.skipped_lines} lines: {examples}")
         if silent := facts.counts.get(WITHOUT_ASSISTANT):
             reporter.say(f"skipped      {silent} conversations in which the assistant says nothing")
+        if refused := facts.counts.get(REFUSED):
+            reporter.say(f"skipped      {refused} conversations on which the chat template raises")
     _check_spoken(corpus)
     if resumed is not None:
         run = RunDirectory(resumed)
@@ -284,6 +294,24 @@ def _prepare_files(
         write_toml(config, run.config, chosen.reasons)
         run.checkpoints.mkdir()  # so that its absence later says that it was removed
     return corpus, run
+
+
+def _own_tokenizer(options: DataOptions) -> Path | None:
+    """The tokenizer.json that was given.
+
+    Raises:
+        InputError: It has other entries than were asked for.
+    """
+    if options.tokenizer is None:
+        return None
+    file = tokenizer_file(options.tokenizer)
+    entries = vocabulary_rows(load_tokenizer(file))
+    if entries != options.vocab_size:
+        raise InputError(
+            f"{file} has {entries:,} entries and --vocab-size is {options.vocab_size:,}: the"
+            " tokenizer does not fit the model; leave --vocab-size out"
+        )
+    return file
 
 
 def _check_spoken(corpus: Corpus) -> None:

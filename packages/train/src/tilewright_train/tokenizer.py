@@ -14,6 +14,10 @@ from tilewright_train.errors import InputError
 END_OF_TEXT = "<|endoftext|>"
 """The only special token, number 0; it stands behind every document."""
 
+DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+"""What ends a document in tokenizers made elsewhere; the first that one has counts. Not what it
+calls its eos_token: where a model chats, that may be the end of a turn."""
+
 TOKENIZER_FILE = "tokenizer.json"
 
 _PIECE = 1 << 16  # characters; a longer document is sampled and encoded piece by piece
@@ -74,6 +78,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_file(place: Path) -> Path:
+    """The tokenizer.json that `place` is, or that lies in it."""
+    return place / TOKENIZER_FILE if place.is_dir() else place
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json.
 
@@ -85,19 +94,30 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
         raise InputError(f"{path} cannot be read as a tokenizer: {error}") from None
     tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()  # a file may ask for both, for somebody else's batches
+    tokenizer.no_padding()
     return tokenizer
 
 
 def end_token(tokenizer: Tokenizer) -> int:
-    """Number of the end token.
+    """Number of the token that stands behind every document.
 
     Raises:
         InputError: The tokenizer has none; it was made elsewhere.
     """
-    number = tokenizer.token_to_id(END_OF_TEXT)
-    if number is None:
-        raise InputError(f"the tokenizer has no token {END_OF_TEXT!r}")
-    return number
+    numbers = (tokenizer.token_to_id(text) for text in DOCUMENT_ENDS)
+    found = next((number for number in numbers if number is not None), None)
+    if found is None:
+        raise InputError(
+            f"the tokenizer has no token that ends a document ({', '.join(DOCUMENT_ENDS)}): add one"
+            " of them to it, or give another --tokenizer"
+        )
+    return found
+
+
+def vocabulary_rows(tokenizer: Tokenizer) -> int:
+    """Rows of an embedding that the tokenizer's numbers need: the highest and one more."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def encode(
