@@ -1,5 +1,7 @@
 """What is chosen for the user, with its reason, and never over what the user gave."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tilewright_model import PRESETS, count_parameters
 from tilewright_train.automatic import RECIPES, choose, model_config
 from tilewright_train.config import PretrainConfig, with_options
 from tilewright_train.errors import InputError
+from tilewright_train.hardware import ACCELERATORS
 
 CPU = with_options(PretrainConfig(), device="cpu")
 
@@ -60,6 +63,8 @@ def test_on_a_gpu_the_model_is_larger_and_computes_in_bf16(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    memory = SimpleNamespace(total_memory=140 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: memory)
     chosen = choose(PretrainConfig())
     assert chosen.config.machine.device == "cuda"
     assert chosen.config.machine.precision == "bf16"
@@ -69,6 +74,23 @@ def test_on_a_gpu_the_model_is_larger_and_computes_in_bf16(monkeypatch: pytest.M
     assert choose(with_options(PretrainConfig(), backend="torch")).settled.document_mask == "off"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert choose(PretrainConfig()).config.machine.precision == "fp32"
+
+
+def test_a_gpu_computes_as_many_rows_at_once_as_the_plan_finds_room_for() -> None:
+    def rows(gpu: str, **options: object) -> tuple[int, str]:
+        config = with_options(PretrainConfig(), **{"preset": "0.5b", "batch_size": 64, **options})
+        chosen = choose(config, accelerator=ACCELERATORS[gpu])
+        return chosen.settled.micro_batch_size, chosen.reasons["micro_batch_size"]
+
+    together, why = rows("H200")
+    assert together == 64
+    assert "all rows of a process: " in why
+    together, why = rows("A100 40GB")
+    assert 64 % together == 0
+    assert 4 <= together <= 16
+    assert f"{together} of 64 rows: " in why
+    assert rows("A100 40GB", recompute="full")[0] > together
+    assert rows("L4", preset="2.7b")[1] == "by the plan not even one row fits in 22 GiB"
 
 
 def test_packed_documents_are_always_apart() -> None:

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tilewright_model import ModelConfig, count_parameters, preset
 from tilewright_train.config import STDLIB, PretrainConfig, option_sections, with_options
 from tilewright_train.errors import InputError
+from tilewright_train.hardware import Accelerator, accelerator_here
 from tilewright_train.loading import choose_workers
 from tilewright_train.machine import (
     available_cores,
@@ -21,6 +24,7 @@ from tilewright_train.machine import (
     choose_threads,
     supports_bf16,
 )
+from tilewright_train.memory_plan import StepShape, largest_micro_batch
 from tilewright_train.start import saved_config
 from tilewright_train.tokenizer import load_tokenizer, tokenizer_file, vocabulary_rows
 
@@ -114,18 +118,38 @@ class Chosen:
     choices: tuple[Choice, ...]
     """In the order in which they are printed."""
 
+    def step_shape(self, world_size: int) -> StepShape:
+        """What each of so many processes computes in a step, for a plan of its memory."""
+        settled, rows = self.settled, self.settled.micro_batch_size
+        return StepShape(
+            rows=rows,
+            seq_len=settled.seq_len,
+            precision=settled.precision,
+            optim=self.config.training.optim,
+            recompute=self.config.machine.recompute,
+            parts=max(1, settled.batch_size // world_size // rows),
+            parallel=self.config.machine.parallel,
+            world_size=world_size,
+        )
+
     @property
     def reasons(self) -> dict[str, str]:
         """Why, by the name of the option."""
         return {choice.name: choice.reason for choice in self.choices}
 
 
-def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
+def choose(
+    config: PretrainConfig,
+    *,
+    local_processes: int = 1,
+    accelerator: Accelerator | None = None,
+) -> Chosen:
     """Fill in every option that is open.
 
     Args:
         config: What the user gave.
         local_processes: Processes of this run on this host.
+        accelerator: Choose for this GPU, which need not be here; None for this machine.
 
     Raises:
         ValueError: A device, preset or shape of the model that does not exist; SFT of random
@@ -142,9 +166,15 @@ def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
         choices.append(Choice(name, value, reason))
         return value
 
-    device = fill("device", "machine", *choose_device(config.machine.device))
+    if accelerator is None:
+        device = fill("device", "machine", *choose_device(config.machine.device))
+    else:
+        device = fill("device", "machine", "cuda", f"planned for {accelerator.name}")
     on_gpu = device != "cpu"
-    fill("precision", "machine", *_precision(device), unset="auto")
+    precision = "bf16", f"{accelerator.name} multiplies bf16" if accelerator else ""
+    precision = fill(
+        "precision", "machine", *(precision if accelerator else _precision(device)), unset="auto"
+    )
     fill("threads", "machine", *choose_threads(local_processes))
     backend = fill("backend", "machine", *_backend(on_gpu))
     mask = fill("document_mask", "data", *_document_mask(config, on_gpu, backend), unset="auto")
@@ -171,6 +201,18 @@ def choose(config: PretrainConfig, *, local_processes: int = 1) -> Chosen:
     rows = max(1, batch_size // local_processes)
     packed = mask == "on" and config.data.packing != "none"
     together = _micro_batch(rows, seq_len, packed and not on_gpu)
+    gpu = accelerator or (accelerator_here(torch.device(device)) if on_gpu else None)
+    if gpu is not None:
+        step = StepShape(
+            rows=rows,
+            seq_len=seq_len,
+            precision=precision,
+            optim=config.training.optim,
+            recompute=config.machine.recompute,
+            parallel=config.machine.parallel,
+            world_size=local_processes,
+        )
+        together = _rows_that_fit(model, step, gpu)
     fill("micro_batch_size", "training", *together)
     fill("lr", "training", recipe.lr, of)
     warmup = min(recipe.warmup_steps, steps // 2)
@@ -272,6 +314,18 @@ def _micro_batch(rows: int, seq_len: int, masked_by_torch: bool) -> tuple[int, s
         return rows, "all rows of a process"
     divisors = [n for n in range(1, rows + 1) if rows % n == 0 and n * seq_len <= _MASKED]
     return max(divisors, default=1), "plain torch's masks cost the square of the tokens"
+
+
+def _rows_that_fit(model: ModelConfig, step: StepShape, gpu: Accelerator) -> tuple[int, str]:
+    """The most rows that the plan finds room for; the run tries a step before it begins."""
+    longest = max(model.max_position_embeddings, step.seq_len)
+    model = dataclasses.replace(model, max_position_embeddings=longest)
+    found = largest_micro_batch(model, step, gpu.memory, step.rows)
+    if found is None:
+        return 1, f"by the plan not even one row fits in {gpu.memory / 2**30:.0f} GiB"
+    rows, plan = found
+    which = "all rows of a process" if rows == step.rows else f"{rows} of {step.rows} rows"
+    return rows, f"{which}: {plan.total / 2**30:.1f} of {gpu.memory / 2**30:.0f} GiB by the plan"
 
 
 def _backend(on_gpu: bool) -> tuple[str, str]:

@@ -178,8 +178,13 @@ class MachineOptions:
 
     device: str | None = None
     """«cpu», «cuda» or «cuda:1». Default: the GPU where there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the matrix products; weights and optimizer states stay float32."""
+    precision: Literal["auto", "fp32", "bf16", "bf16-weights", "fp16"] = "auto"
+    """Arithmetic of the matrix products. Weights are float32 but for «bf16-weights», where they are
+    bf16 and the optimizer keeps 16 more bits of each; «fp16» scales the loss."""
+    tf32: bool = False
+    """With fp32: products of GPUs take the tensor cores, which read 10 bits of each mantissa."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping it: the inside of every MLP, every block."""
     backend: str | None = None
     """«auto», «triton» or «torch» for the operators of tilewright_kernels; single ones differently
     as in «triton,rms_norm=torch». Default: what TILEWRIGHT_BACKEND says, else auto."""
