@@ -41,9 +41,13 @@ STAGES = 3
 ROWS = 32
 """Rows of a part that the four warps take at a time, 16 numbers a thread."""
 
-
 EPILOGUE_REGISTERS = gl.constexpr(104)
 """A thread of the four warps may take so many; those that multiply get the rest."""
+
+_OPTIONS = {
+    "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, "GROUP_M": GROUP_M, "STAGES": STAGES, "ROWS": ROWS,
+    "num_warps": 8, "maxnreg": 168,
+}  # fmt: skip
 
 
 @gluon.jit
@@ -317,9 +321,3 @@ def launch_gate_up_grad_hopper(
         *gate_up.chunk(2, dim=1), *dgate_up.chunk(2, dim=1), h, M, N, K, gate_up.stride(0),
         FUNCTION=function, SLOPE=slope, **_OPTIONS,
     )  # fmt: skip
-
-
-_OPTIONS = {
-    "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, "GROUP_M": GROUP_M, "STAGES": STAGES, "ROWS": ROWS,
-    "num_warps": 8, "maxnreg": 168,
-}  # fmt: skip

@@ -36,18 +36,6 @@ def _steps_of(rows, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_sums(a_desc, b_desc, a_bufs, b_bufs, full, slot, place, start, k, pred):
-    """Start the copies of one step's operands, whole rows of both."""
-    bar, a, b = full.index(slot), a_bufs.index(slot), b_bufs.index(slot)
-    BLOCK_K: gl.constexpr = a_bufs.shape[1]
-    m, n = place
-    row = start + k * BLOCK_K
-    mbarrier.expect(bar, (128 + 256) * BLOCK_K * 2, pred=pred)
-    tma.async_copy_global_to_shared(a_desc, [row, m * 128], bar, a, pred=pred)
-    tma.async_copy_global_to_shared(b_desc, [row, n * 256], bar, b, pred=pred)
-
-
-@gluon.jit
 def _place_in_group(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
     """Row and column of a tile among those of its group's product."""
     m, n = tile_at(tile % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
@@ -73,6 +61,25 @@ def _following_sum(
             offs_ptr, tile + gl.num_programs(0), tiles, tiles_m * tiles_n
         )
     return tile, k, (m, n), (start, rows), (later_start, later_rows)
+
+
+@gluon.jit
+def _fetch_sums(
+    a_desc, b_desc, a_bufs, b_bufs, full, slot, tile, k, place, rows_of, later, offs_ptr,
+    tiles, tiles_m, tiles_n, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of a step's operands, whole rows of both; return `_following_sum`."""
+    pred = tile < tiles
+    bar, a, b = full.index(slot), a_bufs.index(slot), b_bufs.index(slot)
+    BLOCK_K: gl.constexpr = a_bufs.shape[1]
+    m, n = place
+    row = rows_of[0] + k * BLOCK_K
+    mbarrier.expect(bar, (128 + 256) * BLOCK_K * 2, pred=pred)
+    tma.async_copy_global_to_shared(a_desc, [row, m * 128], bar, a, pred=pred)
+    tma.async_copy_global_to_shared(b_desc, [row, n * 256], bar, b, pred=pred)
+    return _following_sum(
+        tile, k, place, rows_of, later, offs_ptr, tiles, tiles_m, tiles_n, BLOCK_K, GROUP_M
+    )
 
 
 @gluon.jit
@@ -111,10 +118,10 @@ def _multiply_sums(
     _start, my_rows = rows_of
     _start, my_later_rows = later
     for slot in gl.static_range(STAGES - 1):
-        _fetch_sums(a_desc, b_desc, a_bufs, b_bufs, full, slot, place, rows_of[0], k, tile < tiles)
-        tile, k, place, rows_of, later = _following_sum(
-            tile, k, place, rows_of, later, offs_ptr, tiles, tiles_m, tiles_n, BLOCK_K, GROUP_M
-        )
+        tile, k, place, rows_of, later = _fetch_sums(
+            a_desc, b_desc, a_bufs, b_bufs, full, slot, tile, k, place, rows_of, later, offs_ptr,
+            tiles, tiles_m, tiles_n, GROUP_M,
+        )  # fmt: skip
     step = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         steps = _steps_of(my_rows, BLOCK_K)
@@ -124,13 +131,10 @@ def _multiply_sums(
             mbarrier.wait(full.index(current), step // STAGES & 1)
             a, b = a_bufs.index(current).permute((1, 0)), b_bufs.index(current)
             acc = next_product(a, b, acc)
-            _fetch_sums(
-                a_desc, b_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES,
-                place, rows_of[0], k, tile < tiles,
+            tile, k, place, rows_of, later = _fetch_sums(
+                a_desc, b_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES, tile, k, place,
+                rows_of, later, offs_ptr, tiles, tiles_m, tiles_n, GROUP_M,
             )  # fmt: skip
-            tile, k, place, rows_of, later = _following_sum(
-                tile, k, place, rows_of, later, offs_ptr, tiles, tiles_m, tiles_n, BLOCK_K, GROUP_M
-            )
             step += 1
         current = step % STAGES
         mbarrier.wait(full.index(current), step // STAGES & 1)
@@ -142,13 +146,10 @@ def _multiply_sums(
         gl.thread_barrier()
         a, b = a_bufs.index(current).permute((1, 0)), b_bufs.index(current)
         acc = next_product(a, b, acc)
-        _fetch_sums(
-            a_desc, b_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES,
-            place, rows_of[0], k, tile < tiles,
+        tile, k, place, rows_of, later = _fetch_sums(
+            a_desc, b_desc, a_bufs, b_bufs, full, (step + STAGES - 1) % STAGES, tile, k, place,
+            rows_of, later, offs_ptr, tiles, tiles_m, tiles_n, GROUP_M,
         )  # fmt: skip
-        tile, k, place, rows_of, later = _following_sum(
-            tile, k, place, rows_of, later, offs_ptr, tiles, tiles_m, tiles_n, BLOCK_K, GROUP_M
-        )
         step += 1
         my_rows = my_later_rows
         _start, my_later_rows = _group_at(
