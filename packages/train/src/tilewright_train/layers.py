@@ -4,17 +4,13 @@ The parser is tyro over the dataclasses of `config.py`. What a user got wrong co
 `InputError`; a name that nobody knows gets the closest one that exists.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
-
-import tyro
 
 from tilewright_train.config import (
     FREE_AT_RESUME,
@@ -28,6 +24,7 @@ from tilewright_train.config import (
     with_options,
 )
 from tilewright_train.errors import InputError, suggest
+from tilewright_train.flags import flag, parse_flags
 
 CONFIG_FILE = "config.toml"
 SUMMARY_FILE = "summary.json"
@@ -87,7 +84,7 @@ def parse(arguments: Sequence[str], objective: Objective = "pretrain") -> Pretra
     resumed = with_options(resumed, resume=str(folder))
     changed = [n for n in _different(base, resumed) if n not in FREE_AT_RESUME]
     if changed:
-        flags = ", ".join(_flag(name) for name in changed)
+        flags = ", ".join(flag(name) for name in changed)
         raise InputError(
             f"{flags} cannot change when {folder} is resumed: leave it out, or start a new run with"
             f" --config {folder / CONFIG_FILE}"
@@ -169,7 +166,7 @@ def _begun_with(asked: PretrainConfig, base: PretrainConfig) -> PretrainConfig:
     for name in (f.name for f in dataclasses.fields(model)):
         wanted = getattr(asked.model, name)
         if name != "init" and wanted not in (getattr(base.model, name), getattr(model, name)):
-            raise InputError(f"{_flag(name)} comes from the run of --init, {folder}: leave it out")
+            raise InputError(f"{flag(name)} comes from the run of --init, {folder}: leave it out")
     if asked.data.vocab_size not in (base.data.vocab_size, begun.data.vocab_size):
         raise InputError(f"--vocab-size comes from the run of --init, {folder}: leave it out")
     asked = dataclasses.replace(asked, model=model)
@@ -187,9 +184,7 @@ def _begun_with_model(asked: PretrainConfig, base: PretrainConfig, folder: Path)
     for name, section in (sections | {"vocab_size": "data"}).items():
         given = getattr(getattr(asked, section), name)
         if given != getattr(getattr(base, section), name):
-            raise InputError(
-                f"{_flag(name)} comes from the model of --init, {folder}: leave it out"
-            )
+            raise InputError(f"{flag(name)} comes from the model of --init, {folder}: leave it out")
     return with_options(asked, init=str(folder.absolute()))
 
 
@@ -228,7 +223,7 @@ def read_toml(path: Path, objective: Objective | None = "pretrain") -> PretrainC
             if name not in sections:
                 raise InputError(f"{path}: unknown key {name!r}{suggest(name, sections)}")
             if name in _FLAGS_ALONE:
-                raise InputError(f"{path}: {name!r} is not for a file: use the flag {_flag(name)}")
+                raise InputError(f"{path}: {name!r} is not for a file: use the flag {flag(name)}")
             if inner is value and sections[name] != key:
                 raise InputError(f"{path}: {name!r} belongs in [{sections[name]}], not in [{key}]")
             values[name] = _typed(path, name, given)
@@ -266,74 +261,13 @@ def write_toml(config: PretrainConfig, path: Path, reasons: Mapping[str, str]) -
 
 
 def _parse_flags(arguments: Sequence[str], default: _CommandLine) -> _CommandLine:
-    """Run tyro over the flags; whatever it refuses becomes one InputError."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            parsed, unknown = tyro.cli(
-                _CommandLine,
-                prog=default.command,
-                description=_DESCRIPTIONS[default.run.objective] + _REST,
-                args=_with_bare_resume(arguments),
-                default=default,
-                return_unknown_args=True,
-                config=(tyro.conf.OmitArgPrefixes,),
-                registry=_registry(),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise _refusal(stop, errors.getvalue()) from None
-    if unknown:
-        name = unknown[0].split("=")[0]
-        known = [_flag(name) for name in (*option_sections(), "config", "help")]
-        kind = "unknown flag" if name.startswith("-") else "unexpected argument"
-        raise InputError(f"{kind} {name!r}{suggest(name.replace('_', '-'), known)}: see --help")
-    return parsed
-
-
-def _refusal(stop: SystemExit, printed: str) -> InputError:
-    """What tyro stopped for: our own error if there is one in the chain, else its box of text."""
-    error: BaseException | None = stop
-    while error is not None:
-        if isinstance(error, InputError):
-            return error
-        error = error.__context__
-    lines = [line.strip("│ ") for line in printed.splitlines()[1:]]
-    body = lines[: next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))]
-    return InputError(re.sub(r"^Error parsing ", "", " ".join(body)) + " (see --help)")
-
-
-def _registry() -> tyro.constructors.ConstructorRegistry:
-    """How values that may be None look: «INT» with the default «auto», «PATH» with «none»."""
-    registry = tyro.constructors.ConstructorRegistry()
-    kinds = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
-
-    @registry.primitive_rule
-    def _optional(
-        info: tyro.constructors.PrimitiveTypeInfo,
-    ) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        inner = get_args(info.type)
-        if len(inner) != 2 or inner[1] is not type(None) or inner[0] not in kinds:
-            return None
-
-        unset = "none" if inner[0] is Path else "auto"
-
-        def convert(words: list[str]) -> Any:
-            try:
-                return inner[0](words[0])
-            except ValueError:
-                raise ValueError(f"{words[0]!r} is not {kinds[inner[0]]}") from None
-
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=inner[0].__name__.upper(),
-            instance_from_str=convert,
-            is_instance=lambda value: value is None or isinstance(value, inner[0]),
-            str_from_instance=lambda value: [str(value) if value is not None else unset],
-        )
-
-    return registry
+    return parse_flags(
+        default,
+        _with_bare_resume(arguments),
+        prog=default.command,
+        description=_DESCRIPTIONS[default.run.objective] + _REST,
+        names=(*option_sections(), "config"),
+    )
 
 
 def _with_bare_resume(arguments: Sequence[str]) -> list[str]:
@@ -384,10 +318,6 @@ def _toml_value(name: str, value: Any) -> str:
     if re.search("[\ud800-\udfff]", text):  # from the bytes of a file name or an argument
         raise InputError(f"{name} {str(value)!r} is not UTF-8 and cannot be written to a file")
     return text.replace("\x7f", "\\u007f")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _different(first: PretrainConfig, second: PretrainConfig) -> list[str]:
