@@ -25,7 +25,7 @@ from tilewright_dist import (
 from tilewright_dist.channel import Channel
 from tilewright_dist.layout import BucketLayout, Slot, round_up
 from tilewright_dist.peers import GPUPeers, PeerBuffer
-from tilewright_dist.stream_operations import copy_one_by_one
+from tilewright_dist.stream_operations import Copies
 from tilewright_dist.testing import run_ranks
 from tilewright_dist.testing_models import Stack, adamw_groups, device_of, rows_of, train
 
@@ -65,9 +65,8 @@ class HostPeers:
             for start, size, dtype in zip(starts, sizes, dtypes, strict=False)
         ]
 
-    def copy(self, moves):
-        # Any order is right.
-        copy_one_by_one(moves[::-1])
+    def copies(self, pieces):
+        return Copies(pieces[::-1])  # any order is right
 
     def barrier(self):
         dist.barrier()
@@ -114,18 +113,19 @@ def exchange_all_ways(rank, folder):
         bounds = make_bounds(peers.world_size)
         (buffer,) = peers.allocate([bounds[-1]], [torch.float32])
         buffer.memory.copy_(values_of(rank, bounds[-1]))
-        run(copies.all_gather(buffer, bounds, peers))
+        run(copies.Gathering(buffer, bounds, peers).run())
         found[form, "all_gather"] = buffer.memory.clone()
         layout = layout_of(bounds)
         for dtype in (None, torch.bfloat16, torch.float64):
             values = values_of(rank, bounds[-1])
-            named = {slot.name: values[slot.start : slot.stop] for slot in layout.slots}
-            run(copies.scatter_average(named, layout, landing, peers, dtype))
+            parts = [values[slot.start : slot.stop] for slot in layout.slots]
+            run(copies.Scattering(layout, landing, peers, dtype).run(parts))
             found[form, dtype] = values
     for dtype in (None, torch.float64, torch.bfloat16):
+        averaging = copies.Averaging(SIZES, torch.float32, landing, peers, dtype)
         for _ in range(2):  # what landed before is not in the way
             tensors = list(values_of(rank, sum(SIZES)).split(SIZES))
-            run(copies.average(tensors, landing, peers, dtype))
+            run(averaging.run(tensors))
         found["average", dtype] = torch.cat(tensors)
     return found
 

@@ -7,69 +7,76 @@ import pytest
 import torch
 
 from tilewright_dist import stream_operations
-from tilewright_dist.stream_operations import Move, Signals, copy_in_a_batch, copy_one_by_one
-
-pointer = ctypes.POINTER(ctypes.c_uint64)
+from tilewright_dist.stream_operations import BatchedCopies, Copies, Piece, Signals
 
 
-def moves_and_targets(device="cpu", dtype=torch.float32):
-    """Parts of two sources that go to places of two targets, with gaps."""
-    sources = [torch.arange(1, n + 1, device=device).to(dtype) for n in (40, 7)]
-    targets = [torch.zeros(n, device=device, dtype=dtype) for n in (50, 9)]
-    moves = [
-        Move(targets[0], 10, sources[0], 3, 20),
-        Move(targets[1], 1, sources[0], 23, 4),
-        Move(targets[0], 45, sources[1], 2, 5),
+def values_and_pieces(device="cpu", dtype=torch.float32):
+    """Two values, and parts of them that have places in memory with gaps."""
+    values = [torch.arange(n * k, n * k + n, device=device).to(dtype) for k, n in ((2, 40), (3, 9))]
+    memory = torch.zeros(60, device=device, dtype=dtype)
+    pieces = [
+        Piece(0, 3, 20, memory, 10),
+        Piece(1, 2, 4, memory, 1),
+        Piece(0, 23, 5, memory, 55),
     ]
-    return moves, targets
+    return values, memory, pieces
 
 
-def expected_targets(dtype=torch.float32):
-    moves, targets = moves_and_targets(dtype=dtype)
-    for target, at, source, begin, numel in moves:
-        for place in range(numel):
-            target[at + place] = source[begin + place]
-    return targets
+def check(copies, values, memory, pieces):
+    """What is sent is at its places, what is fetched in its values; nothing else is touched."""
+    expected = memory.clone()
+    for value, begin, numel, _, at in pieces:
+        expected[at : at + numel] = values[value][begin : begin + numel]
+    copies.send(values)
+    assert torch.equal(memory, expected)
+    memory += 100
+    others = [value.view(-1, 1).clone() for value in values]  # elsewhere, in another shape
+    for value, begin, numel, _, at in pieces:
+        values[value][begin : begin + numel] = memory[at : at + numel]
+    copies.fetch(others)
+    for other, value in zip(others, values, strict=True):
+        assert torch.equal(other.view(-1), value)
 
 
 def test_one_by_one():
-    moves, targets = moves_and_targets()
-    copy_one_by_one(moves)
-    for target, expected in zip(targets, expected_targets(), strict=True):
-        assert torch.equal(target, expected)
+    values, memory, pieces = values_and_pieces()
+    check(Copies(pieces), values, memory, pieces)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_is_one_call_with_addresses_in_bytes(monkeypatch, dtype):
     calls = []
 
-    def driver(targets, sources, sizes, count, attributes, first, number, stream):
-        calls.append((stream, number, ctypes.cast(first, pointer)[0], list(attributes)))
-        for target, source, size in zip(targets[:count], sources, sizes, strict=True):
+    def driver(targets, sources, sizes, count, attributes, firsts, number, stream):
+        calls.append((stream, count, number, list(firsts), list(attributes)))
+        for target, source, size in zip(targets, sources, sizes, strict=True):
             ctypes.memmove(target, source, size)
         return 0
 
-    # byref() is for C only.
-    monkeypatch.setattr(stream_operations.ctypes, "byref", ctypes.pointer)
     monkeypatch.setattr(stream_operations, "_batched_copies", lambda: driver)
-    moves, targets = moves_and_targets(dtype=dtype)
-    assert copy_in_a_batch(moves, 123)
+    values, memory, pieces = values_and_pieces(dtype=dtype)
+    check(BatchedCopies(pieces, lambda: 123), values, memory, pieces)
     # Read in stream order; to be carried out beside kernels.
-    assert calls == [(123, 1, 0, [1, 0, 0, 0, 0, 1])]
-    for target, expected in zip(targets, expected_targets(dtype), strict=True):
-        assert torch.equal(target, expected)
+    assert calls == [(123, 3, 1, [0], [1, 0, 0, 0, 0, 1])] * 2
 
 
-def test_who_takes_no_batch(monkeypatch):
-    moves, _ = moves_and_targets()
-    monkeypatch.setattr(stream_operations, "_batched_copies", lambda: None)
-    assert not copy_in_a_batch(moves, 123)  # an older driver
-    monkeypatch.setattr(stream_operations, "_batched_copies", lambda: lambda *_: 801)
-    assert not copy_in_a_batch(moves, 123)  # an error: not supported
-    monkeypatch.setattr(stream_operations, "_batched_copies", lambda: lambda *_: 0)
-    assert copy_in_a_batch(moves, 123)
-    assert not copy_in_a_batch(moves, 0)  # the legacy default stream
-    assert copy_in_a_batch([], 0)
+@pytest.mark.parametrize(
+    ("driver", "stream"),
+    [(None, 123), (lambda *_: 801, 123), (lambda *_: pytest.fail("asked"), 0)],
+    ids=["older driver", "error", "legacy default stream"],
+)
+def test_what_the_driver_does_not_take_goes_one_by_one(monkeypatch, driver, stream):
+    monkeypatch.setattr(stream_operations, "_batched_copies", lambda: driver)
+    values, memory, pieces = values_and_pieces()
+    check(BatchedCopies(pieces, lambda: stream), values, memory, pieces)
+
+
+def test_nothing_to_copy(monkeypatch):
+    monkeypatch.setattr(stream_operations, "_batched_copies", lambda: pytest.fail)
+    BatchedCopies([], lambda: 123).send([torch.zeros(3)])
+
+
+FIELDS = ((0, 4), (8, 16), (16, 24))
 
 
 def test_signals_are_written_before_others_are_awaited(monkeypatch):
@@ -82,7 +89,8 @@ def test_signals_are_written_before_others_are_awaited(monkeypatch):
         calls.append((stream, count, flags))
         read = int.from_bytes
         for one in numbers:
-            calls.append(tuple(read(one[a:b], "little") for a, b in ((0, 4), (8, 16), (16, 24))))
+            kind, address, value = (read(one[a:b], "little") for a, b in FIELDS)
+            calls.append((kind, address, value))
             assert read(one[24:28], "little") == 0
         return 0 if stream else 1
 
@@ -99,13 +107,12 @@ def test_a_gpu_takes_batches_in_stream_order():
     stream = torch.cuda.Stream()
     number = torch.zeros(1, device="cuda", dtype=torch.int32)
     signals = Signals([number.data_ptr()], [number.data_ptr()])
+    values, memory, pieces = values_and_pieces("cuda")
+    copies = BatchedCopies(pieces, lambda: stream.cuda_stream)
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        moves, targets = moves_and_targets("cuda")
-        assert copy_in_a_batch(moves, stream.cuda_stream)
+        assert copies._batch(copies._places, copies._parts, values), "the driver takes no batches"
+        check(copies, values, memory, pieces)
         signals.exchange(3, stream.cuda_stream)
-        after = [target * 2 for target in targets]
     stream.synchronize()
     assert number.item() == 3
-    for target, expected in zip(after, expected_targets(), strict=True):
-        assert torch.equal(target.cpu(), expected * 2)

@@ -63,6 +63,7 @@ class BucketedReducer(OverlappedReducer):
         self._views: dict[str, torch.Tensor] = {}
         self._peers: Peers | None = None
         self._landing: PeerBuffer | None = None
+        self._exchanges: dict[int, copies.Averaging | copies.Scattering] = {}
         self._filled: dict[str, torch.Tensor] = {}
         if options.transport != "collective" and process_group.size() > 1:
             self._meet(process_group)
@@ -229,6 +230,7 @@ class BucketedReducer(OverlappedReducer):
         self._strides = {spec.name: spec.strides for spec in specs}
         # Of the former buckets only those stay, until they are copied, that hold gradients.
         self._buckets, self._views = [], {}
+        self._exchanges.clear()
         if not self._is_loose:
             self._buckets = allocate(layouts, specs, self._device)
         self._views = {n: view for bucket in self._buckets for n, view in bucket.views.items()}
@@ -328,11 +330,10 @@ class BucketedReducer(OverlappedReducer):
 
     def _start(self, unit: int, process_group: dist.ProcessGroup) -> None:
         if self._is_loose:
-            assert self._peers is not None
             names = self._units[unit]
             self._separate(names)
             held = [g for n in names if (g := self._parameters[n].grad) is not None]
-            self._send(self._average(self._layouts[unit], self._peers), held)
+            self._send(self._average(unit), held)
             return
         bucket = self._buckets[unit]
         self._put(bucket.views)
@@ -349,36 +350,41 @@ class BucketedReducer(OverlappedReducer):
             exchange = reduce_scatter(bucket.memory, bucket.layout.bounds, process_group, dtype)
         self._send(exchange)
 
-    def _average(self, layout: BucketLayout, peers: Peers) -> Exchange:
+    def _average(self, unit: int) -> Exchange:
         """Average gradients where they are, by copies between GPUs."""
-        assert self._landing is not None
-        flat: dict[str, torch.Tensor] = {}
+        values: list[torch.Tensor] = []
         ordered: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for slot in layout.slots:
-            name = slot.name
+        for name in self._units[unit]:
             parameter = self._parameters[name]
             gradient = parameter.grad
             if gradient is None or lacks(gradient):
                 gradient = self._filled[name] = torch.zeros_like(parameter)
-            gradient = gradient.detach()
-            dense = gradient
-            if gradient.stride() != self._strides[name]:
+            strides = self._strides[name]
+            if gradient.requires_grad:
+                gradient = gradient.detach()
+            if gradient.stride() != strides:
                 # A layout of this rank's own must not reach the others.
                 dense = torch.empty_strided(
-                    gradient.shape,
-                    self._strides[name],
-                    dtype=gradient.dtype,
-                    device=gradient.device,
+                    gradient.shape, strides, dtype=gradient.dtype, device=gradient.device
                 ).copy_(gradient)
                 ordered.append((gradient, dense))
-            flat[name] = dense.as_strided((dense.numel(),), (1,))
-        dtype = self._options.reduce_dtype
-        if layout.partition == "replicated":
-            yield from copies.average(list(flat.values()), self._landing, peers, dtype)
-        else:
-            yield from copies.scatter_average(flat, layout, self._landing, peers, dtype)
+                gradient = dense
+            values.append(gradient)
+        if unit not in self._exchanges:
+            self._exchanges[unit] = self._exchange_of(self._layouts[unit])
+        yield from self._exchanges[unit].run(values)
         for gradient, dense in ordered:
             gradient.copy_(dense)
+
+    def _exchange_of(self, layout: BucketLayout) -> copies.Averaging | copies.Scattering:
+        """What can be used in every step."""
+        assert self._landing is not None
+        assert self._peers is not None
+        dtype = self._options.reduce_dtype
+        if layout.partition != "replicated":
+            return copies.Scattering(layout, self._landing, self._peers, dtype)
+        sizes = [slot.stop - slot.start for slot in layout.slots]
+        return copies.Averaging(sizes, layout.dtype, self._landing, self._peers, dtype)
 
     def _is_in_bucket(self, name: str) -> bool:
         gradient = self._parameters[name].grad

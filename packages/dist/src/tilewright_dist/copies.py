@@ -7,19 +7,20 @@ depend neither on who adds nor on where a number lies.
 
 Averages push values from wherever they are, so that a gradient need not be copied to a bucket
 first: a millisecond or two of a step. What lands, and what is fetched back, is in memory that ranks
-share. `all_gather` works on buffers that are shared themselves: it begins with a barrier (what is
+share. `Gathering` works on buffers that are shared themselves: it begins with a barrier (what is
 fetched has been written) and ends with one (nobody writes again before all have fetched).
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from tilewright_dist.channel import Exchange
 from tilewright_dist.layout import BucketLayout, round_up
 from tilewright_dist.peers import PeerBuffer, Peers
-from tilewright_dist.stream_operations import Move
+from tilewright_dist.stream_operations import Copies, Piece
 
 LANDING_BYTES = 64 * 2**20
 """Of values that are averaged at once: more than most buckets hold."""
@@ -28,106 +29,153 @@ _ALIGNMENT = 64  # elements between pieces
 
 
 def landing_bytes(peers: Peers) -> int:
-    """Size of the shared memory that `average` needs: a row a rank, and one of averages."""
+    """Size of the shared memory that averages need: a row a rank, and one of averages."""
     return (peers.world_size + 1) * round_up(LANDING_BYTES // peers.world_size, 512)
 
 
-def average(
-    values: Sequence[torch.Tensor],
-    landing: PeerBuffer,
-    peers: Peers,
-    reduce_dtype: torch.dtype | None = None,
-) -> Exchange:
-    """Replace tensors by their averages over the ranks, the same bits on every rank.
+class Averaging:
+    """Replaces tensors by their averages over the ranks, the same bits on every rank.
+
+    Made once for tensors of some sizes; what can be known of them before is computed here, as the
+    host's time beside backward is short.
 
     Args:
-        values: Flat, contiguous, of one dtype; anywhere.
+        sizes: Elements of each tensor.
+        dtype: Of all tensors.
         landing: `landing_bytes` of uint8.
         peers: The ranks.
         reduce_dtype: What travels if it is narrower than the values, which are added in their own
             dtype then; else that in which they are added. None is the values' own for both.
     """
-    if not values:
-        return
-    dtype, adds_in = _dtypes(values[0].dtype, reduce_dtype)
-    memory = landing.as_dtype(dtype)
-    rows = memory[peers.rank].view(peers.world_size + 1, -1)
-    width = rows.shape[1]
-    mine, averages = peers.rank * width, peers.world_size * width
-    order = _others_first(peers)
-    for load in _loads(values, peers.world_size, width):
-        sent = [value if value.dtype == dtype else value.to(dtype) for value, _, _ in load]
-        used = load[-1][1] + load[-1][2]
-        # Nobody reads these rows any more: all have added up before any came out of the barrier
-        # before the last fetching.
-        pieces = [
-            (rank, value, rank * size, start, min(size, value.numel() - rank * size))
-            for rank in order
-            for value, (_, start, size) in zip(sent, load, strict=True)
-            if rank * size < value.numel()
-        ]
-        peers.copy([Move(memory[r], mine + at, v, begin, n) for r, v, begin, at, n in pieces])
-        peers.barrier()
-        _mean(rows[:-1, :used], rows[-1, :used], adds_in)
-        peers.barrier()
-        peers.copy([Move(v, begin, memory[r], averages + at, n) for r, v, begin, at, n in pieces])
-        for value, (target, _, _) in zip(sent, load, strict=True):
-            if value is not target:
-                target.copy_(value)
-    yield None
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        dtype: torch.dtype,
+        landing: PeerBuffer,
+        peers: Peers,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._peers = peers
+        self._dtype, self._adds_in = _dtypes(dtype, reduce_dtype)
+        memory = landing.as_dtype(self._dtype)
+        rows = memory[peers.rank].view(peers.world_size + 1, -1)
+        width = rows.shape[1]
+        mine, averages = peers.rank * width, peers.world_size * width
+        self._turns: list[tuple[Copies, torch.Tensor, torch.Tensor, Copies]] = []
+        for load in _loads(sizes, peers.world_size, width):
+            used = load[-1].at + load[-1].width
+            pieces = [
+                (part.value, begin, end - begin, memory[rank], part.at)
+                for rank in _others_first(peers)
+                for part in load
+                for begin, end in [part.piece(rank)]
+                if begin < end
+            ]
+            send = peers.copies([Piece(v, b, n, m, mine + at) for v, b, n, m, at in pieces])
+            fetch = peers.copies([Piece(v, b, n, m, averages + at) for v, b, n, m, at in pieces])
+            self._turns.append((send, rows[:-1, :used], rows[-1, :used], fetch))
+
+    def run(self, values: Sequence[torch.Tensor]) -> Exchange:
+        """The exchange of tensors of those sizes, dense, anywhere, ordered alike on all ranks."""
+        sent = [v if v.dtype == self._dtype else v.to(self._dtype) for v in values]
+        for send, rows, averages, fetch in self._turns:
+            # Nobody reads these rows any more: all have added up before any came out of the barrier
+            # before the last fetching.
+            send.send(sent)
+            self._peers.barrier()
+            _mean(rows, averages, self._adds_in)
+            self._peers.barrier()
+            fetch.fetch(sent)
+        for value, narrow in zip(values, sent, strict=True):
+            if value is not narrow:
+                value.copy_(narrow)
+        yield None
 
 
-def scatter_average(
-    values: Mapping[str, torch.Tensor],
-    layout: BucketLayout,
-    landing: PeerBuffer,
-    peers: Peers,
-    reduce_dtype: torch.dtype | None = None,
-) -> Exchange:
-    """Replace what this rank owns of tensors by its average; the rest of them stays.
+class Scattering:
+    """Replaces what this rank owns of tensors by its average; the rest of them stays.
 
     Args:
-        values: Those of the layout by name; flat, contiguous, of one dtype, anywhere.
         layout: Says which rank owns what.
         landing: `landing_bytes` of uint8.
         peers: The ranks.
-        reduce_dtype: As in `average`; averages are not rounded, as they do not travel.
+        reduce_dtype: As in `Averaging`; averages are not rounded, as they do not travel.
     """
-    dtype, adds_in = _dtypes(layout.dtype, reduce_dtype)
-    memory = landing.as_dtype(dtype)
-    rows = memory[peers.rank].view(peers.world_size + 1, -1)
-    width = rows.shape[1]
-    mine = peers.rank * width
-    order = _others_first(peers)
-    sent = {n: v if v.dtype == dtype else v.to(dtype) for n, v in values.items()}
-    longest = max(b - a for a, b in itertools.pairwise(layout.bounds))
-    for first in range(0, longest, width):
-        peers.copy(
+
+    def __init__(
+        self,
+        layout: BucketLayout,
+        landing: PeerBuffer,
+        peers: Peers,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
+        self._peers = peers
+        self._dtype, self._adds_in = _dtypes(layout.dtype, reduce_dtype)
+        memory = landing.as_dtype(self._dtype)
+        rows = memory[peers.rank].view(peers.world_size + 1, -1)
+        width = rows.shape[1]
+        mine = peers.rank * width
+        number = {slot.name: index for index, slot in enumerate(layout.slots)}
+        self._turns: list[tuple[Copies, list[tuple[int, int, int, torch.Tensor]]]] = []
+        longest = max(b - a for a, b in itertools.pairwise(layout.bounds))
+        for first in range(0, longest, width):
+            send = peers.copies(
+                [
+                    Piece(number[name], begin, end - begin, memory[rank], mine + at)
+                    for rank in _others_first(peers)
+                    for name, begin, end, at in _window(layout, rank, first, width)
+                ]
+            )
+            owned = [
+                (number[name], begin, end, rows[:-1, at : at + end - begin])
+                for name, begin, end, at in _window(layout, peers.rank, first, width)
+            ]
+            self._turns.append((send, owned))
+
+    def run(self, values: Sequence[torch.Tensor]) -> Exchange:
+        """The exchange of the layout's tensors, dense, anywhere."""
+        sent = [v if v.dtype == self._dtype else v.to(self._dtype) for v in values]
+        for send, owned in self._turns:
+            send.send(sent)
+            self._peers.barrier()
+            for number, begin, end, rows in owned:
+                _mean(rows, _flat(values[number])[begin:end], self._adds_in)
+            self._peers.barrier()
+        yield None
+
+
+class Gathering:
+    """Fills the other ranks' pieces of a buffer with what their owners hold.
+
+    Args:
+        buffer: Shared by the ranks.
+        bounds: Rank r owns from bounds[r] to bounds[r + 1].
+        peers: The ranks.
+    """
+
+    def __init__(self, buffer: PeerBuffer, bounds: Sequence[int], peers: Peers) -> None:
+        self._peers = peers
+        self._values = [buffer.memory]
+        self._copies = peers.copies(
             [
-                Move(memory[rank], mine + at, sent[name], begin, end - begin)
-                for rank in order
-                for name, begin, end, at in _window(layout, rank, first, width)
+                Piece(0, bounds[r], bounds[r + 1] - bounds[r], buffer.ranks[r], bounds[r])
+                for r in _others_first(peers)[:-1]
+                if bounds[r] < bounds[r + 1]
             ]
         )
-        peers.barrier()
-        for name, begin, end, at in _window(layout, peers.rank, first, width):
-            _mean(rows[:-1, at : at + end - begin], values[name][begin:end], adds_in)
-        peers.barrier()
-    yield None
+
+    def run(self) -> Exchange:
+        """The exchange."""
+        self._peers.barrier()
+        self._copies.fetch(self._values)
+        self._peers.barrier()
+        yield None
 
 
-def all_gather(buffer: PeerBuffer, bounds: Sequence[int], peers: Peers) -> Exchange:
-    """Fill the other ranks' pieces of a buffer with what their owners hold."""
-    peers.barrier()
-    peers.copy(
-        [
-            Move(buffer.memory, bounds[r], buffer.ranks[r], bounds[r], bounds[r + 1] - bounds[r])
-            for r in _others_first(peers)[:-1]
-            if bounds[r] < bounds[r + 1]
-        ]
-    )
-    peers.barrier()
-    yield None
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a dense tensor as they lie in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _mean(rows: torch.Tensor, out: torch.Tensor, adds_in: torch.dtype) -> None:
@@ -141,23 +189,36 @@ def _mean(rows: torch.Tensor, out: torch.Tensor, adds_in: torch.dtype) -> None:
         out.copy_(rows.mean(0, dtype=adds_in))
 
 
-def _loads(
-    values: Sequence[torch.Tensor], world_size: int, width: int
-) -> Iterator[list[tuple[torch.Tensor, int, int]]]:
-    """What is averaged at once: parts of tensors, where their pieces begin in a row, and the size.
+class _Part(NamedTuple):
+    """Elements of a tensor that are averaged at once, a piece by each rank."""
 
-    The same on all ranks, as it depends on sizes only.
-    """
-    load: list[tuple[torch.Tensor, int, int]] = []
-    end = 0
-    for value in values:
-        for part in value.split(world_size * width) if value.numel() else ():
-            size = min(width, round_up(-(-part.numel() // world_size), _ALIGNMENT))
-            if end + size > width:
+    value: int
+    begin: int
+    end: int
+    at: int
+    """Where its pieces begin in a row."""
+    width: int
+    """Of a piece; the last ones may be shorter."""
+
+    def piece(self, rank: int) -> tuple[int, int]:
+        """Begin and end of what a rank averages."""
+        begin = self.begin + rank * self.width
+        return begin, min(begin + self.width, self.end)
+
+
+def _loads(sizes: Sequence[int], world_size: int, width: int) -> Iterator[list[_Part]]:
+    """What is averaged at once; the same on all ranks, as it depends on sizes only."""
+    load: list[_Part] = []
+    used = 0
+    for value, numel in enumerate(sizes):
+        for begin in range(0, numel, world_size * width):
+            end = min(numel, begin + world_size * width)
+            size = min(width, round_up(-(-(end - begin) // world_size), _ALIGNMENT))
+            if used + size > width:
                 yield load
-                load, end = [], 0
-            load.append((part, end, size))
-            end += size
+                load, used = [], 0
+            load.append(_Part(value, begin, end, used, size))
+            used += size
     if load:
         yield load
 

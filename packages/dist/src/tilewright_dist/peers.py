@@ -19,7 +19,7 @@ from torch.distributed import _symmetric_memory as symmetric_memory
 
 from tilewright_dist.agreement import gather_objects
 from tilewright_dist.layout import round_up
-from tilewright_dist.stream_operations import Move, Signals, copy_in_a_batch, copy_one_by_one
+from tilewright_dist.stream_operations import BatchedCopies, Copies, Piece, Signals
 
 T = TypeVar("T")
 
@@ -61,8 +61,8 @@ class Peers(Protocol):
         """Buffers of some numbers of elements, zeros; the same on all ranks. Collective."""
         ...
 
-    def copy(self, moves: Sequence[Move]) -> None:
-        """Copy, in any order; none reads what another one writes."""
+    def copies(self, pieces: Sequence[Piece]) -> Copies:
+        """Copies to be made again and again, on the current stream."""
         ...
 
     def barrier(self) -> None:
@@ -121,12 +121,9 @@ class GPUPeers(Peers):
             buffers.append(PeerBuffer(ranks, self.rank, handle))
         return buffers
 
-    def copy(self, moves: Sequence[Move]) -> None:
-        """Copy, in any order; none reads what another one writes."""
-        if copy_in_a_batch(moves, self._stream()):
-            return
-        # Once more what the driver may have taken: it is the same.
-        copy_one_by_one(moves)
+    def copies(self, pieces: Sequence[Piece]) -> Copies:
+        """Copies to be made again and again, on the current stream."""
+        return BatchedCopies(pieces, self._stream)
 
     def barrier(self) -> None:
         """Let the current stream go on when those of all ranks have come to this point.

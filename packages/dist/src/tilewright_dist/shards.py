@@ -42,6 +42,7 @@ class Shard:
     ) -> None:
         self.layout = layout
         self._gradients = gradients
+        self._gathering: copies.Gathering | None = None
         self._parameters = {slot.name: parameters[slot.name] for slot in layout.slots}
         specs = {spec.name: spec for spec in describe(self._parameters)}
         self._strides = {name: spec.strides for name, spec in specs.items()}
@@ -80,7 +81,9 @@ class Shard:
     def gather(self, process_group: dist.ProcessGroup, peers: Peers | None = None) -> Exchange:
         """Fetch the pieces that other ranks have updated."""
         if self._bucket.shared is not None and peers is not None:
-            yield from copies.all_gather(self._bucket.shared, self.layout.bounds, peers)
+            if self._gathering is None:
+                self._gathering = copies.Gathering(self._bucket.shared, self.layout.bounds, peers)
+            yield from self._gathering.run()
         else:
             yield from all_gather(self._bucket.memory, self.layout.bounds, process_group)
 

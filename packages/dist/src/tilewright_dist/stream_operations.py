@@ -2,68 +2,112 @@
 
 What copies between GPUs cost beside backward is the host: the hooks of backward launch them, and
 while they do, nothing else is launched. A batch is one call, whatever is in it: all copies of a
-bucket, or a barrier's signals to all ranks and its waits for them.
+bucket, or a barrier's signals to all ranks and its waits for them. Of a batch that is used again
+only the addresses that have changed are computed anew.
 """
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 
-class Move(NamedTuple):
-    """Elements to be copied between two flat tensors of one dtype."""
+class Piece(NamedTuple):
+    """Part of one of several values, and the place it is copied to or from."""
 
-    target: torch.Tensor
-    at: int
-    """First element that is written."""
-    source: torch.Tensor
+    value: int
+    """Its number."""
     begin: int
-    """First element that is read."""
+    """First element in the value's memory."""
     numel: int
+    memory: torch.Tensor
+    """Flat, of the values' dtype."""
+    at: int
+    """First element there."""
 
 
-def copy_one_by_one(moves: Sequence[Move]) -> None:
-    """Carry out copies by torch, a call each."""
-    for target, at, source, begin, numel in moves:
-        target[at : at + numel].copy_(source[begin : begin + numel])
-
-
-def copy_in_a_batch(moves: Sequence[Move], stream: int) -> bool:
-    """Queue copies in any order among themselves, by one call; whether the driver took them.
-
-    The copy engines carry them out, also those within a GPU, for which a kernel would be taken.
+class Copies:
+    """Copies between values, which lie elsewhere each time, and fixed places: by torch, one by one.
 
     Args:
-        moves: On GPUs, contiguous; none of them reads what another one writes.
-        stream: Handle of the stream.
+        pieces: None of them reads what another one writes, so that any order is right.
     """
-    # The legacy default stream takes no batches.
-    if stream == 0 or not moves:
-        return not moves
-    copy = _batched_copies()
-    if copy is None:
-        return False
-    sizes = [move.source.element_size() for move in moves]
-    numbers = ctypes.c_uint64 * len(moves)
-    targets = numbers(
-        *(m.target.data_ptr() + m.at * size for m, size in zip(moves, sizes, strict=True))
-    )
-    sources = numbers(
-        *(m.source.data_ptr() + m.begin * size for m, size in zip(moves, sizes, strict=True))
-    )
-    lengths = numbers(*(m.numel * size for m, size in zip(moves, sizes, strict=True)))
-    first = ctypes.c_size_t(0)
-    return not copy(
-        targets, sources, lengths, len(moves), _ATTRIBUTES, ctypes.byref(first), 1, stream
-    )
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces = pieces
+
+    def send(self, values: Sequence[torch.Tensor]) -> None:
+        """Copy from values, dense ones, to the places."""
+        for place, part in self._pairs(values):
+            place.copy_(part)
+
+    def fetch(self, values: Sequence[torch.Tensor]) -> None:
+        """Copy from the places to values."""
+        for place, part in self._pairs(values):
+            part.copy_(place)
+
+    def _pairs(self, values: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        flat = [value.as_strided((value.numel(),), (1,)) for value in values]
+        return [
+            (memory[at : at + numel], flat[value][begin : begin + numel])
+            for value, begin, numel, memory, at in self._pieces
+        ]
+
+
+class BatchedCopies(Copies):
+    """The same on GPUs, all of them in one call that the copy engines carry out.
+
+    They also do those within a GPU, for which torch takes a kernel's multiprocessors. Where the
+    driver takes no batches, they go one by one.
+
+    Args:
+        pieces: As above.
+        stream: Returns the handle of the stream to queue on.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], stream: Callable[[], int]) -> None:
+        super().__init__(pieces)
+        self._stream = stream
+        self._copy = _batched_copies()
+        size = pieces[0].memory.element_size() if pieces else 1
+        numbers = ctypes.c_uint64 * len(pieces)
+        self._places = numbers(*(p.memory.data_ptr() + p.at * size for p in pieces))
+        self._lengths = numbers(*(p.numel * size for p in pieces))
+        self._parts = numbers()
+        self._offsets = [(p.value, p.begin * size) for p in pieces]
+
+    def send(self, values: Sequence[torch.Tensor]) -> None:
+        """Copy from values, dense ones, to the places."""
+        if not self._batch(self._places, self._parts, values):
+            super().send(values)
+
+    def fetch(self, values: Sequence[torch.Tensor]) -> None:
+        """Copy from the places to values."""
+        if not self._batch(self._parts, self._places, values):
+            super().fetch(values)
+
+    def _batch(self, targets: object, sources: object, values: Sequence[torch.Tensor]) -> bool:
+        """Whether the driver took them; if not, they may be done once more: they are the same."""
+        stream = self._stream()
+        # The legacy default stream takes no batches.
+        if self._copy is None or stream == 0:
+            return False
+        if not self._offsets:
+            return True
+        starts = [value.data_ptr() for value in values]
+        self._parts[:] = [starts[value] + offset for value, offset in self._offsets]
+        count = len(self._offsets)
+        return not self._copy(
+            targets, sources, self._lengths, count, _ATTRIBUTES, _FROM_FIRST, 1, stream
+        )
 
 
 _IN_STREAM_ORDER, _BESIDE_KERNELS = 1, 1
 _ATTRIBUTES = (ctypes.c_int * 6)(_IN_STREAM_ORDER, 0, 0, 0, 0, _BESIDE_KERNELS)
 """CUmemcpyAttributes: when sources are read, two places (of managed memory only), flags."""
+_FROM_FIRST = (ctypes.c_size_t * 1)(0)
 
 
 @functools.cache

@@ -189,7 +189,8 @@ class Measurement:
         peers = GPUPeers(self._group, self._device)
         (landing,) = peers.allocate([copies.landing_bytes(peers)], [torch.uint8])
         values = torch.full((1000,), float(peers.rank), device=self._device)
-        for _ in copies.average([values], landing, peers):
+        averaging = copies.Averaging([values.numel()], values.dtype, landing, peers)
+        for _ in averaging.run([values]):
             pass
         done = torch.cuda.Event()
         done.record()
