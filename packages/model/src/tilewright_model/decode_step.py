@@ -21,14 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilewright_kernels import (
-    flash_attn_with_kvcache,
-    linear,
-    rms_norm,
-    skinny_linear,
-    swiglu,
-)
-from tilewright_kernels.skinny_linear import MAX_ROWS
+from tilewright_kernels import flash_attn_with_kvcache, rms_norm, skinny_linear
+from tilewright_kernels.skinny_linear import MAX_ROWS, by_parts
 from tilewright_model.attention import Attention
 from tilewright_model.block import Block
 from tilewright_model.causal_lm import CausalLM
@@ -117,11 +111,7 @@ def _product(
             *(x, weight),
             norm_weight=norm_weight, eps=eps, residual=residual, gated=gated, **launch,
         )  # fmt: skip
-    if norm_weight is not None:
-        x = rms_norm(x, norm_weight.shape, norm_weight, eps)
-    y = linear(x, weight)
-    y = swiglu(y) if gated else y
-    return y if residual is None else y + residual
+    return by_parts(x, weight, norm_weight, eps, residual, gated)
 
 
 def _attend(

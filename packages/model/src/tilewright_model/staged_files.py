@@ -41,22 +41,22 @@ class StagedFiles:
         mode = beside.stat().st_mode
         yield beside
         beside.chmod(mode)
-        _flush(beside)
+        flush(beside)
 
     def rename(self, *names: str) -> None:
         """Have files take their places, in this order."""
         for name in names:
             self._beside(name).replace(self.directory / name)
-        _flush(self.directory)
+        flush(self.directory)
 
     def remove(self, *names: str) -> None:
         """Remove older files, where they are, before anything that follows."""
         for name in names:
             (self.directory / name).unlink(missing_ok=True)
-        _flush(self.directory)
+        flush(self.directory)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the disk hold what was written to a file, or a directory's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
