@@ -10,8 +10,9 @@ import torch
 
 from tilewright_model import CausalLM, preset
 from tilewright_optim import AdamW, WarmupCosine
-from tilewright_train import checkpoint
+from tilewright_train import checkpoint, checkpoint_state, random_states
 from tilewright_train.errors import InputError
+from tilewright_train.snapshot import HostMemory, Snapshot, take
 
 FILES = [
     "config.json", "model.safetensors", "optimizer.safetensors", "random.safetensors",
@@ -21,6 +22,8 @@ SHAPE = preset(
     "nano", vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=1, intermediate_size=32,
 )  # fmt: skip
+
+CPU = torch.device("cpu")
 
 
 def a_trainee(seed: int) -> dict[str, Any]:
@@ -44,16 +47,20 @@ def train(trainee: dict[str, Any], seed: int) -> float:
     return loss.item()
 
 
-def save(root: Path, step: int, trainee: dict[str, Any], keep: int = 3) -> Path:
-    return checkpoint.save(
-        root,
+def a_snapshot(step: int, trainee: dict[str, Any], memory: HostMemory | None = None) -> Snapshot:
+    return take(
         step,
         **trainee,
-        random_states=checkpoint.random_states(0, torch.device("cpu")),
+        random_states=random_states.random_states(0, CPU),
         tokenizer="{}",
         facts={"seconds": 1.5},
-        keep=keep,
+        memory=memory,
     )
+
+
+def save(root: Path, step: int, trainee: dict[str, Any], keep: int = 3) -> Path:
+    checkpoint_state.save(root, a_snapshot(step, trainee), keep=keep)
+    return root / f"step-{step:06d}"
 
 
 @pytest.fixture
@@ -74,9 +81,9 @@ def test_what_is_loaded_goes_on_bit_for_bit(tmp_path: Path) -> None:
     expected = [train(trainee, seed) for seed in range(3, 6)]
 
     other = a_trainee(1)
-    facts, random = checkpoint.load(folder, **other)
+    facts, random = checkpoint_state.load(folder, **other)
     assert facts == {"seconds": 1.5}
-    checkpoint.set_random_states(random, 0, torch.device("cpu"))
+    random_states.set_random_states(random, 0, CPU)
     assert torch.equal(torch.get_rng_state(), state)
     assert [train(other, seed) for seed in range(3, 6)] == expected
     rates = [t["optimizer"].param_groups[0]["lr"] for t in (trainee, other)]
@@ -99,11 +106,65 @@ def test_the_newest_is_found_by_number_not_by_name(tmp_path: Path) -> None:
     assert (found.step, found.damaged) == (1_000_000, ())
 
 
-def test_older_ones_are_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("keep_every", "left"), [(None, [6, 7]), (3, [3, 6, 7]), (7, [6, 7])])
+def test_older_ones_are_removed(tmp_path: Path, keep_every: int | None, left: list[int]) -> None:
     trainee = a_trainee(0)
-    for step in range(1, 6):
-        save(tmp_path, step, trainee, keep=2)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000004", "step-000005"]
+    for step in range(1, 8):
+        checkpoint_state.save(tmp_path, a_snapshot(step, trainee), keep=2, keep_every=keep_every)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [f"step-{step:06d}" for step in left]
+
+
+def test_large_tensors_are_spread_over_files_and_every_one_is_needed(tmp_path: Path) -> None:
+    trainee = a_trainee(0)
+    train(trainee, 0)
+    checkpoint_state.save(tmp_path, a_snapshot(1, trainee), keep=1, max_shard_bytes=4000)
+    folder = tmp_path / "step-000001"
+    parts = sorted(folder.glob("optimizer-*.safetensors"))
+    assert len(parts) > 2
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    other = a_trainee(1)
+    checkpoint_state.load(folder, **other)
+    assert train(other, 5) == train(trainee, 5)
+    # A manifest that does not list a part would hide that it is gone.
+    manifest = folder / "MANIFEST.json"
+    listed = json.loads(manifest.read_text())["files"]
+    del listed[parts[1].name]
+    manifest.write_text(json.dumps({"files": listed}))
+    with pytest.raises(InputError, match="does not list a checkpoint's files"):
+        checkpoint.find(tmp_path, from_older=False)
+
+
+def test_a_snapshot_holds_still_while_the_training_goes_on(tmp_path: Path) -> None:
+    trainee, memory = a_trainee(0), HostMemory(CPU)
+    train(trainee, 0)
+    expected = save(tmp_path / "at once", 1, trainee)
+    snapshot = a_snapshot(1, trainee, memory)
+    for seed in range(1, 4):
+        train(trainee, seed)
+    checkpoint_state.save(tmp_path / "later", snapshot, keep=1)
+    for file in expected.iterdir():
+        other = tmp_path / "later" / expected.name / file.name
+        assert other.read_bytes() == file.read_bytes(), file.name
+    first = snapshot.weights["embed_tokens.weight"].data_ptr()
+    again = a_snapshot(4, trainee, memory)
+    assert again.weights["embed_tokens.weight"].data_ptr() == first
+
+
+def test_generators_go_on_where_they_were() -> None:
+    import random
+
+    import numpy as np
+
+    def draw() -> list[float]:
+        legacy = float(np.random.rand())  # noqa: NPY002
+        return [random.random(), legacy, float(torch.rand(()))]
+
+    states = random_states.random_states(3, CPU)
+    first = draw()
+    random_states.set_random_states(states, 2, CPU)  # of another rank: left alone
+    assert draw() != first
+    random_states.set_random_states(states, 3, CPU)
+    assert draw() == first
 
 
 @pytest.mark.parametrize("name", [*FILES, "MANIFEST.json"])
@@ -194,9 +255,22 @@ def test_a_disk_that_is_full_for_tensors_is_named_with_a_remedy(three: Path, lim
 def test_the_rest_of_a_killed_save_is_no_checkpoint(three: Path) -> None:
     (three / ".step-000011.partial").mkdir()
     (three / ".step-000011.partial" / "config.json").touch()
+    (three / ".step-000007.partial").mkdir()
     assert checkpoint.find(three, from_older=False).step == 10
     save(three, 11, a_trainee(0))
     assert checkpoint.find(three, from_older=False).step == 11
+    assert not list(three.glob(".*"))
+
+
+def test_another_optimizers_checkpoint_is_refused(three: Path) -> None:
+    trainee = a_trainee(0)
+    optimizer = torch.optim.SGD(trainee["model"].parameters(), lr=0.1)
+    with pytest.raises(InputError, match=r"step-000010: .* is AdamW and this run's is SGD: give"):
+        checkpoint_state.load(three / "step-000010", **trainee | {"optimizer": optimizer})
+    norms = [p for p in trainee["model"].parameters() if p.ndim < 2]
+    some = AdamW([{"params": norms}], lr=0.1)
+    with pytest.raises(InputError, match=r"step-000010: .* other parameters or groups than"):
+        checkpoint_state.load(three / "step-000010", **trainee | {"optimizer": some})
 
 
 def test_another_models_checkpoint_is_refused(three: Path) -> None:
@@ -204,8 +278,8 @@ def test_another_models_checkpoint_is_refused(three: Path) -> None:
 
     other = CausalLM(dataclasses.replace(SHAPE, intermediate_size=48))
     optimizer = AdamW(other.parameters())
-    with pytest.raises(InputError, match="holds another model"):
-        checkpoint.load(
+    with pytest.raises(InputError, match=r"another model than .*: intermediate_size 32, not 48;"):
+        checkpoint_state.load(
             three / "step-000010",
             model=other,
             optimizer=optimizer,

@@ -99,14 +99,14 @@ def test_a_full_disk_in_the_middle_keeps_what_is_written(
 ) -> None:
     from tilewright_train import checkpoint
 
-    seal = checkpoint._seal
+    seal = checkpoint.seal
 
     def full(folder: Path) -> None:
         if folder.name == ".step-000008.partial":
             raise OSError(28, os.strerror(28), str(folder / "MANIFEST.json"))
         seal(folder)
 
-    monkeypatch.setattr(checkpoint, "_seal", full)
+    monkeypatch.setattr(checkpoint, "seal", full)
     assert main(tiny_flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     out = Path(tiny_flags[tiny_flags.index("--out") + 1])
@@ -114,7 +114,8 @@ def test_a_full_disk_in_the_middle_keeps_what_is_written(
     assert line.startswith(f"error: {run / 'checkpoints'} cannot be written")
     assert line.endswith(f"make room, then go on with --resume {run}")
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000004"]
-    assert (run / "metrics.jsonl").read_text().count("\n") == 9
+    # It is written beside the training, which hears of it at the next checkpoint.
+    assert (run / "metrics.jsonl").read_text().count("\n") in range(9, 14)
     monkeypatch.undo()
     assert main(["--resume", str(run)]) == 0
 

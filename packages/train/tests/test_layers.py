@@ -152,7 +152,7 @@ def test_resume_takes_the_runs_own_options(tmp_path: Path) -> None:
     assert config.run.resume == str(folder)
 
 
-@pytest.mark.parametrize("words", [["--resume"], ["--resume", "auto"]])
+@pytest.mark.parametrize("words", [["--resume"], ["--resume", "latest"], ["--resume", "auto"]])
 def test_a_bare_resume_takes_the_run_that_was_written_last(
     tmp_path: Path, words: list[str]
 ) -> None:
@@ -187,3 +187,42 @@ def test_resume_without_a_run_says_so(tmp_path: Path) -> None:
         parse(["--resume", "--out", str(tmp_path)])
     with pytest.raises(InputError, match=r"is no run: it holds no config\.toml"):
         parse(["--resume", str(tmp_path)])
+
+
+def test_auto_starts_a_run_or_goes_on_with_it_by_the_same_command(tmp_path: Path) -> None:
+    """What torchrun does after a failure: the whole command again, a file of options among it."""
+    file = tmp_path / "asked.toml"
+    file.write_text('steps = 7\ndata = "texts"\n')
+    words = [
+        "--config",
+        str(file),
+        "--lr",
+        "0.5",
+        "--beta2",
+        "0.9",
+        "--out",
+        str(tmp_path),
+        "--resume",
+        "auto",
+    ]
+    assert parse(words).run.resume == "never"
+    assert parse([*words, "--name", "mine"]).run.resume == "never"
+    data = (str(Path("texts").absolute()),)
+    other = a_run(tmp_path, "other", steps=7, data=data, lr=0.5, beta2=0.9, batch_size=3)
+    assert parse(words).run.resume == str(other)
+    assert parse(words).training.batch_size == 3
+    # By its name, whichever was written last.
+    assert parse([*words, "--name", "mine"]).run.resume == "never"
+    file.write_text("steps = 8\ndata = 'texts'\n")
+    with pytest.raises(InputError, match=r"--steps cannot change when .*other is resumed"):
+        parse(words)
+
+
+def test_a_command_that_names_its_beginning_in_other_words_goes_on(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    folder = a_run(tmp_path, "one", objective="sft", data=("stories",), init=str(begun))
+    for init in ("auto", str(begun)):
+        config = parse(["--init", init, "--resume", str(folder)], "sft")
+        assert config.model.init == str(begun)
+    with pytest.raises(InputError, match="--init cannot change"):
+        parse(["--init", str(tmp_path / "else"), "--resume", str(folder)], "sft")

@@ -74,5 +74,5 @@ def test_another_model_is_refused() -> None:
     model = a_model()
     tensors, record = flatten(an_optimizer(AdamW, model, 0.1), model)
     other = torch.nn.Sequential(torch.nn.Linear(3, 4))
-    with pytest.raises(InputError, match="other parameters than this model"):
+    with pytest.raises(InputError, match="other parameters or groups than this"):
         restore(an_optimizer(AdamW, other, 0.1), other, tensors, record)

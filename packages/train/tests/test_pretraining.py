@@ -18,7 +18,7 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 
 from tilewright_model import CausalLM, CausalLMOutput
-from tilewright_train import checkpoint, finish, tokens
+from tilewright_train import finish, saver, tokens
 from tilewright_train.batches import Batch, BatchSampler
 from tilewright_train.cli import main
 from tilewright_train.layers import parse
@@ -327,8 +327,8 @@ def test_a_run_killed_before_its_first_checkpoint_is_whole_starts_again(
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", killed)
-    assert main(tiny_flags) == 130
+    monkeypatch.setattr(saver, "save", killed)
+    assert main([*tiny_flags, "--no-async-save"]) == 130
     monkeypatch.undo()
     (folder,) = Path(tiny_flags[tiny_flags.index("--out") + 1]).glob("corpus-nano-*")
     assert read_metrics(folder / "metrics.jsonl")[-1].step == 4  # the step of the checkpoint

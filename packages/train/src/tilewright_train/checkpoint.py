@@ -4,37 +4,28 @@
 other programs can load), chat_template.jinja where it chats, optimizer.safetensors,
 random.safetensors, training.json, and last of all MANIFEST.json with size and SHA-256 of each. The
 folder is written beside its place, flushed to the disk and renamed: under its name it is complete,
-or damaged from outside.
+or damaged from outside. Large tensors are spread over several files, model-00001-of-00003 and so
+on. Here is the folder; `checkpoint_state` writes and reads what is in it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
-from tilewright_model import CausalLM
-from tilewright_train import optimizer_state as optimizer_states
-from tilewright_train.chat_template import TEMPLATE_FILE
 from tilewright_train.errors import InputError, writing
 
 MANIFEST = "MANIFEST.json"
-_OPTIMIZER = "optimizer.safetensors"
-_RANDOM = "random.safetensors"
-_TRAINING = "training.json"
-_TOKENIZER = "tokenizer.json"
-_EXPECTED = {
-    *("config.json", "model.safetensors"),  # what CausalLM.save_pretrained writes
-    *(_TOKENIZER, _OPTIMIZER, _RANDOM, _TRAINING),
-}
+RANDOM = "random.safetensors"
+TRAINING = "training.json"
+_EXPECTED = {"config.json", "tokenizer.json", RANDOM, TRAINING}
+_IN_PARTS = ("model", "optimizer")
+_PART = re.compile(r"(.+?)(?:-(\d{5})-of-(\d{5}))?\.safetensors")
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -132,6 +123,7 @@ def _lists_a_checkpoint(files: object) -> bool:
     return (
         isinstance(files, dict)
         and files.keys() >= _EXPECTED
+        and all(_all_parts(name, files) for name in _IN_PARTS)
         and all(
             isinstance(facts, dict)
             and type(facts.get("size")) is int
@@ -141,40 +133,22 @@ def _lists_a_checkpoint(files: object) -> bool:
     )
 
 
-def save(
-    root: Path,
-    step: int,
-    *,
-    model: CausalLM,
-    optimizer: torch.optim.Optimizer,
-    optimizer_state: Mapping[str, Any] | None = None,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    random_states: Mapping[str, torch.Tensor],
-    tokenizer: str,
-    chat_template: str | None = None,
-    facts: Mapping[str, Any],
-    keep: int,
-) -> Path:
-    """Write the checkpoint of `step` and remove the oldest beyond `keep`.
+def _all_parts(stem: str, names: Iterable[str]) -> bool:
+    """Whether `stem`.safetensors is there, or every one of its parts."""
+    found = [m for name in names if (m := _PART.fullmatch(name)) and m.group(1) == stem]
+    return bool(found) and all(len(found) == int(match.group(3) or 1) for match in found)
+
+
+@contextlib.contextmanager
+def new_checkpoint(root: Path, step: int) -> Iterator[Path]:
+    """A folder to write the checkpoint of `step` in, which gets its name when all of it is there.
 
     Args:
         root: The run's folder of checkpoints; made where it is missing.
         step: Steps that are done.
-        model: Without wrappers.
-        optimizer: Of the model's parameters.
-        optimizer_state: Its whole state_dict, where it holds a part; None asks it.
-        scheduler: Of the optimizer.
-        random_states: From `random_states()` of every process.
-        tokenizer: Text of tokenizer.json.
-        chat_template: Text of chat_template.jinja, where the model chats.
-        facts: JSON; comes back from `load`.
-        keep: Checkpoints to leave, this one included.
-
-    Returns:
-        Its folder.
 
     Raises:
-        OSError: It cannot be written. Older checkpoints are intact.
+        OSError: It cannot be written. Other checkpoints are intact, and nothing of it is left.
     """
     folder = root / f"step-{step:06d}"
     beside = root / f".{folder.name}.partial"
@@ -182,82 +156,25 @@ def save(
     try:
         with writing(root, remedy):
             root.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed here
+            for rest in root.glob(".step-*.partial"):  # of a run that was killed here
+                shutil.rmtree(rest)
             beside.mkdir()
-            model.save_pretrained(beside)
-            (beside / _TOKENIZER).write_text(tokenizer, encoding="utf-8")
-            if chat_template is not None:
-                (beside / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
-            tensors, record = optimizer_states.flatten(optimizer, model, optimizer_state)
-            _save_tensors(tensors, beside / _OPTIMIZER)
-            _save_tensors(dict(random_states), beside / _RANDOM)
-            training = {
-                "step": step,
-                "facts": facts,
-                "optimizer": record,
-                "scheduler": scheduler.state_dict(),
-            }
-            (beside / _TRAINING).write_text(json.dumps(training, indent=1))
-            _seal(beside)
+            yield beside
+            seal(beside)
             _replace(folder, beside)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def prune(root: Path, *, keep: int, keep_every: int | None) -> None:
+    """Remove checkpoints but the newest `keep` and those of every `keep_every`-th step."""
     for old in all_checkpoints(root)[:-keep]:
-        shutil.rmtree(old)
-    return folder
+        if keep_every is None or step_of(old) % keep_every:
+            # Without its name first: a kill in between must not leave half of it under that.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
 
 
-def load(
-    folder: Path,
-    *,
-    model: CausalLM,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read a whole checkpoint (see `find`) into a model, its optimizer and its schedule.
-
-    Returns:
-        The facts and the random states that were given to `save`.
-
-    Raises:
-        ValueError: It belongs to another model.
-    """
-    saved = CausalLM.from_pretrained(folder)
-    if saved.config != model.config:
-        raise InputError(f"{folder} holds another model than this run's: start a new run")
-    model.load_state_dict(saved.state_dict())
-    training = json.loads((folder / _TRAINING).read_text())
-    optimizer_states.restore(
-        optimizer, model, load_file(folder / _OPTIMIZER), training["optimizer"]
-    )
-    scheduler.load_state_dict(training["scheduler"])
-    return training["facts"], load_file(folder / _RANDOM)
-
-
-def random_states(rank: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """States of this process's random generators, by names that hold its rank."""
-    states = {f"rank{rank}.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states[f"rank{rank}.cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_random_states(states: Mapping[str, torch.Tensor], rank: int, device: torch.device) -> None:
-    """Go on with the generators of `random_states`; a rank that was not there keeps its own."""
-    if (state := states.get(f"rank{rank}.cpu")) is not None:
-        torch.set_rng_state(state)
-    if device.type == "cuda" and (state := states.get(f"rank{rank}.cuda")) is not None:
-        torch.cuda.set_rng_state(state, device)
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # a full disk comes as this, not as an OSError
-        raise OSError(f"cannot write {path}: {error}") from error
-
-
-def _seal(folder: Path) -> None:
+def seal(folder: Path) -> None:
     """Flush all files, write the manifest over them, flush it and the folder."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
     listed = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}

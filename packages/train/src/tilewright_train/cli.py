@@ -1,7 +1,7 @@
 """The commands `train-pretrain` and `train-sft`: options in, an exit status out.
 
 0: trained, or finished before. 2: something that the user can mend, said in one line on stderr.
-128 + n: stopped by signal n. A traceback is a mistake of ours.
+1: another process was lost. 128 + n: stopped by signal n. A traceback is a mistake of ours.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from tilewright_train.config import Objective, PretrainConfig
-from tilewright_train.errors import InputError, TrainingStopped, one_line
+from tilewright_train.errors import InputError, RankLost, TrainingStopped, one_line
 from tilewright_train.layers import CONFIG_FILE, parse
 
 
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str], objective: Objective = "pretrain") -> int:
         return 141  # `train-pretrain | head`: whoever read the lines has gone
     except (InputError, OSError) as error:
         return _complain(f"error: {one_line(error)}", 2)
+    except RankLost as lost:
+        print(f"error: {lost}", file=sys.stderr)  # every process: the first may be the lost one
+        return 1
     except TrainingStopped as stopped:
         return _complain(str(stopped), stopped.exit_status)
     except KeyboardInterrupt as interrupt:

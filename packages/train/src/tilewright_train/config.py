@@ -212,13 +212,24 @@ class RunOptions:
     name: str | None = None
     """Name of the run's folder. Default: corpus, preset and the next free number."""
     resume: str = "never"
-    """Go on with a run: its folder, or «auto» (as does the bare flag) for the latest in --out."""
+    """Go on with a run: its folder; «latest» (as does the bare flag) for the latest in --out;
+    «auto» for that called --name, or the latest, and to start one where there is none."""
     resume_from_older: bool = False
     """With --resume or --init: where the newest checkpoint is damaged, take an older whole one."""
+    accept_changed_data: bool = False
+    """With --resume: go on although the data are not those that the run began with."""
     save_every: int | None = None
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Checkpoints that are kept; older ones are removed."""
+    keep_every: int | None = None
+    """Checkpoints of multiples of so many steps are kept as well."""
+    async_save: bool = True
+    """A thread writes checkpoints while the training goes on; it takes memory on the host for a
+    copy of weights and optimizer states."""
+    on_save_failure: Literal["stop", "continue"] = "stop"
+    """A checkpoint that cannot be written, on a full disk say: end the run there, or say it and go
+    on to the next one. The last one has to be written. Older ones stay whole in any case."""
     eval_every: int | None = None
     """Steps between measurements of the validation loss."""
     eval_tokens: int | None = None
@@ -234,7 +245,10 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("save_every", "keep", "eval_every", "log_every", "sample_tokens", "tasks"):
+        for name in (
+            *("save_every", "keep", "keep_every", "eval_every", "log_every", "sample_tokens"),
+            "tasks",
+        ):
             _check_range(self, name, at_least=1)
         _check_range(self, "eval_tokens", at_least=2)
         if self.name is not None and not re.fullmatch(r"[^/\\.][^/\\]*", self.name):
@@ -282,10 +296,17 @@ def defaults(objective: Objective) -> PretrainConfig:
 
 
 FREE_AT_RESUME = frozenset(
-    {"cache_dir", "out", "name", "resume", "resume_from_older", "prompt", "sample_tokens"}
+    {"cache_dir", "out", "name", "resume", "resume_from_older", "accept_changed_data"}
+    # How a step is divided: only the order of sums follows from it, as from the processes' number.
+    | {"micro_batch_size", "parallel"}
     | {
+        "prompt",
+        "sample_tokens",
         "save_every",
         "keep",
+        "keep_every",
+        "async_save",
+        "on_save_failure",
         "eval_every",
         "log_every",
         "tasks",

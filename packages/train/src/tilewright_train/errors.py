@@ -27,6 +27,10 @@ class TrainingStopped(RuntimeError):
         self.exit_status = exit_status
 
 
+class RankLost(RuntimeError):
+    """Another process of the run died or hangs; the message names it. torchrun starts all again."""
+
+
 @contextlib.contextmanager
 def writing(folder: Path, remedy: str) -> Iterator[None]:
     """Give an OSError of what is written inside a place and a remedy.

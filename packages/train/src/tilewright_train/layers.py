@@ -19,6 +19,7 @@ from tilewright_train.config import (
     STORIES,
     Objective,
     PretrainConfig,
+    RunOptions,
     defaults,
     option_sections,
     with_options,
@@ -30,7 +31,7 @@ CONFIG_FILE = "config.toml"
 SUMMARY_FILE = "summary.json"
 _MODEL_FILE = "config.json"
 
-_FLAGS_ALONE = frozenset({"resume", "resume_from_older"})
+_FLAGS_ALONE = frozenset({"resume", "resume_from_older", "accept_changed_data"})
 """What to do with a run that is there; a file says what a run is."""
 
 _DESCRIPTIONS: dict[Objective, str] = {
@@ -70,19 +71,23 @@ def parse(arguments: Sequence[str], objective: Objective = "pretrain") -> Pretra
     given = _parse_flags(arguments, default=_on_command_line(defaults(objective)))
     if given.run.objective != objective:
         return parse(arguments, given.run.objective)
-    if given.run.resume == "never":
+    folder = _run_to_resume(given.run, objective)
+    if folder is None:
         base = defaults(objective) if given.config is None else read_toml(given.config, objective)
         asked = _plain(_parse_flags(arguments, default=_on_command_line(base)))
+        asked = with_options(asked, resume="never")
         if asked.model.init != "scratch":
             return _begun_with(asked, base)
         return asked
-    if given.config is not None:
+    if given.config is not None and given.run.resume != "auto":
         raise InputError("--config and --resume exclude each other: a run keeps its config.toml")
-    folder = find_run(given.run.resume, given.run.out, objective)
     base = with_options(read_toml(folder / CONFIG_FILE, objective), resume=str(folder))
     resumed = _plain(_parse_flags(arguments, default=_on_command_line(base)))
-    resumed = with_options(resumed, resume=str(folder))
+    resumed = with_options(resumed, resume=str(folder), init=_same_init(resumed, base))
     changed = [n for n in _different(base, resumed) if n not in FREE_AT_RESUME]
+    if given.config is not None:
+        from_file = _on_command_line(read_toml(given.config, objective))
+        changed += _asked_otherwise(_plain(_parse_flags(arguments, from_file)), resumed)
     if changed:
         flags = ", ".join(flag(name) for name in changed)
         raise InputError(
@@ -92,15 +97,44 @@ def parse(arguments: Sequence[str], objective: Objective = "pretrain") -> Pretra
     return resumed
 
 
+def _run_to_resume(options: RunOptions, objective: Objective) -> Path | None:
+    """The folder of the run to go on with; None to start one."""
+    if options.resume == "never":
+        return None
+    if options.resume != "auto":
+        return find_run(options.resume, options.out, objective)
+    if options.name is None:
+        return _latest(runs) if (runs := _runs(options.out, objective)) else None
+    named = options.out / options.name
+    return named if (named / CONFIG_FILE).is_file() else None
+
+
+def _same_init(asked: PretrainConfig, run: PretrainConfig) -> str:
+    """--init as the run has it, where a command that is given again says it in other words."""
+    init, own = asked.model.init, run.model.init
+    return own if init == "auto" or str(Path(init).absolute()) == own else init
+
+
+def _asked_otherwise(asked: PretrainConfig, run: PretrainConfig) -> list[str]:
+    """Options that are set, not left to the run, to something else than the run has."""
+    asked = with_options(asked, init=_same_init(asked, run))
+    return [
+        name
+        for name in _different(asked, run)
+        if name not in FREE_AT_RESUME
+        and getattr(getattr(asked, option_sections()[name]), name) not in (None, "auto")
+    ]
+
+
 def find_run(which: str, out: Path, objective: Objective = "pretrain") -> Path:
     """The folder of the run to resume.
 
     Args:
-        which: A folder, or «auto» for the run in `out` that was written last.
+        which: A folder, or «latest» or «auto» for the run in `out` that was written last.
         out: The folder of all runs.
         objective: Of the latest run.
     """
-    if which != "auto":
+    if which not in ("auto", "latest"):
         folder = Path(which)
         if not (folder / CONFIG_FILE).is_file():
             raise InputError(
@@ -271,12 +305,12 @@ def _parse_flags(arguments: Sequence[str], default: _CommandLine) -> _CommandLin
 
 
 def _with_bare_resume(arguments: Sequence[str]) -> list[str]:
-    """`--resume` without a value means `--resume auto`."""
+    """`--resume` without a value means `--resume latest`."""
     words: list[str] = []
     for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         words.append(word)
         if word == "--resume" and following.startswith("--"):
-            words.append("auto")
+            words.append("latest")
     return words
 
 

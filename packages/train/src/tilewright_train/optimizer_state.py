@@ -26,8 +26,8 @@ def flatten(
         state: Its state_dict, where that has been gathered; None asks the optimizer.
 
     Returns:
-        Tensors by «parameter.state», on the CPU, and a JSON record: the groups with the names of
-        their parameters, and states that are no tensors.
+        Tensors by «parameter.state», where they are, and a JSON record: the class, the groups with
+        the names of their parameters, and states that are no tensors.
     """
     names = _names_by_index(optimizer, module)
     state = optimizer.state_dict() if state is None else state
@@ -36,7 +36,7 @@ def flatten(
     for index, values in state["state"].items():
         for key, value in values.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{names[index]}.{key}"] = value.detach().cpu().contiguous()
+                tensors[f"{names[index]}.{key}"] = value.detach()
             else:
                 plain[f"{names[index]}.{key}"] = value
     groups = [
@@ -44,7 +44,7 @@ def flatten(
         | {"params": [names[index] for index in group["params"]]}
         for group in state["param_groups"]
     ]
-    return tensors, {"groups": groups, "plain": plain}
+    return tensors, {"class": _class_of(optimizer), "groups": groups, "plain": plain}
 
 
 def restore(
@@ -56,13 +56,22 @@ def restore(
     """Load what `flatten` gave into an optimizer with the same groups.
 
     Raises:
-        InputError: The groups hold other parameters.
+        InputError: It is of another class, or the groups hold other parameters.
     """
+    saved_class = record.get("class", _class_of(optimizer))
+    if saved_class != _class_of(optimizer):
+        raise InputError(
+            f"the checkpoint's optimizer is {saved_class} and this run's is {_class_of(optimizer)}:"
+            " give the --optim that it was trained with, or start a new run"
+        )
     names = _names_by_index(optimizer, module)
     own = optimizer.state_dict()["param_groups"]
     saved = [group["params"] for group in record["groups"]]
     if saved != [[names[i] for i in group["params"]] for group in own]:
-        raise InputError("the checkpoint's optimizer has other parameters than this model")
+        raise InputError(
+            "the checkpoint's optimizer has other parameters or groups than this run's: start a new"
+            " run, or --init it from this one"
+        )
     state: dict[int, dict[str, Any]] = {index: {} for index in names}
     indices = {name: index for index, name in names.items()}
     for full_name, value in [*tensors.items(), *record["plain"].items()]:
@@ -74,6 +83,12 @@ def restore(
     ]
     filled = {index: values for index, values in state.items() if values}
     optimizer.load_state_dict({"state": filled, "param_groups": groups})
+
+
+def _class_of(optimizer: torch.optim.Optimizer) -> str:
+    """Of an optimizer whose states are divided: that of the parts."""
+    inner = getattr(optimizer, "inner", optimizer)
+    return type(inner).__name__
 
 
 def _names_by_index(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[int, str]:

@@ -4,6 +4,7 @@ A user's mistakes end here, before anything is trained: each is an `InputError`.
 """
 
 import json
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from torch import nn
 
 from tilewright_dist import DistributedEnvironment
 from tilewright_model import CausalLM, ModelConfig, count_parameters, flops_per_token
-from tilewright_train import checkpoint, machine
+from tilewright_train import checkpoint, checkpoint_state, machine
 from tilewright_train.automatic import Chosen, model_config
 from tilewright_train.batches import BatchSampler
 from tilewright_train.cache import default_cache, writable_cache
@@ -43,6 +44,7 @@ from tilewright_train.metrics import read_metrics, truncate_metrics
 from tilewright_train.optimizers import make_optimizer
 from tilewright_train.processes import on_first
 from tilewright_train.progress import Reporter
+from tilewright_train.random_states import set_random_states
 from tilewright_train.replicas import replicate
 from tilewright_train.run_directory import RunDirectory, check_room, create
 from tilewright_train.sources import Source, open_source
@@ -54,6 +56,7 @@ from tilewright_train.start import (
     saved_vocabulary,
 )
 from tilewright_train.tokenizer import (
+    TOKENIZER_FILE,
     end_token,
     load_tokenizer,
     tokenizer_file,
@@ -149,7 +152,9 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         found = on_first(
             environment, lambda: _find_checkpoint(run, older, settled.save_every, reporter)
         )
-        done, seconds = found.step, _load_checkpoint(found, trainee, environment, reporter)
+        done = found.step
+        rows = done * settled.batch_size
+        seconds = _load_checkpoint(found, rows, trainee, environment, reporter)
     return Prepared(
         run=run,
         corpus=corpus,
@@ -244,6 +249,8 @@ def _prepare_files(
     shape = model_config(chosen)
     # A checkpoint is written before the oldest one is removed.
     most = min(config.run.keep + 1, -(-settled.steps // settled.save_every))
+    if every := config.run.keep_every:
+        most += settled.steps // math.lcm(every, settled.save_every)
     there = len(checkpoint.all_checkpoints(RunDirectory(resumed).checkpoints)) if resumed else 0
     room = checkpoint_bytes(shape) * max(1, most - there)
     check_room(resumed or config.run.out, room)
@@ -252,6 +259,9 @@ def _prepare_files(
         reporter.say(f"corpus       {source.describe()}")
     cache = writable_cache(config.data.cache_dir or default_cache(), config.run.out / ".cache")
     file = start.tokenizer_file if start else _own_tokenizer(config.data)
+    if resumed is not None and config.run.accept_changed_data:
+        # Other texts would give another vocabulary than the model has learned.
+        file = _tokenizer_of(RunDirectory(resumed)) or file
     if start is not None:
         reporter.say(f"begins with  {start.folder}")
     if template is not None and file is not None:
@@ -283,7 +293,7 @@ def _prepare_files(
     _check_spoken(corpus)
     if resumed is not None:
         run = RunDirectory(resumed)
-        _check_same_tokens(run, corpus)
+        _check_same_tokens(run, corpus, config.run.accept_changed_data, reporter)
     else:
         what = "" if config.run.objective == "pretrain" else f"-{config.run.objective}"
         stem = f"{'-'.join(source.name for source in sources)}-{settled.preset}{what}"
@@ -360,17 +370,32 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _check_same_tokens(run: RunDirectory, corpus: Corpus) -> None:
-    """A resumed run reads what it read before."""
+def _tokenizer_of(run: RunDirectory) -> Path | None:
+    """tokenizer.json of the newest checkpoint, where there is one."""
+    found = checkpoint.all_checkpoints(run.checkpoints)
+    return found[-1] / TOKENIZER_FILE if found else None
+
+
+def _check_same_tokens(run: RunDirectory, corpus: Corpus, accept: bool, reporter: Reporter) -> None:
+    """A resumed run reads what it read before, or `accept` says that it need not."""
     try:
-        before = json.loads(run.facts.read_text(encoding="utf-8"))["tokens"]["sha256"]
+        facts = json.loads(run.facts.read_text(encoding="utf-8"))
+        before = facts["tokens"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{run.facts} cannot be read: start a new run") from None
-    if before != corpus.sha256:
+    if before == corpus.sha256:
+        return
+    if not accept:
         raise InputError(
             f"the data of {run.root} have changed since it began, so it cannot go on with the same"
-            f" tokens: restore them, or start a new run with --config {run.config}"
+            " tokens: restore them, add --accept-changed-data to go on with other ones, or start a"
+            f" new run with --config {run.config}"
         )
+    reporter.say(f"data         have changed since {run.root} began: it goes on with other tokens")
+    facts |= {"tokens": corpus_facts(corpus), "tokens_before": facts["tokens"]}
+    beside = run.facts.with_suffix(".partial")
+    beside.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    beside.replace(run.facts)
 
 
 def _find_checkpoint(
@@ -408,20 +433,30 @@ def _check_nothing_was_saved(run: RunDirectory, save_every: int) -> None:
 
 def _load_checkpoint(
     found: checkpoint.Found,
+    rows: int,
     trainee: Trainee,
     environment: DistributedEnvironment,
     reporter: Reporter,
 ) -> float:
-    """Load the checkpoint that was found, if any; returns the seconds that its steps took."""
+    """Load the checkpoint that was found, if any; returns the seconds that its steps took.
+
+    Raises:
+        InputError: It is of another model or optimizer, or has read other rows than `rows`.
+    """
     if found.folder is None:
         return 0.0
-    facts, states = checkpoint.load(
+    facts, states = checkpoint_state.load(
         found.folder,
         model=trainee.model,
         optimizer=trainee.optimizer,
         scheduler=trainee.scheduler,
     )
-    checkpoint.set_random_states(states, environment.rank, environment.device)
+    if facts.get("rows", rows) != rows:
+        raise InputError(
+            f"{found.folder} has read {facts['rows']} rows, which is not {found.step} steps of this"
+            " run's batch_size: put its own config.toml back, or start a new run"
+        )
+    set_random_states(states, environment.rank, environment.device)
     if facts["processes"] != environment.world_size:
         reporter.say(
             f"note         {facts['processes']} processes before, {environment.world_size} now:"

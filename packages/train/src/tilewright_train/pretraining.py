@@ -8,20 +8,24 @@ import contextlib
 import importlib
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
 import torch
+import torch.distributed as dist
 
-from tilewright_dist import DistributedEnvironment, init_from_environment
+from tilewright_dist import DistributedEnvironment, RankFailure, init_from_environment
+from tilewright_dist.channel import CollectiveError
+from tilewright_dist.failure import naming_the_missing
 from tilewright_kernels import backend_report
 from tilewright_model import count_parameters, flops_per_token
-from tilewright_train import automatic, checkpoint, machine
+from tilewright_train import automatic, machine, snapshot
 from tilewright_train.automatic import Chosen
 from tilewright_train.config import PretrainConfig
-from tilewright_train.errors import InputError, TrainingStopped
+from tilewright_train.errors import InputError, RankLost, TrainingStopped
 from tilewright_train.evaluation import validation_loss
 from tilewright_train.finish import answer_tasks, finish
 from tilewright_train.loading import LoadingOptions
@@ -30,8 +34,11 @@ from tilewright_train.metrics import MetricsFile, Record
 from tilewright_train.preparation import Prepared, prepare
 from tilewright_train.processes import gather, local_processes, on_first
 from tilewright_train.progress import Reporter, make_reporter
-from tilewright_train.replicas import whole_state
+from tilewright_train.random_states import random_states
+from tilewright_train.replicas import is_sharded, whole_state
 from tilewright_train.run_directory import RunDirectory
+from tilewright_train.run_lock import locked
+from tilewright_train.saver import Saver
 from tilewright_train.signals import StopRequest
 
 # The first process may encode a large corpus while the others wait in a collective.
@@ -76,12 +83,21 @@ def run(config: PretrainConfig, stream: TextIO | None = None) -> Path:
             reporter = make_reporter(stream or sys.stdout, settled.log_every)
         if _is_finished(config, reporter):
             return Path(config.run.resume)
+
+        def hold(root: Path) -> None:
+            on_first(environment, lambda: stack.enter_context(locked(root)))
+
         _import_optimizers_meanwhile()
         _say_choices(chosen, environment, reporter)
         with _out_of_memory_has_a_remedy(chosen):
+            if config.run.resume != "never":
+                hold(Path(config.run.resume))
             with _as_input_errors():
                 prepared = prepare(chosen, environment, reporter)
-            _Training(chosen, prepared, environment, reporter).run()
+            if config.run.resume == "never":
+                hold(prepared.run.root)
+            with _lost_ranks_are_named(environment):
+                _Training(chosen, prepared, environment, reporter).run()
         return prepared.run.root
 
 
@@ -131,6 +147,36 @@ def _out_of_memory_has_a_remedy(chosen: Chosen) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _lost_ranks_are_named(environment: DistributedEnvironment) -> Iterator[None]:
+    """Say which process no longer answers, where a collective fails.
+
+    gloo's errors are plain RuntimeErrors. Of those that came from something else all processes
+    answer, and they keep their traceback.
+    """
+    group = environment.process_group
+    try:
+        yield
+    except RankFailure as failure:
+        raise RankLost(str(failure)) from failure
+    except RuntimeError as error:
+        if group is None or isinstance(error, torch.OutOfMemoryError | TrainingStopped):
+            raise
+        if not _is_of_a_connection(error):
+            raise
+        try:
+            with naming_the_missing(group, "an exchange"):
+                raise CollectiveError(str(error)) from error
+        except RankFailure as failure:
+            raise RankLost(str(failure)) from error
+
+
+def _is_of_a_connection(error: RuntimeError) -> bool:
+    """Whether a backend of torch.distributed raised this, by its type or by gloo's words."""
+    words = ("connection", "gloo", "nccl", "timed out", "socket")
+    return isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
+
+
 def _is_finished(config: PretrainConfig, reporter: Reporter) -> bool:
     """Whether the run to resume has come to its end already."""
     if config.run.resume == "never":
@@ -167,6 +213,18 @@ class _Training:
         is_bf16 = chosen.settled.precision == "bf16"
         self.autocast = torch.autocast(environment.device.type, torch.bfloat16, enabled=is_bf16)
         self.metrics = MetricsFile(prepared.run.metrics) if environment.is_main else None
+        options = chosen.config.run
+        self.memory = snapshot.HostMemory(environment.device) if options.async_save else None
+        self.saver = Saver(
+            prepared.run.checkpoints,
+            keep=options.keep,
+            keep_every=options.keep_every,
+            background=options.async_save,
+            before=self._flush_metrics,
+            go_on=options.on_save_failure == "continue",
+            say=reporter.say,
+        )
+        self.saving_seconds = 0.0
 
     def run(self) -> None:
         """Train to the end and say how it was; or stop when asked to, and say how to go on."""
@@ -179,6 +237,12 @@ class _Training:
         with StopRequest() as stop:
             try:
                 done = self._loop(stop).run(prepared.done, prepared.seconds)
+                self._wait_for_saver(last=True)
+            except KeyboardInterrupt:
+                raise  # the second signal, which does not wait
+            except BaseException:
+                self.saver.finish()
+                raise
             finally:
                 self.reporter.end()
                 if self.metrics is not None:
@@ -248,26 +312,46 @@ class _Training:
         self.reporter.record(record)
 
     def _save(self, step: int, seconds: float) -> None:
-        environment, trainee = self.environment, self.prepared.trainee
-        template = self.prepared.template
+        """Have a checkpoint written. All processes call this together; the first one writes."""
+        began = time.perf_counter()
+        self._wait_for_saver()  # its memory is taken anew
+        environment, prepared = self.environment, self.prepared
+        trainee, template = prepared.trainee, prepared.template
         optimizer_state = whole_state(trainee.optimizer)
-        states = gather(environment, checkpoint.random_states(environment.rank, environment.device))
-
-        def write() -> None:
-            if self.metrics is not None:
-                self.metrics.flush()
-            checkpoint.save(
-                self.prepared.run.checkpoints,
-                step,
-                model=trainee.model,
-                optimizer=trainee.optimizer,
-                optimizer_state=optimizer_state,
-                scheduler=trainee.scheduler,
-                random_states=states,
-                tokenizer=self.prepared.corpus.tokenizer.to_str(),
-                chat_template=template.source if template else None,
-                facts={"seconds": seconds, "processes": environment.world_size},
-                keep=self.chosen.config.run.keep,
+        states = gather(environment, random_states(environment.rank, environment.device))
+        rows = step * prepared.sampler.batch_size
+        if environment.is_main:
+            self.saver.start(
+                snapshot.take(
+                    step,
+                    model=trainee.model,
+                    optimizer=trainee.optimizer,
+                    optimizer_state=optimizer_state,
+                    scheduler=trainee.scheduler,
+                    random_states=states,
+                    tokenizer=prepared.corpus.tokenizer.to_str(),
+                    chat_template=template.source if template else None,
+                    facts={
+                        "seconds": seconds,
+                        "processes": environment.world_size,
+                        "rows": rows,
+                        "tokens": rows * prepared.sampler.seq_len,
+                    },
+                    memory=self.memory,
+                    fresh=is_sharded(trainee.optimizer),
+                )
             )
+        if self.memory is None:
+            self._wait_for_saver()
+        self.saving_seconds += time.perf_counter() - began
 
-        on_first(environment, write)
+    def _wait_for_saver(self, *, last: bool = False) -> None:
+        """Return, in all processes, when the checkpoint that is being written is there."""
+        began = time.perf_counter()
+        on_first(self.environment, lambda: self.saver.wait(last=last))
+        if last:
+            self.saving_seconds += time.perf_counter() - began
+
+    def _flush_metrics(self) -> None:
+        if self.metrics is not None:
+            self.metrics.flush()

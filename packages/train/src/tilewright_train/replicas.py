@@ -57,6 +57,11 @@ def clip_and_step(
     return norm
 
 
+def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its whole state has to be collected, and is a copy then."""
+    return isinstance(optimizer, ShardedOptimizer)
+
+
 def whole_state(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
     """The optimizer's state as one process would have it, to be saved by the first.
 
