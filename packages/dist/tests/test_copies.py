@@ -21,11 +21,12 @@ from tilewright_dist import (
     bucketed,
     copies,
     data_parallel,
+    stream_operations,
 )
 from tilewright_dist.channel import Channel
 from tilewright_dist.layout import BucketLayout, Slot, round_up
 from tilewright_dist.peers import GPUPeers, PeerBuffer
-from tilewright_dist.stream_operations import Copies
+from tilewright_dist.stream_operations import Copies, Piece
 from tilewright_dist.testing import run_ranks
 from tilewright_dist.testing_models import Stack, adamw_groups, device_of, rows_of, train
 
@@ -441,8 +442,13 @@ def test_who_copies(world_size):
 
 def test_no_copies_in_a_captured_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    peers = GPUPeers.__new__(GPUPeers)
+    monkeypatch.setattr(stream_operations, "_batched_copies", lambda: pytest.fail)
     with pytest.raises(RuntimeError, match=r"CUDA graph.*use transport='collective'"):
-        GPUPeers.__new__(GPUPeers).barrier()
+        peers.barrier()
+    # Before the driver is asked, whose refusal would end the capture.
+    with pytest.raises(RuntimeError, match=r"CUDA graph.*use transport='collective'"):
+        peers.copies([Piece(0, 0, 1, torch.zeros(1), 0)]).send([torch.zeros(1)])
 
 
 def test_a_copy_of_the_wrapper_would_not_average(one_rank_group):

@@ -129,6 +129,13 @@ class GPUPeers(Peers):
         """Let the current stream go on when those of all ranks have come to this point.
 
         Each rank has a number in the memory of each other: how often it has come to a barrier.
+        """
+        stream = self._stream()
+        self._count += 1
+        self._signals.exchange(self._count, stream)
+
+    def _stream(self) -> int:
+        """Handle of the current one.
 
         Raises:
             RuntimeError: In a graph's capture: replayed, the numbers would be old.
@@ -138,10 +145,6 @@ class GPUPeers(Peers):
                 "copies between GPUs cannot be captured in a CUDA graph, whose replay would signal "
                 "the same number again: use transport='collective'"
             )
-        self._count += 1
-        self._signals.exchange(self._count, self._stream())
-
-    def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream
 
 
