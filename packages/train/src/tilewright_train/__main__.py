@@ -1,6 +1,6 @@
 """`python -m tilewright_train`, which torchrun can start: `train-pretrain`.
 
-With `--objective sft` it is `train-sft`.
+With `--objective sft` it is `train-sft`, with `--objective dpo` `train-dpo`.
 """
 
 from tilewright_train.cli import pretrain

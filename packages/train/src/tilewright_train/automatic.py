@@ -68,6 +68,11 @@ RECIPES: Mapping[str, Recipe] = {
 # Steps and rate of nano are those of the bare loop in docs/data.md; none of them has been tuned.
 _SFT_STEPS, _SFT_RATE = 500, 0.6
 
+# DPO: so many steps of so many pairs, this share of the rate. In a bare loop with nano 100 steps of
+# 32 pairs bring the held-out accuracy from 0.39 to 0.97 and leave the answers of SFT as they are;
+# three times the rate does it in as many steps and unlearns them.
+_DPO_STEPS, _DPO_PAIRS, _DPO_RATE, _DPO_WARMUP = 100, 32, 0.1, 10
+
 # Tokens of packed rows that are computed together where plain torch masks them. nano on two cores:
 # 16 rows of 128 tokens in 2,185 ms at once, in 228 ms four by four, in 289 ms one by one.
 _MASKED = 512
@@ -155,8 +160,9 @@ def choose(
         ValueError: A device, preset or shape of the model that does not exist; SFT of random
             weights or of joined rows.
     """
-    if config.run.objective == "sft":
-        _check_sft(config)
+    if config.run.objective != "pretrain":
+        _check_tuning(config)
+    _check_dpo(config)
     choices: list[Choice] = []
 
     def fill(name: str, section: str, value: Any, reason: str, unset: Any = None) -> Any:
@@ -189,6 +195,8 @@ def choose(
     recipe, of = RECIPES[name], f"the recipe of {name}"
     if config.run.objective == "sft":
         recipe, of = _sft_recipe(recipe), f"the SFT recipe of {name}"
+    if config.run.objective == "dpo":
+        recipe, of = _dpo_recipe(recipe), f"the DPO recipe of {name}"
     steps = fill("steps", "training", recipe.steps, of)
     batch_size = fill("batch_size", "training", recipe.batch_size, of)
     longest = begun.max_position_embeddings if begun else recipe.seq_len
@@ -253,15 +261,26 @@ def model_config(chosen: Chosen, vocab_size: int | None = None) -> ModelConfig:
     )
 
 
-def _check_sft(config: PretrainConfig) -> None:
+def _check_tuning(config: PretrainConfig) -> None:
     if config.model.init == "scratch":
         raise InputError(
-            "train-sft begins with a trained model: give --init the folder of a run, or «auto»"
+            f"{config.command} begins with a trained model: give --init the folder of a run, or"
+            " «auto»"
         )
     if config.data.packing == "concat":
-        raise InputError(
-            "packing concat cuts conversations anywhere: give --packing best_fit or none"
-        )
+        what = "conversations" if config.run.objective == "sft" else "pairs"
+        raise InputError(f"packing concat cuts {what} anywhere: give --packing best_fit or none")
+
+
+def _check_dpo(config: PretrainConfig) -> None:
+    """Refuse options of DPO where nothing would read them."""
+    if config.run.objective == "dpo":
+        return
+    fields = dataclasses.fields(config.dpo)
+    given = [f.name for f in fields if getattr(config.dpo, f.name) != f.default]
+    if given:
+        flag = "--" + given[0].replace("_", "-")
+        raise InputError(f"{flag} is of train-dpo: leave it out, or use that command")
 
 
 def _preset(begun: ModelConfig | None, on_gpu: bool) -> tuple[str, str]:
@@ -284,8 +303,8 @@ def _vocabulary(config: PretrainConfig, model: ModelConfig, name: str) -> tuple[
 
 
 def _prompt(config: PretrainConfig) -> tuple[str, str]:
-    if config.run.objective == "sft":
-        return "", "SFT draws no sample"
+    if config.run.objective != "pretrain":
+        return "", f"{config.command} draws no sample"
     if config.data.data == (STDLIB,):
         return "def ", "the corpus is code"
     return "", "the start of a document"
@@ -293,6 +312,16 @@ def _prompt(config: PretrainConfig) -> tuple[str, str]:
 
 def _sft_recipe(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, steps=_SFT_STEPS, lr=_SFT_RATE * recipe.lr)
+
+
+def _dpo_recipe(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(
+        recipe,
+        batch_size=_DPO_PAIRS,
+        steps=_DPO_STEPS,
+        lr=_DPO_RATE * recipe.lr,
+        warmup_steps=_DPO_WARMUP,
+    )
 
 
 def _precision(device: str) -> tuple[str, str]:

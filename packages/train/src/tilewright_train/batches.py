@@ -65,6 +65,11 @@ class Batch:
         """A copy in page-locked memory, from which a GPU fetches while the host goes on."""
         return self._map(torch.Tensor.pin_memory)
 
+    @staticmethod
+    def joined(batches: "Sequence[Batch]") -> "Batch":
+        """One batch with the rows of several."""
+        return join(batches)
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return dataclasses.replace(self, **{k: function(v) for k, v in tensors.items()})
@@ -176,7 +181,7 @@ class WindowRows:
         starts = []
         for number in numbers:
             epoch, index = divmod(number, self.count)
-            offset, order = _epoch_order(self._seed, epoch, self._places, self.count)
+            offset, order = epoch_order(self._seed, epoch, self._places, self.count)
             starts.append(offset + int(order[index]) * (self.seq_len - 1))
         return torch.tensor(starts)
 
@@ -205,7 +210,7 @@ class PlannedRows:
         rows = self._rows(numbers)
         ends = self._plan.row_ends[rows]
         sizes = ends - torch.where(rows > 0, self._plan.row_ends[rows - 1], 0)
-        pieces = _ranges(ends - sizes, sizes)
+        pieces = ranges(ends - sizes, sizes)
         row_of_piece = torch.repeat_interleave(torch.arange(rows.numel()), sizes)
         return assemble(
             self._samples,
@@ -229,7 +234,7 @@ class PlannedRows:
         rows = []
         for number in numbers:
             epoch, index = divmod(number, self.count)
-            rows.append(int(_epoch_order(self._seed, epoch, 1, self.count)[1][index]))
+            rows.append(int(epoch_order(self._seed, epoch, 1, self.count)[1][index]))
         return torch.tensor(rows)
 
 
@@ -257,7 +262,8 @@ class MixedRows:
     def read(self, numbers: Sequence[int]) -> Batch:
         """The rows with these numbers, part by part."""
         inner = self._inner(numbers)
-        return join([p.read(n) for p, n in zip(self._parts, inner, strict=True) if n])
+        batches = [p.read(n) for p, n in zip(self._parts, inner, strict=True) if n]
+        return type(batches[0]).joined(batches)
 
     def targets(self, numbers: Sequence[int]) -> int:
         """The sum over the parts."""
@@ -368,8 +374,8 @@ def assemble(
     # Where pieces begin among the N places: behind the pieces before them and the padding of rows.
     padding_before = torch.cat([used.new_zeros(1), (seq_len - used).cumsum(0)])
     begins = ends - lengths + padding_before[row_of_piece]
-    places = _ranges(begins, lengths)
-    sources = _ranges(starts, lengths) % samples.tokens.numel()
+    places = ranges(begins, lengths)
+    sources = ranges(starts, lengths) % samples.tokens.numel()
     input_ids = torch.full((rows * seq_len,), padding)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     tokens = samples.tokens[sources].long()
@@ -427,11 +433,11 @@ def _segments(bounds: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
     """cu_seqlens and position_ids of segments that begin at `bounds` [S] among all tokens."""
     total = ids.numel()
     cu_seqlens = torch.cat([bounds, bounds.new_tensor([total])])
-    positions = _ranges(torch.zeros_like(bounds), cu_seqlens.diff())
+    positions = ranges(torch.zeros_like(bounds), cu_seqlens.diff())
     return {"cu_seqlens": cu_seqlens.int(), "position_ids": positions.view_as(ids)}
 
 
-def _ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def ranges(starts: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """starts[0], starts[0] + 1, … (lengths[0] of them), then those of starts[1], and so on."""
     before = lengths.cumsum(0) - lengths
     return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
@@ -443,7 +449,7 @@ def _generator(*key: int) -> torch.Generator:
 
 
 @functools.lru_cache(maxsize=8)  # a batch touches two epochs of a split at most
-def _epoch_order(seed: int, epoch: int, places: int, rows: int) -> tuple[int, torch.Tensor]:
+def epoch_order(seed: int, epoch: int, places: int, rows: int) -> tuple[int, torch.Tensor]:
     """Where an epoch starts among `places`, and the order of its rows."""
     generator = _generator(seed, epoch)
     offset = int(torch.randint(places, (), generator=generator))

@@ -1,4 +1,4 @@
-"""The commands `train-pretrain` and `train-sft`: options in, an exit status out.
+"""The commands `train-pretrain`, `train-sft` and `train-dpo`: options in, an exit status out.
 
 0: trained, or finished before. 2: something that the user can mend, said in one line on stderr.
 1: another process was lost. 128 + n: stopped by signal n. A traceback is a mistake of ours.
@@ -21,6 +21,11 @@ def pretrain() -> None:
 def sft() -> None:
     """Entry point."""
     sys.exit(main(sys.argv[1:], "sft"))
+
+
+def dpo() -> None:
+    """Entry point."""
+    sys.exit(main(sys.argv[1:], "dpo"))
 
 
 def main(arguments: Sequence[str], objective: Objective = "pretrain") -> int:

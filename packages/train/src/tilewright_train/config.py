@@ -17,8 +17,14 @@ from tilewright_train.errors import InputError, suggest
 STDLIB = "stdlib"
 STORIES = "stories"
 
-Objective = Literal["pretrain", "sft"]
-"""Predict every token of texts; predict the assistant's tokens of conversations."""
+Objective = Literal["pretrain", "sft", "dpo"]
+"""Predict every token of texts; predict the assistant's tokens of conversations; prefer the chosen
+completion of pairs."""
+
+PreferenceLoss = Literal["sigmoid", "ipo", "hinge", "robust"]
+"""Of DPO; the formulas are in `dpo.py`."""
+
+REFERENCE_START, REFERENCE_EMA = "start", "ema"
 
 Parallel = Literal["ddp", "zero1"]
 
@@ -154,11 +160,17 @@ class TrainingOptions:
     """Decay of AdamW's second moment."""
     max_grad_norm: float = 1.0
     """Gradients with a larger global norm are scaled down to it."""
+    on_spike: Literal["keep", "skip"] = "keep"
+    """A loss or norm further above the mean of the last 128 steps than six of their standard
+    deviations: update all the same, or leave the update out."""
+    max_skipped: int = 10
+    """Updates in a row that may be left out, for spikes or because loss or gradients are not
+    finite; the run then stops."""
     seed: int = 0
     """Seeds weights, order of the data and the sample; less than 2**63."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch_size"):
+        for name in ("steps", "batch_size", "micro_batch_size", "max_skipped"):
             _check_range(self, name, at_least=1)
         _check_choices(self)
         _check_range(self, "seq_len", at_least=2)
@@ -170,6 +182,45 @@ class TrainingOptions:
         for name in ("beta1", "beta2"):
             _check_range(self, name, at_least=0.0, below=1.0)
         _check_range(self, "max_grad_norm", above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoOptions:
+    """What train-dpo makes of a pair."""
+
+    loss: PreferenceLoss = "sigmoid"
+    """Of the margin by which chosen gains on rejected."""
+    beta: float = 0.1
+    """How much a step away from the reference counts; smaller lets the policy go further."""
+    label_smoothing: float = 0.0
+    """Share of the pairs whose labels are taken to be wrong, below 0.5: with «sigmoid» that is
+    cDPO, with «robust» its unbiased form."""
+    reference: str = REFERENCE_START
+    """What the policy is compared with: «start», the model that it begins with; «ema», a moving
+    average of the policy; or the folder of another run or model with the same tokenizer."""
+    ema_decay: float = 0.99
+    """With «ema»: share of the average that a step keeps."""
+    precompute: bool = False
+    """Compute the reference's log-probabilities of all pairs first, and keep them in the cache."""
+    reference_free: bool = False
+    """The loss takes the reference to find everything equally likely; rewards do not."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_range(self, "beta", above=0.0)
+        _check_range(self, "label_smoothing", at_least=0.0, below=0.5)
+        _check_range(self, "ema_decay", at_least=0.0, below=1.0)
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise InputError(
+                f"label_smoothing {self.label_smoothing:g} has no meaning for the loss"
+                f" {self.loss!r}: use --loss sigmoid or robust, or leave it out"
+            )
+        if self.precompute and self.reference == REFERENCE_EMA:
+            raise InputError(
+                "precompute needs a reference that stays: use --reference start or a folder"
+            )
+        if not self.reference:
+            raise InputError("reference is empty: give «start», «ema» or a folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +257,8 @@ class RunOptions:
     """What the run learns, where it is written, how often, and how it goes on."""
 
     objective: Objective = "pretrain"
-    """«pretrain»: all tokens of texts; «sft»: the assistant's tokens of conversations."""
+    """«pretrain»: all tokens of texts; «sft»: the assistant's tokens of conversations; «dpo»: the
+    better one of two completions."""
     out: Path = Path("runs")
     """Folder in which every run gets a folder of its own."""
     name: str | None = None
@@ -265,6 +317,7 @@ class PretrainConfig:
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    dpo: DpoOptions = field(default_factory=DpoOptions)
     machine: MachineOptions = field(default_factory=MachineOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
@@ -278,6 +331,7 @@ SECTIONS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
     "training": TrainingOptions,
+    "dpo": DpoOptions,
     "machine": MachineOptions,
     "run": RunOptions,
 }
@@ -289,7 +343,7 @@ def defaults(objective: Objective) -> PretrainConfig:
     if objective == "pretrain":
         return PretrainConfig()
     return PretrainConfig(
-        data=DataOptions(data=(STORIES,), packing="best_fit"),
+        data=DataOptions(data=(STORIES,), packing="best_fit" if objective == "sft" else "none"),
         model=ModelOptions(init="auto"),
         run=RunOptions(objective=objective),
     )

@@ -1,15 +1,18 @@
 """The validation loss, and a sample of what the model writes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
+from torch import nn
 
 from tilewright_dist import DistributedEnvironment
 from tilewright_model import CausalLM, generate
 from tilewright_train.data import ValidationRows
+from tilewright_train.objectives import Objective
 from tilewright_train.tokenizer import decode, end_token
 
 
@@ -24,34 +27,60 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+@dataclass(frozen=True)
+class Validation:
+    """How good the model is on rows that it does not train on."""
+
+    loss: float
+    """Mean over all predictions, or pairs, in nats."""
+    metrics: Mapping[str, float]
+    """Of the objective, by name."""
+
+
 @torch.no_grad()
-def validation_loss(
-    model: CausalLM,
+def validate(
+    objective: Objective,
+    module: nn.Module,
     rows: ValidationRows,
     *,
     batch_size: int,
     environment: DistributedEnvironment,
     autocast: torch.autocast,
-) -> float:
-    """Mean loss over all predictions of `rows`, in nats; the processes share the rows.
+) -> Validation:
+    """Mean loss and metrics over all of `rows`; the processes share the rows.
 
     Args:
-        model: Without wrappers.
+        objective: Gives them.
+        module: What it calls, without wrappers for several processes.
         rows: The same in every process.
         batch_size: Rows that are computed together.
         environment: Of this process.
         autocast: Precision of the forward pass.
     """
-    total = torch.zeros((), dtype=torch.float64, device=environment.device)
+    total: torch.Tensor | None = None  # [1 + K] float64: the loss, then the metrics' sums
     shares = {"rank": environment.rank, "world_size": environment.world_size}
-    with evaluating(model):
+    device = environment.device
+    with evaluating(module):
         for batch in rows.batches(batch_size, **shares):
             with autocast:
-                loss = model(**batch.to(environment.device).inputs, num_items=1).loss
-            total += loss.double()
+                loss, sums = objective.loss(module, batch.to(device), 1)
+            parts = torch.cat([loss[None], sums]).double()
+            total = parts if total is None else total + parts
     if environment.process_group is not None:
-        dist.all_reduce(total, group=environment.process_group)
-    return float(total) / rows.targets
+        total = _summed(total, environment)
+    assert total is not None, "there is a row at least"
+    loss, *sums = total.tolist()
+    return Validation(loss / rows.targets, objective.means(sums, rows.targets))
+
+
+def _summed(total: torch.Tensor | None, environment: DistributedEnvironment) -> torch.Tensor:
+    """The sum over all processes, of which some may have had no row."""
+    width = torch.tensor(0 if total is None else total.numel(), device=environment.device)
+    dist.all_reduce(width, dist.ReduceOp.MAX, group=environment.process_group)
+    if total is None:
+        total = torch.zeros(int(width), dtype=torch.float64, device=environment.device)
+    dist.all_reduce(total, group=environment.process_group)
+    return total
 
 
 def draw_sample(

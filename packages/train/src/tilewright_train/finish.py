@@ -21,6 +21,11 @@ from tilewright_train.metrics import (
     read_metrics,
     steady_tokens_per_second,
 )
+from tilewright_train.preference_report import (
+    finish_stories,
+    preference_lines,
+    preference_summary,
+)
 from tilewright_train.preparation import Prepared
 from tilewright_train.progress import Reporter, format_seconds
 
@@ -44,13 +49,8 @@ def finish(
     run, shape, config, settled = prepared.run, prepared.model_config, chosen.config, chosen.settled
     report = backend_report()
     records = read_metrics(run.metrics)
-    val_losses = [record.val_loss for record in records if record.val_loss is not None]
-    splits = [source.train.tokens for source in prepared.corpus.sources]
-    of_all = sum(split.numel() for split in splits)
-    share = min(1.0, _BIGRAM_TOKENS / of_all)
-    fitted_on = torch.cat([split[: max(1, int(share * split.numel()))] for split in splits])
-    bigram = BigramModel(fitted_on, shape.vocab_size).loss(prepared.validation.batches(64))
-    capped = f" (fitted on the first {_BIGRAM_TOKENS:,} tokens)" if of_all > _BIGRAM_TOKENS else ""
+    prefers = config.run.objective == "dpo"
+    bigram = None if prefers else _bigram_loss(prepared)
     text = None
     if prepared.template is None:
         text = draw_sample(
@@ -67,18 +67,22 @@ def finish(
 
     parameters = count_parameters(shape).total
     title = f"{run.root.name}: {parameters / 1e6:.1f} M parameters, {settled.steps} steps"
-    plot_losses(records, run.picture, title=title, vocab_size=shape.vocab_size, bigram_loss=bigram)
+    ways = 2 if prefers else shape.vocab_size
+    plot_losses(records, run.picture, title=title, vocab_size=ways, bigram_loss=bigram)
     matches = answer_tasks(chosen, prepared, settled.steps, autocast, reporter)
+    finish_stories(chosen, prepared, settled.steps, autocast, reporter)
     summary = _summary(chosen, prepared, records, bigram, report)
     if matches:
         summary["exact_match"] = matches
     run.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
-    first, last = val_losses[0], val_losses[-1]
+    if prefers:
+        told = preference_lines(records, prepared.validation.targets)
+    else:
+        told = [_loss_line(prepared, records, bigram)]
     lines = (
         "",
-        f"validation   loss {last:.4f}, perplexity {math.exp(last):.1f}; before training"
-        f" {first:.4f}; bigram model on the same tokens {bigram:.4f}{capped}",
+        *told,
         f"speed        {summary['tokens_per_second'] or 0:,.0f} tokens/s, the median of later"
         f" steps; {format_seconds(records[-1].time)} in all,"
         f" {summary['data_share'] or 0:.1%} of it waiting for data",
@@ -95,7 +99,7 @@ def finish(
 def answer_tasks(
     chosen: Chosen, prepared: Prepared, step: int, autocast: torch.autocast, reporter: Reporter
 ) -> dict[str, dict[str, float]]:
-    """Of SFT on stories: have held-out tasks answered, say and keep how many were right.
+    """Of SFT and DPO on stories: have held-out tasks answered, say and keep how many were right.
 
     Args:
         chosen: The options.
@@ -136,6 +140,31 @@ def answer_tasks(
     return matches
 
 
+def _bigram_loss(prepared: Prepared) -> float:
+    """Of the bigram model on the validation rows."""
+    splits = [source.train.tokens for source in prepared.corpus.sources]
+    share = min(1.0, _BIGRAM_TOKENS / _training_tokens(prepared))
+    fitted_on = torch.cat([split[: max(1, int(share * split.numel()))] for split in splits])
+    bigram = BigramModel(fitted_on, prepared.model_config.vocab_size)
+    return bigram.loss(prepared.validation.batches(64))
+
+
+def _training_tokens(prepared: Prepared) -> int:
+    return sum(source.train.tokens.numel() for source in prepared.corpus.sources)
+
+
+def _loss_line(prepared: Prepared, records: list[Record], bigram: float | None) -> str:
+    """Validation losses, beside that of the bigram model."""
+    losses = [record.val_loss for record in records if record.val_loss is not None]
+    first, last = losses[0], losses[-1]
+    all_of_it = _training_tokens(prepared) <= _BIGRAM_TOKENS
+    capped = "" if all_of_it else f" (fitted on the first {_BIGRAM_TOKENS:,} tokens)"
+    return (
+        f"validation   loss {last:.4f}, perplexity {math.exp(last):.1f}; before training"
+        f" {first:.4f}; bigram model on the same tokens {bigram:.4f}{capped}"
+    )
+
+
 def _keep_sample(prepared: Prepared, step: int, text: str) -> None:
     file = prepared.run.sample(step)
     file.parent.mkdir(exist_ok=True)
@@ -146,26 +175,33 @@ def _summary(
     chosen: Chosen,
     prepared: Prepared,
     records: list[Record],
-    bigram: float,
+    bigram: float | None,
     report: BackendReport,
 ) -> dict[str, Any]:
     """summary.json."""
     measured = [record.val_loss for record in records if record.val_loss is not None]
     device = prepared.trainee.model.embed_tokens.weight.device
+    targets = prepared.validation.targets
+    if bigram is None:
+        own = {**preference_summary(records), "val_pairs": targets}
+    else:
+        own = {
+            "perplexity": math.exp(measured[-1]),
+            "bigram_val_loss": bigram,
+            "ln_vocab_size": math.log(prepared.model_config.vocab_size),
+            "val_predictions": targets,
+            "packing_efficiency": prepared.training.efficiency,
+        }
     return {
         "steps": records[-1].step,
         "val_loss": measured[-1],
-        "perplexity": math.exp(measured[-1]),
         "first_val_loss": measured[0],
-        "bigram_val_loss": bigram,
         "vocab_size": prepared.model_config.vocab_size,
-        "ln_vocab_size": math.log(prepared.model_config.vocab_size),
-        "val_predictions": prepared.validation.targets,
+        **own,
         "parameters": count_parameters(prepared.model_config).total,
         "tokens": records[-1].tokens,
         "tokens_per_second": steady_tokens_per_second(records),
         "data_share": data_share(records),
-        "packing_efficiency": prepared.training.efficiency,
         "peak_memory_bytes": max(record.peak_memory_bytes for record in records),
         "seconds": records[-1].time,
         "device": machine.describe(device),
@@ -190,7 +226,9 @@ def _backends_in_words(report: BackendReport) -> str:
 
 def _next_command(chosen: Chosen) -> str:
     if chosen.config.run.objective == "sft":
-        return "train-sft --data FILE_OR_FOLDER    (your own conversations: .jsonl, .parquet)"
+        return "train-dpo    (prefer the better of two answers; or --data pairs of your own)"
+    if chosen.config.run.objective == "dpo":
+        return "train-dpo --data FILE_OR_FOLDER    (your own pairs: .jsonl, .parquet)"
     data = " ".join(chosen.config.data.data)
     if data == STDLIB:
         return "train-pretrain --data FILE_OR_FOLDER    (your own text: .jsonl, .txt, .md, .py, …)"

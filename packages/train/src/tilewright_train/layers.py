@@ -14,6 +14,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from tilewright_train.config import (
     FREE_AT_RESUME,
+    REFERENCE_EMA,
+    REFERENCE_START,
     SECTIONS,
     STDLIB,
     STORIES,
@@ -40,6 +42,9 @@ standard library and ends with a sample, a picture of the loss and the next comm
     "sft": """Teach a pretrained model to answer. With no argument it takes the latest pretraining
 in --out and the built-in tasks, and prints how many of those held out it answers before and
 after.""",
+    "dpo": """Have a model prefer the better one of two completions. With no argument it takes the
+latest run of train-sft in --out, else of train-pretrain, and built-in pairs, and prints how many of
+those held out it gets right before and after.""",
 }
 _REST = """
 
@@ -176,7 +181,11 @@ def _begun_with(asked: PretrainConfig, base: PretrainConfig) -> PretrainConfig:
     """
     out, init = asked.run.out, asked.model.init
     if init == "auto":
-        finished = [run for run in _runs(out, "pretrain") if (run / SUMMARY_FILE).exists()]
+        before: tuple[Objective, ...] = ("pretrain",)
+        if asked.run.objective == "dpo":  # answers first: they are what is to become better
+            before = ("sft", "pretrain")
+        by_objective = ([r for r in _runs(out, o) if (r / SUMMARY_FILE).exists()] for o in before)
+        finished = next(filter(None, by_objective), [])
         if not finished:
             raise InputError(
                 f"no finished pretraining is in {out}: run train-pretrain first, or give --init the"
@@ -265,7 +274,8 @@ def read_toml(path: Path, objective: Objective | None = "pretrain") -> PretrainC
     if objective not in (None, wanted):
         raise InputError(f"{path} is of train-{wanted}: use that command")
     try:
-        return with_options(defaults(wanted if wanted == "sft" else "pretrain"), **values)
+        known = wanted in get_args(Objective)  # another one is refused with the other values
+        return with_options(defaults(wanted if known else "pretrain"), **values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -284,6 +294,8 @@ def write_toml(config: PretrainConfig, path: Path, reasons: Mapping[str, str]) -
     lines = [f"# The options of one run; `{config.command} --config` on this file starts it again."]
     for section in SECTIONS:
         options = getattr(config, section)
+        if section == "dpo" and config.run.objective != "dpo":
+            continue
         lines += ["", f"[{section}]"]
         for field in dataclasses.fields(options):
             value = getattr(options, field.name)
@@ -376,11 +388,15 @@ def _plain(config: _CommandLine) -> PretrainConfig:
     built_in = (STDLIB, STORIES)
     absolute = tuple(d if d in built_in else str(Path(d).absolute()) for d in config.data.data)
     template, tokenizer = config.data.chat_template, config.data.tokenizer
+    reference = config.dpo.reference
+    if reference not in (REFERENCE_START, REFERENCE_EMA):
+        reference = str(Path(reference).absolute())
     plain = with_options(
         PretrainConfig(**_sections_of(config)),
         data=absolute,
         chat_template=template.absolute() if template else None,
         tokenizer=tokenizer.absolute() if tokenizer else None,
+        reference=reference,
     )
     for name, section in option_sections().items():
         _toml_value(name, getattr(getattr(plain, section), name))  # before any folder is made

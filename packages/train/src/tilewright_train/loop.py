@@ -1,9 +1,9 @@
 """The training loop: batches in, updates and records out, checkpoints on the way.
 
 One step is a forward and a backward of this process's rows, the average of the gradients over all
-processes, a clip by the global norm and an update. On a GPU the host runs one step ahead: the
-numbers of a step are copied to the host while the next one is being queued, so that reporting
-every step costs no waiting.
+processes, a clip by the global norm and an update; what a loss is, `objectives` says. On a GPU the
+host runs one step ahead: the numbers of a step are copied to the host while the next one is being
+queued, so that reporting every step costs no waiting.
 """
 
 import contextlib
@@ -21,11 +21,14 @@ from torch import nn
 from tilewright_dist import DistributedDataParallel, DistributedEnvironment
 from tilewright_train.batches import BatchSampler
 from tilewright_train.errors import InputError
+from tilewright_train.evaluation import Validation
+from tilewright_train.guilty import LeftOut
 from tilewright_train.loading import BatchLoader, LoadingOptions
 from tilewright_train.machine import peak_memory
 from tilewright_train.metrics import Record
-from tilewright_train.replicas import clip_and_step
+from tilewright_train.objectives import Objective
 from tilewright_train.signals import StopRequest
+from tilewright_train.step_guard import Outcome, StepGuard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +39,8 @@ class LoopOptions:
     """Updates of the whole run."""
     micro_batch_size: int
     """Rows that this process computes together."""
-    max_grad_norm: float
-    """Gradients with a larger global norm are scaled down to it."""
+    max_skipped: int
+    """Updates in a row that may be left out."""
     eval_every: int
     """Steps between validation losses; there is one before the first step and one at the end."""
     save_every: int
@@ -54,8 +57,10 @@ class _Pending:
 
     step: int
     lr: float
+    items: int  # predictions or pairs
     waited: float  # seconds that the host waited for the batch
-    numbers: torch.Tensor  # [3] on the host: loss, gradient norm, processes that want to stop
+    # [7 + K] on the host: the outcome's five, loss, processes that want to stop, objective's sums
+    numbers: torch.Tensor
     arrived: torch.cuda.Event | None
 
 
@@ -63,39 +68,47 @@ class TrainingLoop:
     """Runs a model from one step to the last.
 
     Args:
-        module: What is called: the model on its device, or its wrapper for several processes.
+        objective: Gives the loss of a batch.
+        module: What it calls, on its device, or the wrapper of that for several processes.
         optimizer: Of the model's parameters.
         scheduler: Stepped after every update.
+        guard: Makes the updates, or leaves them out.
         sampler: Rows of this process.
         options: When to do what.
         environment: Of this process.
         autocast: Precision of the forward pass.
         loading: Who reads the batches.
-        evaluate: Gives the validation loss; called by all processes together.
+        evaluate: Measures on validation rows; called by all processes together.
         save: Writes a checkpoint of (steps done, seconds so far); called by all together.
         emit: Takes every record, in order.
+        left_out: Is told of every update that was not made; called by all processes together.
         stop: Tells whether somebody asked to stop.
     """
 
     def __init__(
         self,
         *,
+        objective: Objective,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
+        guard: StepGuard,
         sampler: BatchSampler,
         options: LoopOptions,
         environment: DistributedEnvironment,
         autocast: AbstractContextManager,
         loading: LoadingOptions,
-        evaluate: Callable[[], float],
+        evaluate: Callable[[], Validation],
         save: Callable[[int, float], None],
         emit: Callable[[Record], None],
+        left_out: Callable[[LeftOut], None],
         stop: StopRequest,
     ) -> None:
+        self.objective = objective
         self.module = module
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.guard = guard
         self.sampler = sampler
         self.options = options
         self.environment = environment
@@ -104,8 +117,8 @@ class TrainingLoop:
         self.evaluate = evaluate
         self.save = save
         self.emit = emit
+        self.left_out = left_out
         self.stop = stop
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._pending: deque[_Pending] = deque()
         self._stop_wanted = False
         self._clock = _StepClock(environment.device)
@@ -121,7 +134,7 @@ class TrainingLoop:
             Steps that are done now. They are saved.
 
         Raises:
-            InputError: The loss is no longer finite.
+            InputError: Too many updates in a row were left out.
             OSError: A checkpoint or a record cannot be written.
         """
         self._began = time.perf_counter() - seconds
@@ -163,25 +176,28 @@ class TrainingLoop:
 
     def _start_step(self, step: int) -> None:
         """Queue everything that step number `step` does."""
-        # The mean over the predictions of all processes and parts, whatever each of them has:
-        # gradients are summed over the parts, and averaged over the processes.
-        predictions = self.sampler.targets(step)
-        losses = []
+        # The mean over the items of all processes and parts, whatever each of them has: gradients
+        # are summed over the parts, and averaged over the processes.
+        items = self.sampler.targets(step)
+        losses, sums = [], []
         for part in range(self._parts):
             batch = next(self._batches)
             with self._synchronized(part == self._parts - 1):
                 with self.autocast:
-                    loss = self.module(**batch.inputs, num_items=predictions).loss
+                    loss, of_batch = self.objective.loss(self.module, batch, items)
                 loss = loss * self.environment.world_size
-                loss.backward()
+                self.guard.scaled(loss).backward()
             losses.append(loss.detach())
-        loss = torch.stack(losses).sum()
+            sums.append(of_batch)
+        shared = self._shared(torch.stack(losses).sum(), torch.stack(sums).sum(dim=0))
         lr = float(self.optimizer.param_groups[0]["lr"])
-        norm = clip_and_step(self.optimizer, self.parameters, self.options.max_grad_norm)
+        outcome = self.guard.clip_and_step(shared[0])
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.updated()
         waited = self._batches.take_waited()
-        self._pending.append(self._read_later(step + 1, lr, loss, norm, waited))
+        numbers = self._on_the_way(shared, outcome)
+        self._pending.append(_Pending(step + 1, lr, items, waited, *numbers))
 
     def _synchronized(self, last: bool) -> AbstractContextManager:
         """Processes exchange gradients after the last part alone."""
@@ -189,23 +205,27 @@ class TrainingLoop:
             return contextlib.nullcontext()
         return self.module.no_sync()
 
-    def _read_later(
-        self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor, waited: float
-    ) -> _Pending:
-        """Start copying a step's numbers to the host."""
+    def _shared(self, loss: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+        """[2 + K]: the mean loss, the processes that want to stop, the objective's sums."""
         group = self.environment.process_group
         wants_stop = torch.full_like(loss, float(self.stop.requested))
-        shared = torch.stack([loss, wants_stop])
+        shared = torch.cat([torch.stack([loss, wants_stop]), sums.to(loss)])
         if group is not None:
             dist.all_reduce(shared, group=group)
             shared[0] /= self.environment.world_size
-        numbers = torch.stack([shared[0], norm.to(shared), shared[1]])
+        return shared
+
+    def _on_the_way(
+        self, shared: torch.Tensor, outcome: Outcome
+    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Start copying a step's numbers to the host."""
+        numbers = torch.cat([torch.stack([number.to(shared) for number in outcome]), shared])
         if numbers.device.type == "cpu":
-            return _Pending(step, lr, waited, numbers, None)
+            return numbers, None
         on_host = numbers.to("cpu", non_blocking=True)
         arrived = torch.cuda.Event(enable_timing=True)
         arrived.record()
-        return _Pending(step, lr, waited, on_host, arrived)
+        return on_host, arrived
 
     def _finish_steps(self, *, keep: int, hold_last: bool = False) -> Record:
         """Wait for all pending steps but `keep` and emit their records; the last one may be held.
@@ -223,12 +243,19 @@ class TrainingLoop:
     def _finish_step(self, pending: _Pending) -> Record:
         if pending.arrived is not None:
             pending.arrived.synchronize()
-        loss, norm, wants_stop = pending.numbers.tolist()
+        *outcome, loss, wants_stop = pending.numbers[:7].tolist()
+        sums = pending.numbers[7:].tolist()
+        norm, skipped, in_a_row, in_all, scale = outcome
         self._stop_wanted |= wants_stop > 0
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if skipped:
+            why = "spike" if skipped > 1 else "not finite"
+            self.left_out(LeftOut(pending.step, why, loss, norm, pending.lr, int(in_a_row), scale))
+        if in_a_row >= self.options.max_skipped:
             raise InputError(
-                f"the loss is {loss} and the gradient norm {norm} at step {pending.step}: start"
-                f" again with a smaller --lr (it was {pending.lr:.2e}) or a longer --warmup-steps"
+                f"{int(in_a_row)} updates in a row were left out, the last at step {pending.step}"
+                f" with loss {loss:.4g} and gradient norm {norm:.4g}: start again with a smaller"
+                f" --lr (it was {pending.lr:.2e}) or a longer --warmup-steps, or allow more with"
+                " --max-skipped"
             )
         a_step = self.sampler.batch_size * self.sampler.seq_len
         rate = a_step / self._clock.lap(pending.arrived)
@@ -236,20 +263,30 @@ class TrainingLoop:
         flops = rate * self.options.flops_per_token / self.environment.world_size
         return Record(
             step=pending.step,
-            loss=loss,
+            loss=loss if math.isfinite(loss) else None,
             lr=pending.lr,
-            grad_norm=norm,
+            grad_norm=norm if math.isfinite(norm) else None,
+            skipped_steps=int(in_all),
+            loss_scale=scale if self.guard.loss_scale is not None else None,
             tokens=pending.step * a_step,
             tokens_per_second=rate,
             data_seconds=pending.waited,
             mfu=flops / peak if peak is not None else None,
             peak_memory_bytes=peak_memory(self.environment.device),
             time=self._seconds(),
+            metrics=self.objective.means(sums, pending.items) if math.isfinite(loss) else {},
         )
 
-    def _measured(self, record: Record, val_loss: float) -> Record:
+    def _measured(self, record: Record, validation: Validation) -> Record:
         memory = peak_memory(self.environment.device)
-        return replace(record, val_loss=val_loss, peak_memory_bytes=memory, time=self._seconds())
+        own = {f"val_{name}": value for name, value in validation.metrics.items()}
+        return replace(
+            record,
+            val_loss=validation.loss,
+            peak_memory_bytes=memory,
+            time=self._seconds(),
+            metrics={**record.metrics, **own},
+        )
 
     def _seconds(self) -> float:
         """Seconds of the run so far, those before a resume included."""

@@ -9,10 +9,10 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tilewright_train.errors import InputError, writing
 
@@ -26,13 +26,18 @@ class Record:
     step: int
     """Optimizer updates that are done."""
     loss: float | None = None
-    """Mean training loss of the step's batch over all processes, before its update, in nats."""
+    """Mean training loss of the step's batch over all processes, before its update, in nats; None
+    where it is not finite."""
     val_loss: float | None = None
     """Mean validation loss after the update, where it was measured, in nats."""
     lr: float | None = None
     """Learning rate of the update."""
     grad_norm: float | None = None
-    """Global norm of the gradients before clipping."""
+    """Global norm of the gradients before clipping; None where it is not finite."""
+    skipped_steps: int = 0
+    """Updates left out so far: of losses or gradients that were not finite, or spikes."""
+    loss_scale: float | None = None
+    """With fp16: what the loss was multiplied by."""
     tokens: int = 0
     """Tokens trained on so far."""
     tokens_per_second: float | None = None
@@ -46,6 +51,9 @@ class Record:
     """Highest memory so far: of the GPU's allocator, or of the process."""
     time: float = 0.0
     """Seconds of this run until now, pauses between a stop and a resume left out."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the objective tells beside its loss; in the file each stands under its own name, and
+    those of validation begin with «val_»."""
 
 
 class MetricsFile:
@@ -59,7 +67,7 @@ class MetricsFile:
 
     def write(self, record: Record) -> None:
         """Append one line and hand it to the operating system, so that a killed run keeps it."""
-        line = json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n"
+        line = _line(record)
         with writing(self._place, self._remedy):
             self._stream.write(line)
             self._stream.flush()
@@ -89,7 +97,7 @@ def read_metrics(path: Path) -> list[Record]:
         if not line.endswith(b"\n"):
             continue
         try:
-            record = Record(**json.loads(line))
+            record = _record(json.loads(line))
             if not isinstance(record.step, int):
                 raise TypeError
             records.append(record)
@@ -110,10 +118,25 @@ def truncate_metrics(path: Path, step: int) -> None:
     beside = path.with_suffix(".partial")
     remedy = "make room and try again"
     with writing(path.parent, remedy), beside.open("w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(dataclasses.asdict(record)) + "\n" for record in kept)
+        stream.writelines(map(_line, kept))
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(path)
+
+
+def _line(record: Record) -> str:
+    values = dataclasses.asdict(record)
+    return json.dumps(values | values.pop("metrics"), allow_nan=False) + "\n"
+
+
+def _record(values: dict[str, Any]) -> Record:
+    """The record of a line; keys that are no fields are metrics, which are numbers."""
+    fields = {f.name for f in dataclasses.fields(Record)} - {"metrics"}
+    known = {name: value for name, value in values.items() if name in fields}
+    others = {name: value for name, value in values.items() if name not in fields}
+    if not all(type(value) in (int, float) for value in others.values()):
+        raise TypeError
+    return Record(**known, metrics=others)
 
 
 def steady_tokens_per_second(records: Iterable[Record]) -> float | None:

@@ -3,6 +3,7 @@
 A user's mistakes end here, before anything is trained: each is an `InputError`.
 """
 
+import functools
 import json
 import math
 import platform
@@ -22,7 +23,7 @@ from tilewright_train.automatic import Chosen, model_config
 from tilewright_train.batches import BatchSampler
 from tilewright_train.cache import default_cache, writable_cache
 from tilewright_train.chat_template import CHATML, ChatTemplate, read_template
-from tilewright_train.config import DataOptions
+from tilewright_train.config import DataOptions, PretrainConfig
 from tilewright_train.conversations import (
     REFUSED,
     WITHOUT_ASSISTANT,
@@ -38,14 +39,24 @@ from tilewright_train.data import (
     training_rows,
     validation_rows,
 )
+from tilewright_train.dpo import SequenceLogProbs
 from tilewright_train.errors import InputError
 from tilewright_train.layers import write_toml
 from tilewright_train.metrics import read_metrics, truncate_metrics
+from tilewright_train.objectives import NextToken, Objective
 from tilewright_train.optimizers import make_optimizer
+from tilewright_train.precision import arithmetic, cast_weights
+from tilewright_train.preference_run import (
+    check_same_reference,
+    make_objective,
+    prepare_pairs,
+    reference_facts,
+)
+from tilewright_train.preferences import pair_encoding
 from tilewright_train.processes import on_first
 from tilewright_train.progress import Reporter
 from tilewright_train.random_states import set_random_states
-from tilewright_train.replicas import replicate
+from tilewright_train.replicas import replicate, wait_for_parameters
 from tilewright_train.run_directory import RunDirectory, check_room, create
 from tilewright_train.sources import Source, open_source
 from tilewright_train.start import (
@@ -55,6 +66,7 @@ from tilewright_train.start import (
     load_start,
     saved_vocabulary,
 )
+from tilewright_train.step_guard import StepGuard
 from tilewright_train.tokenizer import (
     TOKENIZER_FILE,
     end_token,
@@ -62,6 +74,7 @@ from tilewright_train.tokenizer import (
     tokenizer_file,
     vocabulary_rows,
 )
+from tilewright_train.tokens import Encoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +82,14 @@ class Trainee:
     """What is trained, and what trains it."""
 
     model: CausalLM
+    called: nn.Module
+    """What the objective calls, without wrappers: the model, or of DPO `SequenceLogProbs`."""
     module: nn.Module
-    """What is called to train: the model, or its wrapper for several processes."""
+    """What is called to train: the same, or its wrapper for several processes."""
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    guard: StepGuard
+    """Clips gradients, and leaves updates out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +99,11 @@ class Prepared:
     run: RunDirectory
     corpus: Corpus
     template: ChatTemplate | None
-    """Of SFT: how conversations are written."""
+    """Of SFT and DPO: how conversations are written."""
     model_config: ModelConfig
     trainee: Trainee
+    objective: Objective
+    """What it learns."""
     training: TrainingRows
     """What the sampler reads."""
     sampler: BatchSampler
@@ -130,12 +149,20 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         seq_len=settled.seq_len,
         padding=end_token(corpus.tokenizer),
     )
-    training = training_rows(
-        [source.train for source in corpus.sources],
-        config.data.weights,
-        options,
-        config.training.seed,
-    )
+    if config.run.objective == "dpo":
+        assert start is not None
+        pairs = prepare_pairs(chosen, corpus, start, _cache(config), environment, reporter)
+        training, validation = pairs.training, pairs.validation
+    else:
+        training = training_rows(
+            [source.train for source in corpus.sources],
+            config.data.weights,
+            options,
+            config.training.seed,
+        )
+        validation = validation_rows(
+            [source.validation for source in corpus.sources], options, settled.eval_tokens
+        )
     _say_packing(training, reporter)
     sampler = BatchSampler(
         training.rows,
@@ -146,6 +173,11 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
     sampler.parts(settled.micro_batch_size)  # complains now, not after the model is built
     shape = _shape(chosen, start, corpus)
     trainee = build(chosen, shape, environment, start)
+    objective: Objective = NextToken()
+    if config.run.objective == "dpo":
+        assert start is not None
+        wait = functools.partial(wait_for_parameters, trainee.optimizer)
+        objective = make_objective(config.dpo, start, trainee.model, corpus.vocab_size, wait)
     done, seconds = 0, 0.0
     if config.run.resume != "never":
         older = config.run.resume_from_older
@@ -161,11 +193,10 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         template=template,
         model_config=shape,
         trainee=trainee,
+        objective=objective,
         training=training,
         sampler=sampler,
-        validation=validation_rows(
-            [source.validation for source in corpus.sources], options, settled.eval_tokens
-        ),
+        validation=validation,
         done=done,
         seconds=seconds,
     )
@@ -189,9 +220,14 @@ def build(
     model = CausalLM(shape).to(environment.device)
     if start is not None:
         load_start(start, model)
+    cast_weights(model, settled.precision)
+    model.recompute = chosen.config.machine.recompute
+    called: nn.Module = model
+    if chosen.config.run.objective == "dpo":
+        called = SequenceLogProbs(model).eval()  # dropout would not be the reference's
     module, optimizer = replicate(
-        model,
-        lambda _: make_optimizer(options, model, settled.lr),
+        called,
+        lambda _: make_optimizer(options, model, settled.lr, settled.precision),
         parallel=chosen.config.machine.parallel,
         environment=environment,
         max_grad_norm=options.max_grad_norm,
@@ -199,12 +235,27 @@ def build(
     scheduler = WarmupCosine(
         optimizer, settled.warmup_steps, settled.steps, min_lr_ratio=options.min_lr_ratio
     )
-    return Trainee(model=model, module=module, optimizer=optimizer, scheduler=scheduler)
+    guard = StepGuard(
+        optimizer,
+        [parameter for group in optimizer.param_groups for parameter in group["params"]],
+        max_grad_norm=options.max_grad_norm,
+        device=environment.device,
+        on_spike=options.on_spike,
+        scales_loss=arithmetic(settled.precision).scales_loss,
+    )
+    return Trainee(
+        model=model,
+        called=called,
+        module=module,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        guard=guard,
+    )
 
 
 def _template(chosen: Chosen, start: Start | None) -> ChatTemplate | None:
     """How conversations are written: as asked for, as before, or as ChatML."""
-    if chosen.config.run.objective != "sft":
+    if chosen.config.run.objective == "pretrain":
         return None
     if given := chosen.config.data.chat_template:
         return ChatTemplate(read_template(given))
@@ -257,7 +308,7 @@ def _prepare_files(
     sources = [open_source(data) for data in config.data.data]
     for source in sources:
         reporter.say(f"corpus       {source.describe()}")
-    cache = writable_cache(config.data.cache_dir or default_cache(), config.run.out / ".cache")
+    cache = _cache(config)
     file = start.tokenizer_file if start else _own_tokenizer(config.data)
     if resumed is not None and config.run.accept_changed_data:
         # Other texts would give another vocabulary than the model has learned.
@@ -274,7 +325,7 @@ def _prepare_files(
         shape.vocab_size,
         cache,
         tokenizer_file=file,
-        encoding=chat_encoding(template, skip_refused=skips) if template else None,
+        encoding=_encoding(config, template, skips),
     )
     for encoded, was_there in zip(corpus.sources, corpus.were_there, strict=True):
         facts = encoded.facts
@@ -293,6 +344,9 @@ def _prepare_files(
     _check_spoken(corpus)
     if resumed is not None:
         run = RunDirectory(resumed)
+        if config.run.objective == "dpo":
+            assert start is not None
+            check_same_reference(run, config.dpo, start)
         _check_same_tokens(run, corpus, config.run.accept_changed_data, reporter)
     else:
         what = "" if config.run.objective == "pretrain" else f"-{config.run.objective}"
@@ -300,10 +354,17 @@ def _prepare_files(
         run = create(config.run.out, config.run.name, stem)
         shape = _shape(chosen, start, corpus)
         record = _facts_of(chosen, shape, sources, corpus, environment)
+        if config.run.objective == "dpo":
+            assert start is not None
+            record["reference"] = reference_facts(config.dpo, start)
         run.facts.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         write_toml(config, run.config, chosen.reasons)
         run.checkpoints.mkdir()  # so that its absence later says that it was removed
     return corpus, run
+
+
+def _cache(config: PretrainConfig) -> Path:
+    return writable_cache(config.data.cache_dir or default_cache(), config.run.out / ".cache")
 
 
 def _own_tokenizer(options: DataOptions) -> Path | None:
@@ -322,6 +383,17 @@ def _own_tokenizer(options: DataOptions) -> Path | None:
             " tokenizer does not fit the model; leave --vocab-size out"
         )
     return file
+
+
+def _encoding(
+    config: PretrainConfig, template: ChatTemplate | None, skips: bool
+) -> Encoding | None:
+    """How records become samples; None for texts."""
+    if template is None:
+        return None
+    if config.run.objective == "dpo":
+        return pair_encoding(template, skip_refused=skips)
+    return chat_encoding(template, skip_refused=skips)
 
 
 def _check_spoken(corpus: Corpus) -> None:
@@ -456,6 +528,7 @@ def _load_checkpoint(
             f"{found.folder} has read {facts['rows']} rows, which is not {found.step} steps of this"
             " run's batch_size: put its own config.toml back, or start a new run"
         )
+    trainee.guard.load_state_dict(facts.get("guard", {}))
     set_random_states(states, environment.rank, environment.device)
     if facts["processes"] != environment.world_size:
         reporter.say(

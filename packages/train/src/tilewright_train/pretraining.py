@@ -6,6 +6,7 @@ call. Each part is in a file of its own; here is their order.
 
 import contextlib
 import importlib
+import math
 import sys
 import threading
 import time
@@ -24,13 +25,18 @@ from tilewright_kernels import backend_report
 from tilewright_model import count_parameters, flops_per_token
 from tilewright_train import automatic, machine, snapshot
 from tilewright_train.automatic import Chosen
-from tilewright_train.config import PretrainConfig
+from tilewright_train.config import REFERENCE_EMA, REFERENCE_START, PretrainConfig
+from tilewright_train.dpo import loss_at_start
 from tilewright_train.errors import InputError, RankLost, TrainingStopped
-from tilewright_train.evaluation import validation_loss
+from tilewright_train.evaluation import Validation, validate
+from tilewright_train.examination import examine
 from tilewright_train.finish import answer_tasks, finish
+from tilewright_train.guilty import LeftOut
 from tilewright_train.loading import LoadingOptions
 from tilewright_train.loop import LoopOptions, TrainingLoop
 from tilewright_train.metrics import MetricsFile, Record
+from tilewright_train.precision import arithmetic
+from tilewright_train.preference_report import finish_stories
 from tilewright_train.preparation import Prepared, prepare
 from tilewright_train.processes import gather, local_processes, on_first
 from tilewright_train.progress import Reporter, make_reporter
@@ -40,6 +46,9 @@ from tilewright_train.run_directory import RunDirectory
 from tilewright_train.run_lock import locked
 from tilewright_train.saver import Saver
 from tilewright_train.signals import StopRequest
+
+# Of the loss before the first step, where the reference was computed in other batches, in bf16.
+_ROUNDING = 0.02
 
 # The first process may encode a large corpus while the others wait in a collective.
 _PATIENCE = timedelta(hours=2)
@@ -71,6 +80,7 @@ def run(config: PretrainConfig, stream: TextIO | None = None) -> Path:
                 machine.configured(
                     threads=settled.threads,
                     deterministic=config.machine.deterministic,
+                    tf32=config.machine.tf32,
                     backend=settled.backend,
                     device=settled.device,
                 )
@@ -210,8 +220,7 @@ class _Training:
         self.prepared = prepared
         self.environment = environment
         self.reporter = reporter
-        is_bf16 = chosen.settled.precision == "bf16"
-        self.autocast = torch.autocast(environment.device.type, torch.bfloat16, enabled=is_bf16)
+        self.autocast = arithmetic(chosen.settled.precision).autocast(environment.device.type)
         self.metrics = MetricsFile(prepared.run.metrics) if environment.is_main else None
         options = chosen.config.run
         self.memory = snapshot.HostMemory(environment.device) if options.async_save else None
@@ -232,8 +241,9 @@ class _Training:
         self._introduce()
         if self.environment.is_main and prepared.done == 0:
             answer_tasks(self.chosen, prepared, 0, self.autocast, self.reporter)
+            finish_stories(self.chosen, prepared, 0, self.autocast, self.reporter)
         backend_report(reset=True)
-        self.reporter.begin(prepared.done, steps, prepared.model_config.vocab_size)
+        self.reporter.begin(prepared.done, steps, self._ways())
         with StopRequest() as stop:
             try:
                 done = self._loop(stop).run(prepared.done, prepared.seconds)
@@ -271,18 +281,22 @@ class _Training:
     def _loop(self, stop: StopRequest) -> TrainingLoop:
         config, settled, prepared = self.chosen.config, self.chosen.settled, self.prepared
         return TrainingLoop(
+            objective=prepared.objective,
             module=prepared.trainee.module,
             optimizer=prepared.trainee.optimizer,
             scheduler=prepared.trainee.scheduler,
+            guard=prepared.trainee.guard,
             sampler=prepared.sampler,
             options=LoopOptions(
                 steps=settled.steps,
                 micro_batch_size=settled.micro_batch_size,
-                max_grad_norm=config.training.max_grad_norm,
+                max_skipped=config.training.max_skipped,
                 eval_every=settled.eval_every,
                 save_every=settled.save_every,
                 flops_per_token=flops_per_token(prepared.model_config, settled.seq_len),
-                peak_flops=machine.peak_flops(self.environment.device, settled.precision),
+                peak_flops=machine.peak_flops(
+                    self.environment.device, settled.precision, config.machine.tf32
+                ),
             ),
             environment=self.environment,
             autocast=self.autocast,
@@ -294,22 +308,58 @@ class _Training:
             evaluate=self._evaluate,
             save=self._save,
             emit=self._emit,
+            left_out=self._left_out,
             stop=stop,
         )
 
-    def _evaluate(self) -> float:
-        return validation_loss(
-            self.prepared.trainee.model,
+    def _ways(self) -> int:
+        """Among how many ways a model that knows nothing chooses: its loss is ln of that."""
+        config = self.chosen.config
+        if config.run.objective != "dpo":
+            return self.prepared.model_config.vocab_size
+        at_start = loss_at_start(config.dpo)
+        return 2 if at_start == math.log(2) else 0
+
+    def _evaluate(self) -> Validation:
+        return validate(
+            self.prepared.objective,
+            self.prepared.trainee.called,
             self.prepared.validation,
             batch_size=self.chosen.settled.micro_batch_size,
             environment=self.environment,
             autocast=self.autocast,
         )
 
+    def _check_start(self, loss: float) -> None:
+        """Refuse a reference that is not where the policy begins, though it should be.
+
+        The loss is then known before anything is computed; rounding may move it a little.
+        """
+        options = self.chosen.config.dpo
+        moved = options.reference not in (REFERENCE_START, REFERENCE_EMA)
+        expected = None if moved else loss_at_start(options)
+        if self.chosen.config.run.objective != "dpo" or expected is None:
+            return
+        if not math.isclose(loss, expected, rel_tol=_ROUNDING):
+            raise InputError(
+                f"the loss before the first step is {loss:.6f}, not {expected:.6f}: the reference's"
+                " log-probabilities are not those of the model that this begins with; remove the"
+                " cache, or leave --precompute out"
+            )
+
     def _emit(self, record: Record) -> None:
+        if record.step == 0 and record.val_loss is not None:
+            self._check_start(record.val_loss)
         if self.metrics is not None:
             self.metrics.write(record)
         self.reporter.record(record)
+
+    def _left_out(self, left_out: LeftOut) -> None:
+        """Say which update was not made and why; name what broke it and keep its batch."""
+        if left_out.is_overflow and left_out.in_a_row < self.chosen.config.training.max_skipped:
+            return  # the loss scale comes down by itself
+        told = examine(left_out, self.chosen, self.prepared, self.environment, self.autocast)
+        self.reporter.say(told)
 
     def _save(self, step: int, seconds: float) -> None:
         """Have a checkpoint written. All processes call this together; the first one writes."""
@@ -336,6 +386,7 @@ class _Training:
                         "processes": environment.world_size,
                         "rows": rows,
                         "tokens": rows * prepared.sampler.seq_len,
+                        "guard": trainee.guard.state_dict(),
                     },
                     memory=self.memory,
                     fresh=is_sharded(trainee.optimizer),

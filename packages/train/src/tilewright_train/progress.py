@@ -19,7 +19,7 @@ class Reporter:
     def say(self, text: str = "") -> None:
         """A line that stays."""
 
-    def begin(self, first: int, total: int, vocab_size: int) -> None:
+    def begin(self, first: int, total: int, ways: int) -> None:
         """Training starts behind step `first` of `total`."""
 
     def record(self, record: Record) -> None:
@@ -37,15 +37,15 @@ class PlainReporter(Reporter):
         self.every = every
         self._clock = _Clock()
         self._total = 0
-        self._vocab_size = 0
+        self._ways = 0
 
     def say(self, text: str = "") -> None:
         """Print it."""
         print(text, file=self.stream, flush=True)
 
-    def begin(self, first: int, total: int, vocab_size: int) -> None:
+    def begin(self, first: int, total: int, ways: int) -> None:
         """Start the clock."""
-        self._total, self._vocab_size = total, vocab_size
+        self._total, self._ways = total, ways
         self._clock.start(first, total)
         self._first = first
 
@@ -54,7 +54,7 @@ class PlainReporter(Reporter):
         is_first = record.step == self._first + 1
         if record.val_loss is not None or record.step % self.every == 0 or is_first:
             left = self._clock.left(record.step)
-            self.say(format_record(record, self._total, self._vocab_size, left))
+            self.say(format_record(record, self._total, self._ways, left))
 
 
 class LiveReporter(Reporter):
@@ -70,9 +70,9 @@ class LiveReporter(Reporter):
         """Print it above the bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def begin(self, first: int, total: int, vocab_size: int) -> None:
+    def begin(self, first: int, total: int, ways: int) -> None:
         """Show the bar."""
-        self._total, self._vocab_size = total, vocab_size
+        self._total, self._ways = total, ways
         self._clock.start(first, total)
         self._progress = Progress(
             BarColumn(bar_width=16),
@@ -86,7 +86,7 @@ class LiveReporter(Reporter):
 
     def record(self, record: Record) -> None:
         """Move the bar; a validation loss leaves its line above it."""
-        line = format_record(record, self._total, self._vocab_size, self._clock.left(record.step))
+        line = format_record(record, self._total, self._ways, self._clock.left(record.step))
         if record.val_loss is not None:
             self.say(line)
         if self._progress is not None:
@@ -106,25 +106,35 @@ def make_reporter(stream: TextIO, every: int) -> Reporter:
     return PlainReporter(stream, every)
 
 
-def format_record(record: Record, total: int, vocab_size: int, seconds_left: float | None) -> str:
+def format_record(record: Record, total: int, ways: int, seconds_left: float | None) -> str:
     """One line about a step; what is not known is left out."""
     step = f"step {record.step:>{len(str(total))}}/{total}"
     if record.step == 0:
-        uniform = math.log(vocab_size)
-        return f"{step}  val loss {record.val_loss:.4f}  (ln {vocab_size} = {uniform:.4f})"
+        known = f"  (ln {ways} = {math.log(ways):.4f})" if ways else ""
+        return f"{step}  val loss {record.val_loss:.4f}{known}"
     rate, mfu, memory = record.tokens_per_second, record.mfu, record.peak_memory_bytes
     parts = (
         step,
-        f"loss {record.loss:.4f}",
+        f"loss {record.loss:.4f}" if record.loss is not None else "loss not finite",
         f"val loss {record.val_loss:.4f}" if record.val_loss is not None else None,
+        _accuracy(record),
         f"lr {record.lr:.2e}",
-        f"grad norm {record.grad_norm:.2f}",
+        f"grad norm {record.grad_norm:.2f}" if record.grad_norm is not None else None,
+        f"{record.skipped_steps} left out" if record.skipped_steps else None,
+        f"scale {record.loss_scale:g}" if record.loss_scale is not None else None,
         f"{_thousands(rate)} tokens/s" if rate is not None else None,
         f"{mfu:.1%} of peak" if mfu is not None else None,
         f"{memory / 2**30:.2f} GiB",
         f"{format_seconds(seconds_left)} left" if seconds_left is not None else None,
     )
     return "  ".join(part for part in parts if part is not None)
+
+
+def _accuracy(record: Record) -> str | None:
+    """Of DPO: how often the reward of the chosen side is the larger one, best on validation."""
+    name = "rewards/accuracies"
+    value = record.metrics.get(f"val_{name}", record.metrics.get(name))
+    return None if value is None else f"accuracy {value:.0%}"
 
 
 def format_seconds(seconds: float) -> str:

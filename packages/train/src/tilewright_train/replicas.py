@@ -41,6 +41,12 @@ def replicate(
     )
 
 
+def wait_for_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Return when the weights are there after a step: sharded ones travel meanwhile."""
+    if isinstance(optimizer, ShardedOptimizer):
+        optimizer.wait_for_parameters()
+
+
 def clip_and_step(
     optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float
 ) -> torch.Tensor:

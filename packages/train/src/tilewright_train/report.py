@@ -12,7 +12,7 @@ _INK, _TRAIN, _VALIDATION, _BIGRAM = "#333333", "#9bb8d3", "#1f4e79", "#c0504d"
 
 
 def plot_losses(
-    records: Sequence[Record], path: Path, *, title: str, vocab_size: int, bigram_loss: float
+    records: Sequence[Record], path: Path, *, title: str, vocab_size: int, bigram_loss: float | None
 ) -> None:
     """Draw training and validation loss, the bigram model and ln V; the learning rate below.
 
@@ -20,8 +20,8 @@ def plot_losses(
         records: Of metrics.jsonl.
         path: The PNG to write; its folder is made.
         title: Of the picture.
-        vocab_size: V; ln V is the loss of a model that knows nothing.
-        bigram_loss: The bigram model's validation loss, in nats.
+        vocab_size: V; ln V is the loss of a model that knows nothing. Of DPO 2.
+        bigram_loss: The bigram model's validation loss, in nats; None where there is none.
     """
     figure = Figure(figsize=(9, 6), dpi=110, layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
@@ -34,12 +34,12 @@ def plot_losses(
         steps, values = zip(*validation, strict=True)
         label = f"validation, at the end {values[-1]:.3f}"
         losses.plot(steps, values, color=_VALIDATION, marker="o", markersize=4, label=label)
-    for level, style, color, label in (
-        (bigram_loss, "--", _BIGRAM, f"bigram model, {bigram_loss:.3f}"),
-        (math.log(vocab_size), ":", _INK, f"ln {vocab_size} = {math.log(vocab_size):.3f}"),
-    ):
+    levels = [(math.log(vocab_size), ":", _INK, f"ln {vocab_size} = {math.log(vocab_size):.3f}")]
+    if bigram_loss is not None:
+        levels.insert(0, (bigram_loss, "--", _BIGRAM, f"bigram model, {bigram_loss:.3f}"))
+    for level, style, color, label in levels:
         losses.axhline(level, linestyle=style, color=color, linewidth=1.2, label=label)
-    losses.set_ylabel("loss, nats per token")
+    losses.set_ylabel("loss, nats per token" if bigram_loss is not None else "loss, nats per pair")
     losses.set_title(title, fontsize=11)
     losses.legend(frameon=False)
     rates.plot(

@@ -13,7 +13,12 @@ Held out are instances (facts that no training sample asks about in this way) an
 whole templates (ways to ask).
 """
 
-from tilewright_train.stories.endings import preference, story, story_to_finish
+from tilewright_train.stories.endings import (
+    is_consistent,
+    preference,
+    story,
+    story_to_finish,
+)
 from tilewright_train.stories.source import StoriesSource
 from tilewright_train.stories.tasks import TASKS, Instruction, instruction
 
@@ -22,6 +27,7 @@ __all__ = [
     "Instruction",
     "StoriesSource",
     "instruction",
+    "is_consistent",
     "preference",
     "story",
     "story_to_finish",

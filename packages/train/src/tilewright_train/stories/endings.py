@@ -6,6 +6,7 @@ the same words in another order: with a tokenizer that splits at spaces they hav
 and neither is likelier for its words or its length.
 """
 
+import re
 from typing import NamedTuple
 
 from tilewright_train.records import Conversation, Message, Preference
@@ -57,6 +58,22 @@ def preference(split: str, number: int) -> Preference:
         (Message("assistant", plot.consistent),),
         (Message("assistant", plot.contradicting),),
     )
+
+
+def is_consistent(beginning: str, ending: str) -> bool:
+    """Whether `ending`, whoever wrote it, is one of the grammar's and agrees with the story.
+
+    Args:
+        beginning: The story, or a request that holds it.
+        ending: What is to follow.
+    """
+    told = set(re.findall(r"\w+", beginning))
+    for template in _ENDINGS:
+        pattern = re.escape(template).replace(re.escape("{}"), r"(\w+)")
+        if match := re.fullmatch(pattern, ending.strip()):
+            there, absent = match.groups()
+            return there in told and absent in THINGS and absent not in told
+    return False
 
 
 def _plot(draw: Draw, *, held_out: bool) -> _Plot:
