@@ -37,12 +37,13 @@ from tilewright_kernels.flash_attention.backward_tiles import (
     score_scales,
     scratch_row,
 )
-from tilewright_kernels.flash_attention.hopper_backward_tiles import shown, weights, write_rows
+from tilewright_kernels.flash_attention.hopper_backward_tiles import shown, weights
 from tilewright_kernels.flash_attention.hopper_tasks import (
     FLAGS,
     describe,
     describe_vector,
     following,
+    write_rows,
 )
 from tilewright_kernels.flash_attention.masks import query_blocks, shift_of
 from tilewright_kernels.flash_attention.operands import strides

@@ -31,7 +31,7 @@ from tilewright_kernels.flash_attention.backward_tiles import (
     score_scales,
     scratch_row,
 )
-from tilewright_kernels.flash_attention.hopper_backward_tiles import shown, weights, write_rows
+from tilewright_kernels.flash_attention.hopper_backward_tiles import shown, weights
 from tilewright_kernels.flash_attention.hopper_tasks import (
     FLAGS,
     GROUPS,
@@ -42,9 +42,12 @@ from tilewright_kernels.flash_attention.hopper_tasks import (
     following,
     load,
     meet,
+    message_room,
+    next_task,
     place_of,
     tell,
     told,
+    write_rows,
 )
 from tilewright_kernels.flash_attention.masks import query_blocks, shift_of
 from tilewright_kernels.flash_attention.operands import strides
@@ -130,9 +133,7 @@ def _fetch(
                         row, head, scratch, begin, end, rows_per_head, GROUP, BLOCK_M
                     )
             turn += 1
-        task = tasks
-        if counter_ptr is not None:
-            task = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
+        task = next_task(counter_ptr, tasks)
     tell(-1, 0, 0, message, message_bars, turn)
 
 
@@ -258,10 +259,7 @@ def attention_backward_keys_hopper_kernel(
         gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse2_desc.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse2_desc.layout),
     )
-    message = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    message_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(message_bars.index(0), count=1)
-    mbarrier.init(message_bars.index(1), count=GROUPS)
+    message, message_bars = message_room()
     bars = (
         barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(GROUPS, 1),
         barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(1, GROUPS), message_bars,

@@ -54,9 +54,12 @@ from tilewright_kernels.flash_attention.hopper_tasks import (
     describe,
     load,
     meet,
+    message_room,
+    next_task,
     place_of,
     tell,
     told,
+    write_rows,
 )
 from tilewright_kernels.flash_attention.masks import Mask, visible
 from tilewright_kernels.flash_attention.online_softmax import finish_rows, scores
@@ -103,9 +106,7 @@ def _fetch(
                 load(v_desc, v_bufs, v_full, v_empty, step, index, kv_head, first_k + j)
                 step += 1
             turn += 1
-        task = tasks
-        if counter_ptr is not None:
-            task = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
+        task = next_task(counter_ptr, tasks)
     tell(-1, 0, 0, message, message_bars, turn)
 
 
@@ -157,7 +158,6 @@ def _write(
 ):
     """out and lse of a warpgroup's rows."""
     index, first_q, len_q, _, _ = place
-    BLOCK_D: gl.constexpr = acc.shape[1]
     rows_of: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     index, head = index.to(gl.int64), head.to(gl.int64)
     acc, lse = finish_rows(gl.convert_layout(m, rows_of), gl.convert_layout(l, rows_of), acc)
@@ -165,15 +165,7 @@ def _write(
     row = first + gl.arange(0, ROWS, rows_of)
     lse_ptr += index * lse_batch_stride + head * lse_head_stride
     gl.store(lse_ptr + first_q + row, lse, mask=row < len_q)
-
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    batch_stride, row_stride, head_stride = out_strides
-    row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None]
-    col = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))[None, :]
-    out_ptr += index * batch_stride + head * head_stride
-    out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), layout)
-    to = out_ptr + (first_q + row).to(gl.int64) * row_stride + col
-    gl.store(to, out, mask=(row < len_q) & (col < D_V))
+    write_rows(acc, out_ptr, out_strides, index, head, first_q, first, len_q, D_V)
 
 
 @gluon.jit
@@ -313,10 +305,7 @@ def attention_forward_hopper_kernel(
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], layout),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], layout),
     )
-    message = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    message_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(message_bars.index(0), count=1)
-    mbarrier.init(message_bars.index(1), count=GROUPS)
+    message, message_bars = message_room()
     bars = (
         barriers(GROUPS, 1), barriers(GROUPS, 1), barriers(STAGES, 1),
         barriers(STAGES, GROUPS), barriers(STAGES, 1), barriers(STAGES, GROUPS),

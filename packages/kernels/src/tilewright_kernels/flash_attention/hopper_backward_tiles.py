@@ -1,6 +1,6 @@
 # What Gluon's decorators and annotations say of themselves is not what they do.
 # pyrefly: ignore-errors
-"""What the backward's kernels for Hopper do with a tile of scores, and with one of results.
+"""What the backward's kernels for Hopper do with a tile of scores.
 
 A softcap is in two steps, with the mask between them: the tanh, then exponential and slope. Neither
 p nor its product with the slope, 32 registers each, has to be kept across the mask.
@@ -59,21 +59,3 @@ def weights(t, lse2, outer, CAP: gl.constexpr):
     else:
         p, ds = t, t
     return p, ds
-
-
-@gluon.jit
-def write_rows(
-    x, pointer, strides, index, head, first, row, length, D: gl.constexpr
-):  # fmt: skip
-    """Rows row … of a head of the sequence that begins at `first`, as far as there are any."""
-    batch_stride, row_stride, head_stride = strides
-    BLOCK_D: gl.constexpr = x.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [256 // BLOCK_D, BLOCK_D // 8], [gl.num_warps(), 1], [1, 0]
-    )
-    x = gl.convert_layout(x.to(pointer.dtype.element_ty), layout)
-    rows = row + gl.arange(0, x.shape[0], gl.SliceLayout(1, layout))[:, None]
-    cols = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))[None, :]
-    pointer += index.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
-    to = pointer + (first + rows).to(gl.int64) * row_stride + cols
-    gl.store(to, x, mask=(rows < length) & (cols < D))

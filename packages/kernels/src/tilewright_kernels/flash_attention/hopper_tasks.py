@@ -1,6 +1,6 @@
 # What Gluon's decorators and annotations say of themselves is not what they do.
 # pyrefly: ignore-errors
-"""What the warps of `forward_hopper` agree on: which tile is next, and what lies in which buffer.
+"""What the warps of Hopper's kernels agree on: which tile is next, and what lies in which buffer.
 
 A task is a tile of queries of one head of one sequence. The warp that fetches finds out which is
 next and tells the others. Buffers are rings: step n uses slot n % SLOTS for the n // SLOTS-th time,
@@ -38,6 +38,15 @@ def place_of(task, shape):
     within = task - first * tiles
     batch_head = first + within % group
     return tiles - 1 - within // group, batch_head // heads, batch_head % heads
+
+
+@gluon.jit
+def next_task(counter_ptr, tasks):
+    """The first task that no program has taken; none is left where there is no counter."""
+    task = tasks
+    if counter_ptr is not None:
+        task = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)
+    return task
 
 
 @gluon.jit
@@ -96,6 +105,16 @@ def meet(bar, meetings):
 
 
 @gluon.jit
+def message_room():
+    """Room for what is told, and two barriers: that it is there, and that both have heard it."""
+    message = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(bars.index(0), count=1)
+    mbarrier.init(bars.index(1), count=GROUPS)
+    return message, bars
+
+
+@gluon.jit
 def tell(tile, batch, head, message, bars, turn):
     """Give the warpgroups a tile; one of -1 ends them."""
     zero = gl.full((1,), 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
@@ -128,6 +147,24 @@ def following(row, head, scratch, begin, end, rows_per_head, GROUP: gl.constexpr
         head = gl.where(over, head + 1, head)
         scratch = gl.where(over, scratch + rows_per_head, scratch)
     return row, head, scratch
+
+
+@gluon.jit
+def write_rows(
+    x, pointer, strides, index, head, first, row, length, D: gl.constexpr
+):  # fmt: skip
+    """Rows row … of a head of the sequence that begins at `first`, as far as there are any."""
+    batch_stride, row_stride, head_stride = strides
+    BLOCK_D: gl.constexpr = x.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [256 // BLOCK_D, BLOCK_D // 8], [gl.num_warps(), 1], [1, 0]
+    )
+    x = gl.convert_layout(x.to(pointer.dtype.element_ty), layout)
+    rows = row + gl.arange(0, x.shape[0], gl.SliceLayout(1, layout))[:, None]
+    cols = gl.arange(0, BLOCK_D, gl.SliceLayout(0, layout))[None, :]
+    pointer += index.to(gl.int64) * batch_stride + head.to(gl.int64) * head_stride
+    to = pointer + (first + rows).to(gl.int64) * row_stride + cols
+    gl.store(to, x, mask=(rows < length) & (cols < D))
 
 
 def describe(x: Tensor, rows: int, width: int) -> TensorDescriptor:
