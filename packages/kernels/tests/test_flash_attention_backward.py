@@ -460,7 +460,7 @@ def test_sums_are_put_in_order(packed, device):
     OPERATOR.launch(
         backward.attention_backward_unpack_kernel, (2 * 2 * 2,), sums.contiguous(), out, cu_seqlens,
         0.5, 70, 2, 256 if packed else 128, *out.stride()[:3],
-        D=width, BLOCK_D=64, PACKED=packed, PADDED=128, num_warps=4,
+        D=width, PACKED=packed, PADDED=128, num_warps=4,
     )  # fmt: skip
     expected = torch.cat(dq)[None] if packed else torch.stack(dq)
     assert torch.equal(out, 0.5 * expected)

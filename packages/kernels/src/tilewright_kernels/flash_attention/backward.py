@@ -283,14 +283,13 @@ def _launch_hopper(
 ) -> None:  # fmt: skip
     from tilewright_kernels.flash_attention.backward_hopper import launch_backward_hopper
 
-    block_d = hopper_width(q, v)
-    sums = q.new_zeros((len(problem.lse2), block_d), dtype=torch.float32)
+    sums = q.new_zeros((len(problem.lse2), 64), dtype=torch.float32)
     launch_backward_hopper(problem, q, k, v, dout, sums, dk, dv)
     tiles = cdiv(problem.lengths[0], 64)
     problem.operator.launch(
         attention_backward_unpack_kernel, (tiles * problem.heads * problem.batch,),
         sums, dq, problem.cu_seqlens_q, problem.scale, problem.lengths[0], problem.heads,
-        problem.rows_per_head, *strides(dq), D=problem.widths["D"], BLOCK_D=block_d,
+        problem.rows_per_head, *strides(dq), D=problem.widths["D"],
         **problem.constants("PACKED", "PADDED"), num_warps=4,
     )  # fmt: skip
 

@@ -78,33 +78,31 @@ def _fetch(descs, bufs, full, slot, batch, head, row, scratch, pred):
 
 
 @gluon.jit
-def _clear(buffer, count, BLOCK_D: gl.constexpr):
+def _clear(buffer, count):
     """Zeros in all rows but the first `count`: there lies another sequence, and 0 · NaN is NaN."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [8, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     rows = gl.arange(0, buffer.shape[0], gl.SliceLayout(1, layout))
     x = buffer.load(layout)
     buffer.store(gl.where((rows < count)[:, None], x, 0.0))
 
 
 @gluon.jit
-def _clear_tail(
-    q, dout, count, PACKED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr
-):  # fmt: skip
+def _clear_tail(q, dout, count, PACKED: gl.constexpr):
     """`_clear` of queries past the end of a packed sequence."""
-    if PACKED and count < BLOCK_M:
-        _clear(q, count, BLOCK_D)
-        _clear(dout, count, BLOCK_D)
+    if PACKED and count < q.shape[0]:
+        _clear(q, count)
+        _clear(dout, count)
         fence_async_shared()
         gl.thread_barrier()
 
 
 @gluon.jit
-def _add(sums_ptr, dq, BLOCK_D: gl.constexpr):
-    """sums += dq, atomically, in the order of `attention_backward_unpack_kernel`."""
-    parts = dq.reshape((4, 2, 8, 2, BLOCK_D // 16, 4, 2)).permute((0, 3, 4, 2, 5, 1, 6))
-    flat = parts.reshape((64 * BLOCK_D,))
+def _add(sums_ptr, dq):
+    """sums += dq [64, 64], atomically, in the order of `attention_backward_unpack_kernel`."""
+    parts = dq.reshape((4, 2, 8, 2, 4, 4, 2)).permute((0, 3, 4, 2, 5, 1, 6))
+    flat = parts.reshape((64 * 64,))
     layout: gl.constexpr = flat.type.layout
-    gl.atomic_add(sums_ptr + gl.arange(0, 64 * BLOCK_D, layout), flat, sem="relaxed")
+    gl.atomic_add(sums_ptr + gl.arange(0, 64 * 64, layout), flat, sem="relaxed")
 
 
 @gluon.jit(
@@ -118,8 +116,8 @@ def attention_backward_hopper_kernel(
     right, rows_per_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
     GROUP: gl.constexpr, BOTTOM_RIGHT: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr, CAP: gl.constexpr, PACKED: gl.constexpr,
-    D: gl.constexpr, D_V: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, num_warps: gl.constexpr,
+    D: gl.constexpr, D_V: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one key head, and their part of dq, unscaled.
 
@@ -127,6 +125,7 @@ def attention_backward_hopper_kernel(
     first: under a causal mask most queries see them.
     """
     dtype: gl.constexpr = q_desc.dtype
+    BLOCK_D: gl.constexpr = q_desc.block_type.shape[3]
     tiles = gl.cdiv(num_k, BLOCK_N)
     first_head = gl.program_id(0) // (tiles * heads_together) * heads_together
     together = gl.minimum(kv_heads * batches - first_head, heads_together)
@@ -185,15 +184,15 @@ def attention_backward_hopper_kernel(
         _fetch(descs, bufs, full, 0, index, head, first_q + row, scratch + row, True)
         mbarrier.wait(keys_full, 0)
         if PACKED and first_key + BLOCK_N > len_k:
-            _clear(k, len_k - first_key, BLOCK_D)
-            _clear(v, len_k - first_key, BLOCK_D)
+            _clear(k, len_k - first_key)
+            _clear(v, len_k - first_key)
         # The sums of the step before, whose dq is still to be multiplied.
         sums = sums_ptr
         for step in range(steps):
             slot = step % STAGES
             q, dout = q_bufs.index(slot), dout_bufs.index(slot)
             mbarrier.wait(full.index(slot), step // STAGES & 1)
-            _clear_tail(q, dout, len_q - row, PACKED, BLOCK_M, BLOCK_D)
+            _clear_tail(q, dout, len_q - row, PACKED)
             s = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
             fence_async_shared()
             gl.thread_barrier()
@@ -220,7 +219,7 @@ def attention_backward_hopper_kernel(
             p, ds = weights(t, lse2, outer, CAP)
             dq = warpgroup_mma_wait(1, deps=(dq,))
             if step > 0:
-                _add(sums, dq, BLOCK_D)
+                _add(sums, dq)
             p_operand = gl.convert_layout(p.to(dtype), operand)
             dv = warpgroup_mma(p_operand, dout, dv, is_async=True)
             minus_delta = minus_delta_bufs.index(slot).load(gl.SliceLayout(0, s_layout))
@@ -237,7 +236,7 @@ def attention_backward_hopper_kernel(
             ds_bufs.index(steps + 1 & 1).permute((1, 0)), k, dq_zeros, use_acc=False, is_async=True
         )
         dq = warpgroup_mma_wait(0, deps=(dq,))
-        _add(sums, dq, BLOCK_D)
+        _add(sums, dq)
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     dk_strides, dv_strides = (dk_batch, dk_row, dk_head), (dv_batch, dv_row, dv_head)
     write_rows(dk * scale, dk_ptr, dk_strides, index, kv_head, first_k, first_key, len_k, D)
@@ -260,17 +259,17 @@ def launch_backward_hopper(
         dk: like k.
         dv: like v.
     """
-    (len_q, len_k), block_d, kv_heads = problem.lengths, sums.shape[1], problem.kv_heads
-    bytes_per_head = len_q * problem.flags["GROUP"] * block_d * 8
+    (len_q, len_k), kv_heads, width = problem.lengths, problem.kv_heads, sums.shape[1]
+    bytes_per_head = len_q * problem.flags["GROUP"] * width * 8
     problem.operator.launch(
         attention_backward_hopper_kernel, (cdiv(len_k, BLOCK_N) * kv_heads * problem.batch,),
-        describe(q, BLOCK_M, block_d), describe(k, BLOCK_N, block_d),
-        describe(v, BLOCK_N, block_d), describe(dout, BLOCK_M, block_d),
+        describe(q, BLOCK_M, width), describe(k, BLOCK_N, width),
+        describe(v, BLOCK_N, width), describe(dout, BLOCK_M, width),
         describe_vector(problem.lse2, BLOCK_M), describe_vector(problem.minus_delta, BLOCK_M),
         sums, dk, dv, problem.cu_seqlens_q, problem.cu_seqlens_k, problem.scale, problem.softcap,
         len_q, len_k, kv_heads, problem.batch,
         heads_together(bytes_per_head, kv_heads * problem.batch), *problem.mask.window,
         problem.rows_per_head, *strides(dk, dv), **problem.constants(*FLAGS, "PACKED"),
-        D=problem.widths["D"], D_V=problem.widths["D_V"], BLOCK_D=block_d,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, num_warps=8,
+        D=problem.widths["D"], D_V=problem.widths["D_V"], BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        STAGES=STAGES, num_warps=8,
     )  # fmt: skip

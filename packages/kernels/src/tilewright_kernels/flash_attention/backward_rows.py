@@ -110,9 +110,9 @@ def attention_backward_unpack_kernel(
     # pyrefly: ignore[not-a-type]
     scale: tl.float64,
     len_q, heads, rows_per_head, dq_batch, dq_row, dq_head,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr,
+    D: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale · sums of 64 queries, whose elements lie as backward_hopper.py adds them up.
+    """dq = scale · sums [64, 64] of 64 queries, which lie as backward_hopper.py adds them up.
 
     That is by warp of four, half of the columns, eight columns, row of eight, pair of columns,
     half of the 16 rows, and column of the pair.
@@ -125,10 +125,10 @@ def attention_backward_unpack_kernel(
     if row >= length:
         return
     at = scratch_row(batch, head, heads, first, rows_per_head, PACKED, PADDED) + row
-    sums_ptr += at * BLOCK_D
-    sums = tl.load(sums_ptr + tl.arange(0, 64 * BLOCK_D))
-    sums = sums.reshape(4, 2, BLOCK_D // 16, 8, 4, 2, 2).permute(0, 5, 3, 1, 2, 4, 6)
-    sums = sums.reshape(64, BLOCK_D) * tl.full((), scale, tl.float32)
+    sums_ptr += at * 64
+    sums = tl.load(sums_ptr + tl.arange(0, 64 * 64))
+    sums = sums.reshape(4, 2, 4, 8, 4, 2, 2).permute(0, 5, 3, 1, 2, 4, 6)
+    sums = sums.reshape(64, 64) * tl.full((), scale, tl.float32)
     store_rows(
-        sums, dq_ptr, index, head, first, row, length, (dq_batch, dq_row, dq_head), D, 64, BLOCK_D
+        sums, dq_ptr, index, head, first, row, length, (dq_batch, dq_row, dq_head), D, 64, 64
     )
