@@ -4,10 +4,14 @@ Each change comes at the third step, when a kept plan would be taken: kernels th
 would read freed memory, past an end, or elements in another order.
 """
 
+import io
+import weakref
+
 import pytest
 import torch
 
 from tilewright_optim import Adam, AdamW, Muon, MuonW
+from tilewright_optim._snapshot import Snapshot
 from tilewright_optim.testing import random_parameters, set_random_grads
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -99,6 +103,106 @@ def test_changes_between_steps_are_followed(change, device):
     ours, torchs = (train(kind, device, change) for kind in (AdamW, torch.optim.AdamW))
     for a, b in zip(ours, torchs, strict=True):
         torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6)
+
+
+def keep_the_state(average):
+    return average, lambda kept: kept
+
+
+def keep_an_alias(average):
+    return average.detach(), None
+
+
+def keep_weakly(average):
+    return weakref.ref(average), lambda kept: kept()
+
+
+def keep_the_memory(average):
+    return average.untyped_storage(), None
+
+
+@pytest.mark.parametrize("keep", [keep_the_state, keep_weakly], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("after", [1, 4])
+def test_states_that_were_read_long_ago_may_still_move(keep, after, device):
+    def trained(kind):
+        params = make(device)
+        optimizer = kind(params, lr=1e-2)
+        for step in range(after + 4):
+            set_random_grads(params, step)
+            optimizer.step()
+            if step == after:
+                kept, tensor_of = keep(average(params, optimizer))
+            if step == after + 2:
+                old = tensor_of(kept).data
+                tensor_of(kept).data = torch.ones_like(old)
+                old.fill_(torch.nan)
+        return [p.detach() for p in params]
+
+    for a, b in zip(trained(AdamW), trained(torch.optim.AdamW), strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("keep", [keep_an_alias, keep_the_memory], ids=lambda f: f.__name__)
+def test_memory_of_states_may_be_moved_through_others(keep, device):
+    def trained(kind):
+        params = make(device)
+        optimizer = kind(params, lr=1e-2)
+        for step in range(6):
+            set_random_grads(params, step)
+            optimizer.step()
+            if step == 1:
+                kept, _ = keep(average(params, optimizer))
+            if step == 4:
+                memory = kept if isinstance(kept, torch.UntypedStorage) else kept.untyped_storage()
+                place = memory.data_ptr()
+                memory.resize_(2**20)
+                assert memory.data_ptr() != place
+        return [p.detach() for p in params]
+
+    for a, b in zip(trained(AdamW), trained(torch.optim.AdamW), strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6)
+
+
+def looks(optimizer, params, steps, monkeypatch):
+    """At which of these steps every state was looked at."""
+    found = []
+    holds = Snapshot.holds
+    for step in range(steps):
+        with monkeypatch.context() as patch:
+            patch.setattr(Snapshot, "holds", lambda self: found.append(step) or holds(self))  # noqa: B023
+            set_random_grads(params, step)
+            optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_states_that_nobody_else_has_are_not_looked_at(capturable, device, monkeypatch):
+    params = make(device)
+    optimizer = AdamW(params, capturable=capturable)
+    assert looks(optimizer, params, 5, monkeypatch) == [1]
+    torch.save(optimizer.state_dict(), io.BytesIO())
+    # A look because of the reading, then one with the proof that nothing of it is left.
+    assert looks(optimizer, params, 5, monkeypatch) == [0, 1]
+    kept = average(params, optimizer)
+    assert looks(optimizer, params, 5, monkeypatch) == [0, 1, 2, 3, 4]
+    del kept
+    # Tried again in powers of two since the reading, of which the fourth step was one.
+    assert looks(optimizer, params, 5, monkeypatch) == [0, 1, 2, 3]
+
+
+def test_a_walk_over_all_objects_is_seen(device):
+    params = make(device)
+    optimizer = AdamW(params, lr=1e-2)
+    for step in range(3):
+        set_random_grads(params, step)
+        optimizer.step()
+    for state in dict.values(optimizer.state):
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensor = dict.__getitem__(state, key)
+            tensor.data = torch.full_like(tensor, 7.0)
+    set_random_grads(params, 3)
+    optimizer.step()
+    assert (average(params, optimizer) > 5).all()
 
 
 def shrink_a_parameter(params, optimizer):

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tilewright_optim import _tables
-from tilewright_optim._tables import PointerTables, addresses, chunk_list, lie_at
+from tilewright_optim._tables import PointerTables, chunk_list
 
 
 def unpack(chunks):
@@ -20,19 +19,6 @@ def test_chunk_list_of_a_tensor_past_two_to_the_31():
     chunks = chunk_list([3, 2**32 + 1], 2**20)
     assert len(chunks) == 1 + 2**12 + 1
     assert unpack(chunks[-1:]) == [(1, 2**12)]
-
-
-@pytest.mark.parametrize("has_helper", [True, False])
-def test_addresses_are_compared(has_helper, monkeypatch, device):
-    if not has_helper:  # torch built without CUDA
-        monkeypatch.setattr(_tables, "_POINTERS_EQUAL", None)
-    tensors = [torch.empty(3, device=device) for _ in range(3)]
-    places, indices = addresses(tensors), [0, 1, 2]
-    assert lie_at(tensors, places, indices)
-    tensors[2].data = torch.empty(3, device=device)
-    assert not lie_at(tensors, places, indices)
-    with pytest.raises(RuntimeError):
-        lie_at([torch.eye(2).to_sparse()], [0], [0])
 
 
 def test_layout(device):

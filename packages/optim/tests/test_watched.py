@@ -12,8 +12,10 @@ from tilewright_optim import Adam, Muon, MuonW
 from tilewright_optim._watched import (
     WatchedState,
     WatchedStates,
+    entry,
     is_watched,
     last_change,
+    last_reading,
     watched,
 )
 from tilewright_optim.testing import random_parameters, set_random_grads
@@ -61,6 +63,87 @@ def test_reading_is_no_change():
     assert states.get(3) is None
     assert dict(states[1]) == {"a": 2}
     assert last_change() == before
+
+
+READINGS = {
+    "item": lambda s: [s["a"]],
+    "get": lambda s: [s.get("a")],
+    "values": lambda s: list(s.values()),
+    "items": lambda s: [value for _, value in s.items()],
+    "iterate": lambda s: [s[key] for key in s],
+    "copy": lambda s: list(s.copy().values()),
+    "copy.copy": lambda s: list(copy.copy(s).values()),
+    "dict": lambda s: list(dict(s).values()),
+    "update": lambda s: list(updated(s).values()),
+    "unpack": lambda s: list({**s}.values()),
+    "arguments": lambda s: list((lambda **given: given)(**s).values()),
+    "or": lambda s: list((s | {}).values()),
+    "or its reverse": lambda s: list(({} | s).values()),
+    "in place or": lambda s: list(merged(s).values()),
+    "match": lambda s: [matched(s)],
+    "compare": lambda s: s == {"a": 1} and [1],
+    "pickle": lambda s: list(pickle.loads(pickle.dumps(s)).values()),
+}
+
+
+def updated(state):
+    plain = {}
+    plain.update(state)
+    return plain
+
+
+def merged(state):
+    plain = {}
+    plain |= state
+    return plain
+
+
+def matched(state):
+    match state:
+        case {"a": value}:
+            return value
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_readings_of_a_state_are_noticed(name):
+    state = WatchedState(a=1)
+    before, change = last_reading(), last_change()
+    assert READINGS[name](state) == [1]
+    assert last_reading() != before
+    assert last_change() == change
+
+
+@pytest.mark.parametrize("view", ["values", "items"])
+def test_views_tell_of_each_reading(view):
+    iterator = iter(getattr(WatchedState(a=1, b=2), view)())
+    next(iterator)
+    before = last_reading()
+    assert next(iterator) in (2, ("b", 2))
+    assert last_reading() != before
+
+
+def test_every_method_that_gives_values_is_overridden():
+    # The others give keys, sizes and text, or are changes, which are noticed as such.
+    others = {
+        "__class_getitem__", "__contains__", "__len__", "__reversed__", "fromkeys", "keys",
+        *("__delitem__", "__ior__", "__setitem__", "clear", "pop", "popitem", "setdefault"),
+        "update",
+    }  # fmt: skip
+    reading = set(dir(dict)) - set(dir(object)) - others
+    assert reading == {
+        name for name in reading if getattr(WatchedState, name) is not getattr(dict, name)
+    }
+
+
+def test_looking_at_states_from_outside_is_no_reading():
+    states = watched({1: {"a": 2}})
+    before = last_reading()
+    assert states[1] is states.get(1)
+    assert "a" in states[1]
+    assert len(states[1]) == 1
+    assert entry(states[1], "a") == 2
+    assert list(states) == [1]
+    assert last_reading() == before
 
 
 def test_a_missing_state_is_made_watched():

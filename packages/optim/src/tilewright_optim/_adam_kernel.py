@@ -335,14 +335,14 @@ def adam_triton(
         total_norm: of all gradients before the division.
         max_norm: what it is clipped to.
     """
-    params, grads, m, v, maxima, lows, m_scales, v_scales, steps, seeds = launch.columns
+    params, grads, m, v, maxima, lows, m_scales, v_scales, _, seeds = launch.columns
     places, grad_places, copies = launch.places, launch.grad_places, ()
     if not launch.contiguous:
         written = [column for column in (params, m, v, maxima, lows) if column]
         read, written, copies = aligned(grads, written)
         places = [*map(addresses, written), *(addresses(c) for c in (m_scales, v_scales) if c)]
         grad_places = addresses(read)
-    first, counts = (0.0, addresses(steps)) if launch.capturable else launch.counts()
+    first, counts = (0.0, launch.step_places) if launch.capturable else launch.counts()
     random = [seeds] if m_scales or stochastic else []
     columns = [*places[:3], counts, *places[3:], *random]
     work, grad_table, num_chunks = tables.get(columns, launch.sizes, grad_places)
@@ -364,7 +364,7 @@ def adam_triton(
         original.copy_(copy)
     torch.autograd.graph.increment_version(launch.columns.params)  # 0.04 µs each
     if counts_itself:
-        torch.autograd.graph.increment_version(steps)
+        launch.counted()
     else:
         launch.count(found_inf)
 

@@ -1,11 +1,13 @@
 """What successive steps have in common, so that a step of a thousand tensors costs little Python.
 
 A `Launch` holds the tensors of one kind as the lists that a kernel's tables are made of. Each step
-asks it whether they still hold: parameters and states where they were, for `.data`, `set_` and
-`swap_tensors` move a tensor and leave its object in place, and parameters and gradients of the same
-sizes, without gaps. These are passes over lists in C, 0.8 µs a tensor, where making the lists takes
-3 µs. If something changed, the group is planned anew, which compares all shapes. That other tensors
-were put into states is known without a look (`_watched`).
+asks it whether they still hold: parameters and gradients where they were and as they were, for
+`.data`, `set_` and `swap_tensors` change a tensor and leave its object in place. These are a few
+passes over lists in C, 0.3 µs a tensor, where making the lists takes 3 µs. If something changed,
+the group is planned anew, which compares all shapes.
+
+States are looked at like that, too, unless it is known without a look that they are the same: no
+state was put in, none was read (`_watched`), and nobody had kept one before (`_sole_owner`).
 
 A plan keeps states alive from step to step, and gradients until `zero_grad`, also those that their
 owner has dropped meanwhile. So only small groups' plans are kept, `KEPT` elements at most; the
@@ -24,13 +26,18 @@ from tilewright_optim._arguments import obstacle
 from tilewright_optim._checks import check_rows
 from tilewright_optim._kinds import Kind
 from tilewright_optim._layout import lies_plain
+from tilewright_optim._snapshot import Snapshot, lie_at, like
+from tilewright_optim._sole_owner import held_by
 from tilewright_optim._states import as_one
-from tilewright_optim._tables import addresses, lie_at
+from tilewright_optim._tables import addresses
 
-_GRAD, _DTYPE, _NBYTES = map(attrgetter, ("grad", "dtype", "nbytes"))
+_GRAD = attrgetter("grad")
 
 KEPT = 2**25
 """Elements of a group whose plan is kept: 128 MiB of float32 gradients."""
+
+_SAMPLE = 128
+"""Of so many states one is always looked at, in case of what walks all objects to move them."""
 
 STATES = (
     "exp_avg",
@@ -82,6 +89,7 @@ class Launch:
         sizes: elements of each parameter.
         places: addresses of parameters, then of the lists of states that are not empty.
         grad_places: addresses of gradients.
+        step_places: addresses of step counts, if they are on the device.
         flat_steps: the tensor whose elements the step counts are, or None.
     """
 
@@ -91,73 +99,70 @@ class Launch:
         self.kind = kind
         self.obstacle = obstacle(columns.params)
         self.capturable = capturable
-        self._indices = list(range(len(columns.params)))
-        self._states = [tensor for tensors in columns[2:9] for tensor in tensors]
-        self._state_places = addresses(self._states)
-        self._state_indices = list(range(len(self._states)))
         walked = (columns.params, columns.grads, *columns[2:6])
         self.contiguous = all(all(map(lies_plain, column)) for column in walked)
         self.sizes = list(map(Tensor.numel, columns.params))
-        self._param_bytes, self._grad_bytes = (list(map(_NBYTES, c)) for c in columns[:2])
+        self._range = min(self.sizes), max(self.sizes)
         self.places = [addresses(tensors) for tensors in (columns.params, *columns[2:8]) if tensors]
         self.grad_places = addresses(columns.grads)
-        self._grad_dtypes = set(map(_DTYPE, columns.grads))
+        self.step_places = addresses(columns.steps) if capturable else []
         self.flat_steps = as_one(columns.steps)
         self._zeros = [0] * len(self.sizes)
 
-    def refresh(self) -> bool:
-        """Take up the present gradients; False if anything else has changed."""
-        params, grads = self.columns.params, self.columns.grads
+    def keep(self) -> None:
+        """Make ready for `refresh`."""
+        columns = self.columns
+        self._places = self.places[0] + self.grad_places
+        self._indices = list(range(len(self._places)))
+        self._like = like(columns.params + columns.grads)
+        self._states = States(columns, self.flat_steps)
+
+    def refresh(self, unread: bool) -> bool:
+        """Take up the present gradients; False if anything else has changed.
+
+        Args:
+            unread: whether nobody has been given a state since the last step.
+        """
+        params = self.columns.params
+        grads = list(map(_GRAD, params))
+        tensors = params + grads
         try:
-            # The passes that are loops in C++ go first: they wait for the memory of several tensors
-            # at once, and Python's then find it in the caches.
-            stayed = bool(grads) and lie_at(grads, self.grad_places, self._indices)
-            return (
-                lie_at(params, self.places[0], self._indices)
-                and lie_at(self._states, self._state_places, self._state_indices)
-                and list(map(_NBYTES, params)) == self._param_bytes
-                and all(map(Tensor.is_contiguous, params))
-                and self._take(list(map(_GRAD, params)), stayed)
-            )
-        except (TypeError, RuntimeError):  # a gradient of None, or one without an address
+            # A gradient of None is not like the one before.
+            if not self._like(tensors) or not self._take(tensors):
+                return False
+            self.columns = self.columns._replace(grads=grads)
+            return self._states.hold(unread)
+        except (TypeError, RuntimeError):  # one without an address
             return False
 
+    def _take(self, tensors: list[Tensor]) -> bool:
+        """Whether parameters, the first half, are where they were; gradients may be elsewhere."""
+        if lie_at(tensors, self._places, self._indices):  # lists that stay are not sent again
+            return True
+        number = len(self.sizes)
+        places = addresses(tensors)
+        if places[:number] != self.places[0]:
+            return False
+        self._places, self.grad_places = places, places[number:]
+        return True
+
     def forget_gradients(self) -> None:
-        """Keep none of them alive; the next `refresh` looks at its own as if they were new."""
+        """Keep none of them alive."""
         self.columns = self.columns._replace(grads=[])
-
-    def _take(self, grads: list[Any], stayed: bool) -> bool:
-        """Whether gradients are fit; `stayed`: the last ones are where they were."""
-        if stayed and are_same(grads, self.columns.grads):
-            return self._fit(grads)
-        places = addresses(grads)
-        if places != self.grad_places:  # a list that is itself is not compared again
-            self.grad_places = places
-        self.columns = self.columns._replace(grads=grads)
-        return (
-            set(map(type, grads)) == {Tensor}
-            and set(map(_DTYPE, grads)) == self._grad_dtypes
-            and self._fit(grads)
-            and not any(map(Tensor.is_neg, grads))
-        )
-
-    def _fit(self, grads: list[Any]) -> bool:
-        sizes = list(map(_NBYTES, grads))
-        return sizes == self._grad_bytes and all(map(Tensor.is_contiguous, grads))
 
     def counts(self) -> tuple[float, list[int]]:
         """The first step count, on the host, and what each is ahead of it.
 
-        They are read each time, 0.02 µs each: what is written through `.data` or NumPy moves no
-        version.
+        They are read each time, for what is written through `.data` or NumPy moves no version.
         """
         if self.flat_steps is not None:
+            first = self.flat_steps[0]
+            if (self.flat_steps == first).all():
+                return first.item(), self._zeros
             values = self.flat_steps.tolist()
         else:
             values = [step.item() for step in self.columns.steps]
         first = values[0]
-        if values.count(first) == len(values):
-            return first, self._zeros
         return first, [int(value - first) for value in values]
 
     def counts_itself(self, chunk: int) -> bool:
@@ -166,7 +171,8 @@ class Launch:
         Where programs share a tensor, it would need a counter of those that have read, which costs
         5 to 15 % of the step.
         """
-        return self.capturable and min(self.sizes) > 0 and max(self.sizes) <= chunk
+        least, most = self._range
+        return self.capturable and least > 0 and most <= chunk
 
     def count(self, found_inf: Tensor | None) -> None:
         """Add 1 to every step, after the launch, all of whose programs read them."""
@@ -177,6 +183,62 @@ class Launch:
         done = torch.ones_like(steps[0]) if found_inf is None else (found_inf == 0).to(steps[0])
         # One tensor for all of them: a Python number is five times as slow on the CPU.
         torch._foreach_add_(steps, [done] * len(steps))
+
+    def counted(self) -> None:
+        """Tell autograd that the kernel has added 1 to every step."""
+        steps = self.columns.steps if self.flat_steps is None else [self.flat_steps]
+        torch.autograd.graph.increment_version(steps)  # views of one tensor have one version
+
+
+class States:
+    """A launch's states, and whether they are where they were and as they were.
+
+    Args:
+        columns: of the launch.
+        flat_steps: of the launch.
+    """
+
+    def __init__(self, columns: Columns, flat_steps: Tensor | None) -> None:
+        tensors = [tensor for tensors in columns[2:9] for tensor in tensors]
+        self._averages = len(tensors) - len(columns.steps)
+        self._tensors = tensors
+        self._snapshot = Snapshot(tensors)
+        self._flat_steps = flat_steps
+        self._flat_memory = _memory(flat_steps)
+        self._are_ours = False
+        self._unread = 0
+
+    def hold(self, unread: bool) -> bool:
+        """Whether they do; `unread`: nobody has been given one of them since the last call."""
+        if unread and self._are_ours:
+            return (
+                self._snapshot.sample_lies(_SAMPLE)
+                and _memory(self._flat_steps) == self._flat_memory
+            )
+        if not self._snapshot.holds():
+            return False
+        self._unread = self._unread + 1 if unread else 0
+        # A proof takes longer than some looks: it is tried after 1, 2, 4, 8 … such steps.
+        due = unread and self._unread & (self._unread - 1) == 0
+        self._are_ours = due and self._prove()
+        return True
+
+    def _prove(self) -> bool:
+        """Whether nobody else can get at them.
+
+        Each is in a state, a column, the list of all and the one here. Counts of steps share their
+        memory, and its size and place are looked at each time.
+        """
+        averages, steps = self._tensors[: self._averages], self._tensors[self._averages :]
+        return (
+            self._flat_steps is not None
+            and held_by(4, averages)
+            and held_by(4, steps, with_memory=False)
+        )
+
+
+def _memory(tensor: Tensor | None) -> tuple[int, int] | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor.untyped_storage().nbytes())
 
 
 class Plan:
@@ -197,12 +259,17 @@ class Plan:
         self._options = _options(group)
         self.small = sum(sum(launch.sizes) for launch in launches) <= KEPT
 
-    def refresh(self, group: dict[str, Any]) -> bool:
+    def keep(self) -> None:
+        """Make ready for `refresh`; `Launch.keep` for each."""
+        for launch in self.launches:
+            launch.keep()
+
+    def refresh(self, group: dict[str, Any], unread: bool) -> bool:
         """Whether it still holds; `Launch.refresh` for each."""
         members = group["params"]
         return (
             _options(group) == self._options
-            and all(launch.contiguous and launch.refresh() for launch in self.launches)
+            and all(launch.contiguous and launch.refresh(unread) for launch in self.launches)
             and are_same(members, self._members)
             and all(map(is_, map(_GRAD, self._without), repeat(None)))
         )

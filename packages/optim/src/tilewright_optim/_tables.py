@@ -42,23 +42,6 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-_POINTERS_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
-"""In torch built with CUDA: the comparison below in one call, half its time with cold caches."""
-
-
-def lie_at(tensors: list[Tensor], places: list[int], indices: list[int]) -> bool:
-    """Whether these are the tensors' `addresses`.
-
-    Args:
-        tensors: at least one.
-        places: as many.
-        indices: of them all, 0, 1, …
-    """
-    if _POINTERS_EQUAL is None:
-        return addresses(tensors) == places
-    return _POINTERS_EQUAL(tensors, places, indices)
-
-
 def triton_type(dtype: torch.dtype) -> Any:
     """Triton's type of a tensor's elements."""
     return getattr(tl, str(dtype).removeprefix("torch."))

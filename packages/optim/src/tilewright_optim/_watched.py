@@ -1,8 +1,10 @@
-"""Dicts for an optimizer's states that take note of being changed.
+"""Dicts for an optimizer's states that take note of being changed, and of being read.
 
 Before a kernel is given the addresses of the step before, it must be certain that nobody has put
-other tensors into the states since. To look at a thousand dicts would take longer than all the rest
-of a step on the host. These say it of themselves: every change of any of them moves one clock.
+other tensors into the states since, nor moved those that are there. To look at a thousand dicts and
+all that is in them would take longer than all the rest of a step on the host. These say it of
+themselves: every change of any of them moves one clock, and another is moved whenever somebody is
+given what is in a state, without which nobody can move it (`_sole_owner`).
 
 Copies and pickles of them are plain dicts. What goes past a dict's own methods,
 `dict.__setitem__(state, …)` or C's PyDict_SetItem, stays unknown; who does so must keep the old
@@ -10,7 +12,7 @@ tensors or call `load_state_dict`.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, ItemsView, Mapping, ValuesView
 from functools import wraps
 from itertools import count
 from typing import Any
@@ -19,14 +21,15 @@ _TICKS = count(1)
 
 
 class _Clock:
-    """When a watched dict was last changed, as a number that never comes twice."""
+    """When a watched dict was last changed or read, as numbers that never come twice."""
 
-    now = 0
+    change = 0
+    reading = 0
 
 
 def last_change() -> int:
     """A number that is another after every change of any watched dict."""
-    return _Clock.now
+    return _Clock.change
 
 
 def _noted(name: str) -> Callable[..., Any]:
@@ -34,10 +37,30 @@ def _noted(name: str) -> Callable[..., Any]:
 
     @wraps(method)
     def change(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _Clock.now = next(_TICKS)
+        _Clock.change = next(_TICKS)
         return method(self, *args, **kwargs)
 
     return change
+
+
+def last_reading() -> int:
+    """A number that is another after anybody was given anything out of a `WatchedState`."""
+    return _Clock.reading
+
+
+def _told(name: str) -> Callable[..., Any]:
+    method = getattr(dict, name)
+
+    @wraps(method)
+    def read(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _Clock.reading = next(_TICKS)
+        return method(self, *args, **kwargs)
+
+    return read
+
+
+entry: Callable[[Mapping[str, Any], str], Any] = dict.__getitem__  # pyrefly: ignore[bad-assignment]
+"""What is in a state, without a note: for who forgets it, or keeps it from all others."""
 
 
 class _Watched:
@@ -55,9 +78,31 @@ class _Watched:
 
 
 class WatchedState(_Watched, dict[str, Any]):
-    """The state of one parameter."""
+    """The state of one parameter.
+
+    It also overrides all methods that give what is in it. With an `__iter__` of its own it is
+    copied into other dicts through them, too; and views ask it anew for each value, when it is
+    needed.
+    """
 
     __slots__ = ()
+    __getitem__: Any = _told("__getitem__")
+    __iter__: Any = _told("__iter__")
+    __or__: Any = _told("__or__")
+    __ror__: Any = _told("__ror__")
+    __eq__: Any = _told("__eq__")
+    __ne__: Any = _told("__ne__")
+    __hash__: Any = None
+    copy: Any = _told("copy")
+    get: Any = _told("get")
+
+    def items(self) -> Any:
+        """Pairs of keys and values."""
+        return ItemsView(self)
+
+    def values(self) -> Any:
+        """Values."""
+        return ValuesView(self)
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)

@@ -22,7 +22,14 @@ from tilewright_optim._named_states import NamedStates
 from tilewright_optim._plan import STATES, Columns, Launch, Plan
 from tilewright_optim._states import Master, State, StateDtype, Storage, pack_steps
 from tilewright_optim._tables import PointerTables
-from tilewright_optim._watched import WatchedState, is_watched, last_change, watched
+from tilewright_optim._watched import (
+    WatchedState,
+    entry,
+    is_watched,
+    last_change,
+    last_reading,
+    watched,
+)
 from tilewright_optim.clip_grad import GradientNorms
 from tilewright_optim.functional import adam_reference
 
@@ -163,7 +170,7 @@ class Adam(NamedStates, Optimizer):
         """Forget what was derived from the state."""
         self._tables: dict[tuple[int, Kind], PointerTables] = {}
         self._plans: dict[int, Plan] = {}
-        self._planned: tuple[object, int] = None, 0
+        self._planned: tuple[object, int, int] = None, 0, 0
         self._numbers: dict[int, int] = {}
         self._norms = GradientNorms()
         self.grad_norm = None
@@ -203,13 +210,14 @@ class Adam(NamedStates, Optimizer):
             plan.forget_gradients()
 
     def _step_groups(self, found_inf: Tensor | None, norm: Tensor | None) -> None:
-        states, change = self._planned
+        states, change, reading = self._planned
         if states is not self.state or change != last_change():
             self._plans.clear()
+        unread = reading == last_reading()
         self._numbers = {}
         for index, group in enumerate(self.param_groups):
-            self._step_group(index, group, found_inf, norm)
-        self._planned = self.state, last_change()
+            self._step_group(index, group, found_inf, norm, unread)
+        self._planned = self.state, last_change(), last_reading()
 
     def _total_norm(self) -> Tensor | None:
         norm = self._norms.of(self._all_params())
@@ -219,13 +227,19 @@ class Adam(NamedStates, Optimizer):
         return norm
 
     def _step_group(
-        self, index: int, group: dict[str, Any], found_inf: Tensor | None, norm: Tensor | None
+        self,
+        index: int,
+        group: dict[str, Any],
+        found_inf: Tensor | None,
+        norm: Tensor | None,
+        unread: bool,
     ) -> None:
         plan = self._plans.get(index)
-        if plan is None or not plan.refresh(group):
+        if plan is None or not plan.refresh(group, unread):
             self._plans.pop(index, None)
             plan = Plan(group, list(self._launches(group)))
             if plan.small and is_watched(self.state):
+                plan.keep()
                 self._plans[index] = plan
         for launch in plan.launches:
             self._update(index, group, launch, found_inf, norm)
@@ -279,7 +293,7 @@ class Adam(NamedStates, Optimizer):
         if group["amsgrad"]:
             self._make_maxima(states)
         places = map(Tensor.get_device, params) if group["capturable"] else repeat(_CPU)
-        steps = [state["step"] for state in states]
+        steps = [entry(state, "step") for state in states]
         if any(map(ne, map(Tensor.get_device, steps), places)) or (
             group["capturable"] and any(step.dtype != torch.float32 for step in steps)
         ):
@@ -289,18 +303,22 @@ class Adam(NamedStates, Optimizer):
             self._numbers = {id(param): i for i, param in enumerate(self._all_params())}
         seeds = [self._numbers[id(param)] for param in params]
         grads = [param.grad for param in params]
-        averages = [[state[name] for state in states] for name in STATES[:2]]
+        averages = [[entry(state, name) for state in states] for name in STATES[:2]]
         for kind, split in by_kind((params, grads, *averages), (states, seeds)):
             *tensors, states, seeds = split
             check_tensors(*(column[0] for column in tensors))
             exact = self._storage.master_of(tensors[0][0]) == "exact"
             unused = {"max_exp_avg_sq": not group["amsgrad"], "master_low": not exact}
             names = [name for name in STATES[2:] if not unused.get(name)]
-            rest = {name: [state[name] for state in states] for name in names if name in states[0]}
+            rest = {
+                name: [entry(state, name) for state in states]
+                for name in names
+                if name in states[0]
+            }
             columns = Columns(
                 *tensors,
                 *(rest.get(name, []) for name in STATES[2:]),
-                steps=[state["step"] for state in states],
+                steps=[entry(state, "step") for state in states],
                 seeds=seeds,
             )
             yield Launch(columns, group["capturable"], kind)

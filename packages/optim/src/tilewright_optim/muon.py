@@ -23,6 +23,7 @@ from tilewright_optim._muon_kernels import OPERATOR
 from tilewright_optim._muon_step import Plan, muon_triton
 from tilewright_optim._named_states import NamedStates
 from tilewright_optim._rounding import split_master
+from tilewright_optim._watched import entry
 from tilewright_optim.muon_functional import AdjustLr, muon_reference
 from tilewright_optim.newton_schulz import Form
 
@@ -177,7 +178,7 @@ class Muon(NamedStates, Optimizer):
         params = [param for param in group["params"] if param.grad is not None]
         grads = [param.grad for param in params]
         states = [self._state_of(param, group) for param in params]
-        buffers = [state["momentum_buffer"] for state in states]
+        buffers = [entry(state, "momentum_buffer") for state in states]
         exact = group["master"] == "exact"
         halves = [p for p in params if exact and p.dtype == torch.bfloat16]
         if halves and len(halves) < len(params):
@@ -185,10 +186,10 @@ class Muon(NamedStates, Optimizer):
             for chosen in (True, False):
                 rows = [i for i, p in enumerate(params) if (p.dtype == torch.bfloat16) == chosen]
                 columns = [[column[i] for i in rows] for column in (params, grads, buffers)]
-                lows = [states[i]["master_low"] for i in rows] if chosen else []
+                lows = [entry(states[i], "master_low") for i in rows] if chosen else []
                 yield from by_kind(columns, [lows])
             return
-        lows = [state["master_low"] for state in states] if halves else []
+        lows = [entry(state, "master_low") for state in states] if halves else []
         yield from by_kind([params, grads, buffers], [lows])
 
     @torch.inference_mode(False)  # states are to serve steps outside of it as well
