@@ -73,12 +73,15 @@ def choose_threads(local_processes: int) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def configured(*, threads: int, deterministic: bool, backend: str, device: str) -> Iterator[None]:
+def configured(
+    *, threads: int, deterministic: bool, backend: str, device: str, tf32: bool = False
+) -> Iterator[None]:
     """Threads, determinism and backends of a run; what was set before comes back afterwards.
 
     Args:
         threads: Of this process.
         deterministic: Only algorithms that give the same bits every time.
+        tf32: Whether float32 products of GPUs read 10 bits of each mantissa.
         backend: As `backends` takes it.
         device: Where the run computes.
 
@@ -87,10 +90,12 @@ def configured(*, threads: int, deterministic: bool, backend: str, device: str) 
     """
     former_threads = torch.get_num_threads()
     former_deterministic = torch.are_deterministic_algorithms_enabled()
+    former_tf32 = torch.backends.cuda.matmul.allow_tf32
     with backends(backend):
         _check_triton(device)
         try:
             torch.set_num_threads(threads)
+            torch.backends.cuda.matmul.allow_tf32 = tf32
             if deterministic:
                 # cuBLAS reads this when its first handle is made.
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -99,6 +104,7 @@ def configured(*, threads: int, deterministic: bool, backend: str, device: str) 
                 yield
         finally:
             torch.set_num_threads(former_threads)
+            torch.backends.cuda.matmul.allow_tf32 = former_tf32
             torch.use_deterministic_algorithms(former_deterministic)
 
 
@@ -155,11 +161,15 @@ def available_cores() -> int:
         return cores
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of the device for matrix products in `precision`, or None where not known."""
-    if device.type != "cuda" or precision != "bf16":
+def peak_flops(device: torch.device, precision: str, tf32: bool = False) -> float | None:
+    """Peak FLOP/s of the device for matrix products in `precision`, or None where not known.
+
+    Products of 16 bits have one peak, those in tf32 half of it; without tf32 none is known.
+    """
+    if device.type != "cuda" or (precision == "fp32" and not tf32):
         return None
-    return peak_of(torch.cuda.get_device_name(device))
+    peak = peak_of(torch.cuda.get_device_name(device))
+    return peak if peak is None or precision != "fp32" else peak / 2
 
 
 def peak_of(name: str) -> float | None:

@@ -4,14 +4,28 @@ import torch
 
 from tilewright_model import CausalLM, ModelConfig
 from tilewright_train.config import TrainingOptions
+from tilewright_train.precision import arithmetic
 
 
-def make_optimizer(options: TrainingOptions, model: CausalLM, lr: float) -> torch.optim.Optimizer:
-    """An optimizer of all of a model's parameters; norms are not decayed."""
+def make_optimizer(
+    options: TrainingOptions, model: CausalLM, lr: float, precision: str = "fp32"
+) -> torch.optim.Optimizer:
+    """An optimizer of all of a model's parameters; norms are not decayed.
+
+    On a GPU it counts steps on the device, so that one can be left out without asking the device.
+
+    Args:
+        options: Which optimizer, and its rates.
+        model: With its weights as `precision` stores them.
+        lr: Learning rate.
+        precision: Weights in bf16 get exact float32 masters.
+    """
     # Imported here, behind the thread that `pretraining` starts for it.
     from tilewright_optim import AdamW, MuonW
 
     betas = options.beta1, options.beta2
+    master = arithmetic(precision).master
+    capturable = model.embed_tokens.weight.is_cuda
     if options.optim == "muon":
         return MuonW.from_module(
             model,
@@ -19,6 +33,8 @@ def make_optimizer(options: TrainingOptions, model: CausalLM, lr: float) -> torc
             weight_decay=options.weight_decay,
             betas=betas,
             split_sizes=stacked_rows(model.config),
+            master=master,
+            capturable=capturable,
         )
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -26,7 +42,7 @@ def make_optimizer(options: TrainingOptions, model: CausalLM, lr: float) -> torc
         {"params": matrices, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=lr, betas=betas)
+    return AdamW(groups, lr=lr, betas=betas, master=master, capturable=capturable)
 
 
 def stacked_rows(config: ModelConfig) -> dict[str, tuple[int, ...]]:

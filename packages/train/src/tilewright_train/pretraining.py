@@ -31,7 +31,7 @@ from tilewright_train.errors import InputError, RankLost, TrainingStopped
 from tilewright_train.evaluation import Validation, validate
 from tilewright_train.examination import examine
 from tilewright_train.finish import answer_tasks, finish
-from tilewright_train.guilty import LeftOut
+from tilewright_train.guilty import LeftOut, broken_parameter
 from tilewright_train.loading import LoadingOptions
 from tilewright_train.loop import LoopOptions, TrainingLoop
 from tilewright_train.metrics import MetricsFile, Record
@@ -321,6 +321,17 @@ class _Training:
         return 2 if at_start == math.log(2) else 0
 
     def _evaluate(self) -> Validation:
+        validation = self._validate()
+        if not math.isfinite(validation.loss):
+            broken = broken_parameter(self.prepared.trainee.model)
+            raise InputError(
+                f"the validation loss is {validation.loss}; first not finite: "
+                + (f"parameter {broken}" if broken else "an output of the model")
+                + ": begin again with a smaller --lr, or in another --precision"
+            )
+        return validation
+
+    def _validate(self) -> Validation:
         return validate(
             self.prepared.objective,
             self.prepared.trainee.called,

@@ -57,6 +57,11 @@ class RunDirectory:
         """Of SFT: how many held-out tasks were answered, by steps done."""
         return self.root / "answers.json"
 
+    @property
+    def left_out(self) -> Path:
+        """Batches of updates that were not made."""
+        return self.root / "skipped"
+
     def sample(self, step: int) -> Path:
         """What the model wrote after `step`."""
         return self.root / "samples" / f"step-{step:06d}.txt"
