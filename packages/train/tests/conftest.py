@@ -47,7 +47,7 @@ def model_folder(tmp_path: Path) -> Path:
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     shape = preset(
         "nano", vocab_size=304, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=64, max_position_embeddings=64,
+        num_key_value_heads=1, intermediate_size=64, max_position_embeddings=160,
         tie_word_embeddings=False, rope_theta=500.0,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ the template writes them; where a message spells one it stays text.
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,12 +125,11 @@ def chat_tokenizer(file: Path, template: ChatTemplate, cache: Path) -> Path:
         cache: Keeps the one that is made.
     """
     tokenizer = load_tokenizer(file)
-    known = special_tokens(tokenizer)
-    missing = [t for t in (IM_START, IM_END) if t in template.source and t not in known]
+    missing = missing_chat_tokens(special_tokens(tokenizer), template)
     if not missing:
         return file
     depends_on = {"tokenizer": tokenizer.to_str(), "added": missing}
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in missing])
+    add_chat_tokens(tokenizer, missing)
 
     def build(folder: Path) -> None:
         with writing(folder.parent, caching.REMEDY):
@@ -144,6 +143,16 @@ def chat_tokenizer(file: Path, template: ChatTemplate, cache: Path) -> Path:
 
     folder, _ = caching.entry(cache, "tokenizer-chat", depends_on, build, is_whole)
     return folder / TOKENIZER_FILE
+
+
+def missing_chat_tokens(known: Collection[str], template: ChatTemplate) -> list[str]:
+    """ChatML's two, if the template writes them and they are not among the known."""
+    return [t for t in (IM_START, IM_END) if t in template.source and t not in known]
+
+
+def add_chat_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """Make `texts` special tokens, with the next free numbers."""
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in texts])
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
