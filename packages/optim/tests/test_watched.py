@@ -138,10 +138,11 @@ def test_every_method_that_gives_values_is_overridden():
 def test_looking_at_states_from_outside_is_no_reading():
     states = watched({1: {"a": 2}})
     before = last_reading()
-    assert states[1] is states.get(1)
-    assert "a" in states[1]
-    assert len(states[1]) == 1
-    assert entry(states[1], "a") == 2
+    state = states[1]
+    assert states.get(1) is state
+    assert "a" in state
+    assert len(state) == 1
+    assert entry(state, "a") == 2
     assert list(states) == [1]
     assert last_reading() == before
 
