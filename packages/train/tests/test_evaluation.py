@@ -9,7 +9,8 @@ from tilewright_dist import DistributedEnvironment
 from tilewright_model import CausalLM, preset
 from tilewright_train.batches import WindowRows
 from tilewright_train.data import ValidationRows
-from tilewright_train.evaluation import draw_sample, validation_loss
+from tilewright_train.evaluation import draw_sample, validate
+from tilewright_train.objectives import NextToken
 from tilewright_train.samples import Samples
 from tilewright_train.tokenizer import train_tokenizer
 
@@ -37,10 +38,10 @@ def test_the_loss_does_not_depend_on_how_rows_are_grouped(model: CausalLM) -> No
     two = ValidationRows(parts=((rows, (0, 1, 2)), (rows, (3, 4, 5, 6))))
     for batch_size in (1, 3, 7, 100):
         for parts in (everything, two):
-            loss = validation_loss(
-                model, parts, batch_size=batch_size, environment=ALONE, autocast=FP32
+            measured = validate(
+                NextToken(), model, parts, batch_size=batch_size, environment=ALONE, autocast=FP32
             )
-            assert loss == pytest.approx(expected, rel=1e-6)
+            assert measured.loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_belongs_to_training_alone_is_left_out(model: CausalLM) -> None:
@@ -55,8 +56,9 @@ def test_what_belongs_to_training_alone_is_left_out(model: CausalLM) -> None:
     parts = ValidationRows(parts=((rows, (0, 1, 2)),))
     ids = rows.read(range(3)).input_ids
     expected = dry.eval()(ids, labels=ids).loss.item()  # neither dropout nor the routers' losses
-    loss = validation_loss(wet, parts, batch_size=3, environment=ALONE, autocast=FP32)
-    assert loss == pytest.approx(expected, rel=1e-6)
+    measured = validate(NextToken(), wet, parts, batch_size=3, environment=ALONE, autocast=FP32)
+    assert measured.metrics == {}
+    assert measured.loss == pytest.approx(expected, rel=1e-6)
     assert wet.training
 
 

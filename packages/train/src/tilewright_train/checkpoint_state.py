@@ -24,6 +24,8 @@ from tilewright_train.errors import InputError
 from tilewright_train.snapshot import Snapshot
 from tilewright_train.tokenizer import TOKENIZER_FILE
 
+_REFERENCE = "reference.safetensors"
+
 
 def save(
     root: Path,
@@ -63,6 +65,8 @@ def write_state(folder: Path, snapshot: Snapshot, *, max_shard_bytes: int) -> No
         tensors = {name: snapshot.optimizer[name] for name in names}
         _save_tensors(tensors, folder / f"optimizer{part}.safetensors")
     _save_tensors(snapshot.random, folder / RANDOM)
+    if snapshot.reference:
+        _save_tensors(snapshot.reference, folder / _REFERENCE)
     training = {
         "step": snapshot.step,
         "facts": snapshot.facts,
@@ -101,6 +105,12 @@ def load(
         raise InputError(f"{folder}: {error}") from None
     scheduler.load_state_dict(training["scheduler"])
     return training["facts"], load_file(folder / RANDOM)
+
+
+def load_reference(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of DPO's moving reference by parameter; empty where a run has none."""
+    file = folder / _REFERENCE
+    return load_file(file) if file.exists() else {}
 
 
 def read_training(folder: Path) -> dict[str, Any]:

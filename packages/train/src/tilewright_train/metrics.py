@@ -126,7 +126,8 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 def _line(record: Record) -> str:
     values = dataclasses.asdict(record)
-    return json.dumps(values | values.pop("metrics"), allow_nan=False) + "\n"
+    values.update(values.pop("metrics"))
+    return json.dumps(values, allow_nan=False) + "\n"
 
 
 def _record(values: dict[str, Any]) -> Record:

@@ -4,6 +4,7 @@ A loss is a sum over the items of a batch (predictions, or pairs) over the items
 all micro-batches and processes together: the parts add up to the mean, however a step is split.
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -33,6 +34,14 @@ class Objective(Protocol):
         """The weights have just changed."""
         ...
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What it has to remember in a checkpoint, by name."""
+        ...
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on with the tensors of a checkpoint."""
+        ...
+
 
 class NextToken:
     """Pretraining and SFT: the cross-entropy of the targets, nothing beside it."""
@@ -50,6 +59,13 @@ class NextToken:
 
     def updated(self) -> None:
         """Nothing depends on it."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """None."""
+        return {}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to load."""
 
 
 class DirectPreference:
@@ -82,3 +98,11 @@ class DirectPreference:
     def updated(self) -> None:
         """A moving reference follows."""
         self.reference.updated()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those of a moving reference."""
+        return self.reference.tensors()
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """A moving reference goes on from there."""
+        self.reference.load(tensors)

@@ -18,6 +18,7 @@ from tilewright_train.data import TrainingRows, ValidationRows
 from tilewright_train.errors import InputError
 from tilewright_train.objectives import DirectPreference
 from tilewright_train.pairs import PairPlan, PairRows, plan_pairs
+from tilewright_train.precision import arithmetic
 from tilewright_train.preferences import EQUAL, MERGED, WITHOUT_COMPLETION
 from tilewright_train.processes import on_first
 from tilewright_train.progress import Reporter
@@ -143,7 +144,7 @@ def prepare_pairs(
 
 
 def make_objective(
-    options: DpoOptions,
+    chosen: Chosen,
     start: Start,
     policy: CausalLM,
     vocab_size: int,
@@ -152,26 +153,23 @@ def make_objective(
     """The loss, with the reference on the policy's device.
 
     Args:
-        options: Of DPO.
+        chosen: Options without open values.
         start: What the policy begins with.
         policy: Without wrappers.
         vocab_size: Entries of its tokenizer.
         wait: Returns when the policy's weights are there after a step.
     """
+    options, precision = chosen.config.dpo, chosen.settled.precision
     reference: Reference = KnownReference()
     if not options.precompute:
         found = find_reference(options, start)
-        model = _reference_model(found, policy, vocab_size)
+        device = policy.embed_tokens.weight.device
+        positions = policy.config.max_position_embeddings
+        model = load_reference(found, vocab_size, positions, precision, device)
         reference = FrozenReference(model)
         if options.reference == REFERENCE_EMA:
             reference = MovingReference(model, policy, options.ema_decay, wait)
     return DirectPreference(options, reference)
-
-
-def _reference_model(found: Start, policy: CausalLM, vocab_size: int) -> CausalLM:
-    weight = policy.embed_tokens.weight
-    positions = policy.config.max_position_embeddings
-    return load_reference(found, vocab_size, positions, weight.device)
 
 
 def _known(
@@ -185,19 +183,19 @@ def _known(
 ) -> list[list[torch.Tensor | None]]:
     """For each source the log-probabilities of its training and its validation pairs."""
     found = find_reference(chosen.config.dpo, start)
-    positions = chosen.settled.seq_len
+    positions, precision = chosen.settled.seq_len, chosen.settled.precision
     depends_on = {
         "model": weights_sha256(found),
         "tokenizer": corpus.tokenizer.to_str(),
         "seq_len": positions,
-        "precision": chosen.settled.precision,
+        "precision": precision,
     }
     models: list[CausalLM] = []
 
     def make_model() -> CausalLM:
         if not models:
             device = environment.device
-            models.append(load_reference(found, corpus.vocab_size, positions, device))
+            models.append(load_reference(found, corpus.vocab_size, positions, precision, device))
         return models[0]
 
     def compute() -> list[Path]:
@@ -209,11 +207,7 @@ def _known(
                 make_model,
                 depends_on,
                 padding=end_token(corpus.tokenizer),
-                autocast=torch.autocast(
-                    environment.device.type,
-                    torch.bfloat16,
-                    enabled=chosen.settled.precision == "bf16",
-                ),
+                autocast=arithmetic(precision).autocast(environment.device.type),
                 cache=cache,
             )
             since = " since an earlier run" if was_there else ""

@@ -177,7 +177,7 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
     if config.run.objective == "dpo":
         assert start is not None
         wait = functools.partial(wait_for_parameters, trainee.optimizer)
-        objective = make_objective(config.dpo, start, trainee.model, corpus.vocab_size, wait)
+        objective = make_objective(chosen, start, trainee.model, corpus.vocab_size, wait)
     done, seconds = 0, 0.0
     if config.run.resume != "never":
         older = config.run.resume_from_older
@@ -187,6 +187,8 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         done = found.step
         rows = done * settled.batch_size
         seconds = _load_checkpoint(found, rows, trainee, environment, reporter)
+        if found.folder is not None:
+            objective.load(checkpoint_state.load_reference(found.folder))
     return Prepared(
         run=run,
         corpus=corpus,

@@ -23,7 +23,7 @@ from tilewright_dist.channel import CollectiveError
 from tilewright_dist.failure import naming_the_missing
 from tilewright_kernels import backend_report
 from tilewright_model import count_parameters, flops_per_token
-from tilewright_train import automatic, machine, snapshot
+from tilewright_train import automatic, machine, out_of_memory, snapshot
 from tilewright_train.automatic import Chosen
 from tilewright_train.config import REFERENCE_EMA, REFERENCE_START, PretrainConfig
 from tilewright_train.dpo import loss_at_start
@@ -32,6 +32,7 @@ from tilewright_train.evaluation import Validation, validate
 from tilewright_train.examination import examine
 from tilewright_train.finish import answer_tasks, finish
 from tilewright_train.guilty import LeftOut, broken_parameter
+from tilewright_train.layers import write_toml
 from tilewright_train.loading import LoadingOptions
 from tilewright_train.loop import LoopOptions, TrainingLoop
 from tilewright_train.metrics import MetricsFile, Record
@@ -46,6 +47,7 @@ from tilewright_train.run_directory import RunDirectory
 from tilewright_train.run_lock import locked
 from tilewright_train.saver import Saver
 from tilewright_train.signals import StopRequest
+from tilewright_train.trial import try_first_batch
 
 # Of the loss before the first step, where the reference was computed in other batches, in bf16.
 _ROUNDING = 0.02
@@ -99,7 +101,7 @@ def run(config: PretrainConfig, stream: TextIO | None = None) -> Path:
 
         _import_optimizers_meanwhile()
         _say_choices(chosen, environment, reporter)
-        with _out_of_memory_has_a_remedy(chosen):
+        with out_of_memory.explained(chosen, environment.world_size):
             if config.run.resume != "never":
                 hold(Path(config.run.resume))
             with _as_input_errors():
@@ -132,29 +134,6 @@ def _as_input_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
-
-
-@contextlib.contextmanager
-def _out_of_memory_has_a_remedy(chosen: Chosen) -> Iterator[None]:
-    """Say what to make smaller when the model, its state or a step does not fit.
-
-    A GPU's allocator raises torch.OutOfMemoryError and Python's MemoryError, but the CPU allocator
-    of torch a plain RuntimeError.
-    """
-    settled = chosen.settled
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not (
-            isinstance(error, MemoryError | torch.OutOfMemoryError)
-            or "DefaultCPUAllocator" in str(error)
-        ):
-            raise
-        reason = f" ({error})" if str(error) else ""
-        raise InputError(
-            f"out of memory with batch_size {settled.batch_size} and seq_len {settled.seq_len}"
-            f"{reason}: start again with a smaller one, or another --preset"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -239,6 +218,7 @@ class _Training:
         """Train to the end and say how it was; or stop when asked to, and say how to go on."""
         steps, prepared = self.chosen.settled.steps, self.prepared
         self._introduce()
+        self._try_first_batch()
         if self.environment.is_main and prepared.done == 0:
             answer_tasks(self.chosen, prepared, 0, self.autocast, self.reporter)
             finish_stories(self.chosen, prepared, 0, self.autocast, self.reporter)
@@ -265,6 +245,15 @@ class _Training:
             )
         if self.environment.is_main:
             finish(self.chosen, prepared, self.autocast, self.reporter)
+
+    def _try_first_batch(self) -> None:
+        """Compile, and see that memory is enough; the run may get a smaller micro-batch."""
+        tried = try_first_batch(
+            self.chosen, self.prepared, self.environment, self.autocast, self.reporter
+        )
+        if tried is not self.chosen and self.environment.is_main:
+            write_toml(tried.config, self.prepared.run.config, tried.reasons)
+        self.chosen = tried
 
     def _introduce(self) -> None:
         parameters = count_parameters(self.prepared.model_config)
@@ -392,6 +381,7 @@ class _Training:
                     random_states=states,
                     tokenizer=prepared.corpus.tokenizer.to_str(),
                     chat_template=template.source if template else None,
+                    reference=prepared.objective.tensors(),
                     facts={
                         "seconds": seconds,
                         "processes": environment.world_size,

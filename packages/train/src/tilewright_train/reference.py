@@ -21,6 +21,7 @@ from tilewright_train import cache as caching
 from tilewright_train.dpo import SequenceLogProbs
 from tilewright_train.errors import InputError, writing
 from tilewright_train.pairs import PairBatch, PairPlan, PairRows
+from tilewright_train.precision import cast_weights
 from tilewright_train.samples import SPLITS, Samples
 from tilewright_train.start import Start, grown_vocabulary, load_start
 from tilewright_train.tokenizer import load_tokenizer
@@ -88,6 +89,9 @@ class MovingReference(FrozenReference):
         self, model: CausalLM, policy: CausalLM, decay: float, wait: Callable[[], None]
     ) -> None:
         super().__init__(model)
+        self._named = dict(model.named_parameters())
+        # In float32, whatever the weights are: steps of a hundredth are lost in 16 bits.
+        self._averages = [p.detach().float() for p in self._named.values()]
         self._policy = policy
         self._decay = decay
         self._wait = wait
@@ -96,18 +100,26 @@ class MovingReference(FrozenReference):
     def updated(self) -> None:
         """Follow the policy."""
         self._wait()
-        averages = list(self.scorer.model.parameters())
-        torch._foreach_lerp_(averages, list(self._policy.parameters()), 1 - self._decay)
+        for average, parameter in zip(self._averages, self._policy.parameters(), strict=True):
+            average.lerp_(parameter.float(), 1 - self._decay)
+        self._follow()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The average, by the parameters' names."""
-        return dict(self.scorer.model.named_parameters())
+        return dict(zip(self._named, self._averages, strict=True))
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy it back."""
-        for name, parameter in self.scorer.model.named_parameters():
-            parameter.copy_(tensors[name])
+        for name, average in zip(self._named, self._averages, strict=True):
+            average.copy_(tensors[name])
+        self._follow()
+
+    def _follow(self) -> None:
+        """Give the model the averages, where they are not its weights themselves."""
+        for parameter, average in zip(self._named.values(), self._averages, strict=True):
+            if parameter.dtype != average.dtype:
+                parameter.copy_(average)
 
 
 class KnownReference:
@@ -156,13 +168,16 @@ def check_same_tokens(start: Start, tokenizer_file: Path) -> None:
         )
 
 
-def load_reference(start: Start, vocab_size: int, positions: int, device: torch.device) -> CausalLM:
+def load_reference(
+    start: Start, vocab_size: int, positions: int, precision: str, device: torch.device
+) -> CausalLM:
     """The model of a checkpoint, with rows and positions for so many tokens.
 
     Args:
         start: The checkpoint.
         vocab_size: Entries of the policy's tokenizer.
         positions: That the policy has.
+        precision: Of the run; weights are stored as the policy's are.
         device: Where it computes.
     """
     saved = CausalLM.from_pretrained(start.folder).config
@@ -173,6 +188,7 @@ def load_reference(start: Start, vocab_size: int, positions: int, device: torch.
     )
     model = CausalLM(shape)
     load_start(start, model)
+    cast_weights(model, precision)
     return model.to(device)
 
 

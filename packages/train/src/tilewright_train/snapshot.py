@@ -6,7 +6,7 @@ its event. The memory is kept from one snapshot to the next, so only one may be 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class Snapshot:
     """Text of chat_template.jinja, where the model chats."""
     facts: Mapping[str, Any]
     """JSON; comes back when the checkpoint is loaded."""
+    reference: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Of DPO with a moving reference: its weights."""
     arrived: torch.cuda.Event | None = None
     """What to wait for before anything is read."""
 
@@ -82,6 +84,7 @@ def take(
     random_states: Mapping[str, torch.Tensor],
     tokenizer: str,
     chat_template: str | None = None,
+    reference: Mapping[str, torch.Tensor] | None = None,
     facts: Mapping[str, Any],
     memory: HostMemory | None = None,
     fresh: bool = False,
@@ -97,6 +100,7 @@ def take(
         random_states: Of every process.
         tokenizer: Text of tokenizer.json.
         chat_template: Text of chat_template.jinja, where the model chats.
+        reference: Weights of a moving reference.
         facts: JSON.
         memory: Where copies go. None makes none: the snapshot is to be written before the next
             step.
@@ -104,9 +108,11 @@ def take(
     """
     tensors, record = optimizer_states.flatten(optimizer, model, optimizer_state)
     weights = model.state_dict()
+    reference = reference or {}
     arrived = None
     if memory is not None:
         weights = {name: memory.copy(name, tensor) for name, tensor in weights.items()}
+        reference = {k: memory.copy(f"reference {k}", t) for k, t in reference.items()}
         if not fresh:
             tensors = {name: memory.copy(f"optimizer {name}", t) for name, t in tensors.items()}
         device = next(model.parameters()).device
@@ -123,6 +129,7 @@ def take(
         random=random_states,
         tokenizer=tokenizer,
         chat_template=chat_template,
+        reference=reference,
         facts=facts,
         arrived=arrived,
     )
