@@ -60,6 +60,10 @@ def set_a_state(params, optimizer):
     average(params, optimizer).set_(torch.zeros_like(params[1].detach()))
 
 
+def transpose_a_state(params, optimizer):
+    average(params, optimizer).t_()
+
+
 def fill_steps(params, optimizer):
     for state in optimizer.state.values():
         state["step"].data.fill_(100)
@@ -93,8 +97,8 @@ def negative_gradient(params, optimizer):
 
 
 CHANGES = [
-    move_one_state, swap_a_state, set_a_state, fill_steps, fill_steps_by_numpy, move_a_step,
-    integer_steps, transpose_a_parameter, transpose_a_gradient, negative_gradient,
+    move_one_state, swap_a_state, set_a_state, transpose_a_state, fill_steps, fill_steps_by_numpy,
+    move_a_step, integer_steps, transpose_a_parameter, transpose_a_gradient, negative_gradient,
 ]  # fmt: skip
 
 

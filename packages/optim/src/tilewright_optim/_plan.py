@@ -111,11 +111,9 @@ class Launch:
 
     def keep(self) -> None:
         """Make ready for `refresh`."""
-        columns = self.columns
-        self._places = self.places[0] + self.grad_places
-        self._indices = list(range(len(self._places)))
-        self._like = like(columns.params + columns.grads)
-        self._states = States(columns, self.flat_steps)
+        self._indices = list(range(len(self.sizes)))
+        self._like = like(self.columns.params + self.columns.grads)
+        self._states = States(self.columns, self.flat_steps)
 
     def refresh(self, unread: bool) -> bool:
         """Take up the present gradients; False if anything else has changed.
@@ -125,26 +123,16 @@ class Launch:
         """
         params = self.columns.params
         grads = list(map(_GRAD, params))
-        tensors = params + grads
         try:
             # A gradient of None is not like the one before.
-            if not self._like(tensors) or not self._take(tensors):
+            if not self._like(params + grads) or not lie_at(params, self.places[0], self._indices):
                 return False
+            if not lie_at(grads, self.grad_places, self._indices):
+                self.grad_places = addresses(grads)  # a list that stays is not sent again
             self.columns = self.columns._replace(grads=grads)
             return self._states.hold(unread)
         except (TypeError, RuntimeError):  # one without an address
             return False
-
-    def _take(self, tensors: list[Tensor]) -> bool:
-        """Whether parameters, the first half, are where they were; gradients may be elsewhere."""
-        if lie_at(tensors, self._places, self._indices):  # lists that stay are not sent again
-            return True
-        number = len(self.sizes)
-        places = addresses(tensors)
-        if places[:number] != self.places[0]:
-            return False
-        self._places, self.grad_places = places, places[number:]
-        return True
 
     def forget_gradients(self) -> None:
         """Keep none of them alive."""
