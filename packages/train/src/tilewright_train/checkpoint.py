@@ -52,6 +52,11 @@ def step_of(folder: Path) -> int:
     return int(match.group(1))
 
 
+def is_named_like_one(folder: Path) -> bool:
+    """Whether a folder's name is that of a checkpoint."""
+    return _NAME.fullmatch(folder.name) is not None
+
+
 def all_checkpoints(root: Path) -> list[Path]:
     """The checkpoints in `root`, oldest first, whole or not."""
     if not root.is_dir():
@@ -176,9 +181,9 @@ def prune(root: Path, *, keep: int, keep_every: int | None) -> None:
 
 def seal(folder: Path) -> None:
     """Flush all files, write the manifest over them, flush it and the folder."""
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    listed = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     manifest = folder / MANIFEST
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file != manifest)
+    listed = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
     manifest.write_text(json.dumps({"files": listed}, indent=1))
     for path in (*files, manifest, folder):
         flush(path)

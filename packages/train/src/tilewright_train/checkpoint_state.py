@@ -104,7 +104,7 @@ def load(
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     scheduler.load_state_dict(training["scheduler"])
-    return training["facts"], load_file(folder / RANDOM)
+    return training["facts"], load_random(folder)
 
 
 def load_reference(folder: Path) -> dict[str, torch.Tensor]:
@@ -124,6 +124,11 @@ def load_optimizer(folder: Path) -> dict[str, torch.Tensor]:
     for file in sorted(folder.glob("optimizer*.safetensors")):
         tensors |= load_file(file)
     return tensors
+
+
+def load_random(folder: Path) -> dict[str, torch.Tensor]:
+    """States of random generators by rank and name."""
+    return load_file(folder / RANDOM)
 
 
 def _differences(saved: ModelConfig, wanted: ModelConfig) -> str:
