@@ -146,30 +146,6 @@ def test_samples_with_all_targets_beyond_the_context_make_no_batch() -> None:
     assert validation_rows([samples], options, 10).targets == 1
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"messages": [{"role": "bot", "content": "x"}]}', "unknown role 'bot'"),
-        ('{"messages": []}', 'has "messages" without a message'),
-        ('{"messages": [{"role": "user", "content": 1}]}', "that is not a string but a number"),
-        ('{"text": "x"}', "train-pretrain reads its"),
-    ],
-)
-def test_bad_conversations_are_one_line(
-    pretrained: Path,
-    sft_flags: list[str],
-    talks: Path,
-    capsys: pytest.CaptureFixture[str],
-    line: str,
-    message: str,
-) -> None:
-    talks.write_text(f"{talks.read_text()}{line}\n")
-    assert main(sft_flags, "sft") == 2
-    (said,) = capsys.readouterr().err.splitlines()
-    assert f"{talks}:301 " in said
-    assert message in said
-
-
 def test_mistakes_are_one_line(
     tiny_flags: list[str],
     sft_flags: list[str],
