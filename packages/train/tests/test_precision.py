@@ -98,7 +98,7 @@ def test_weights_are_cast_and_tables_are_not() -> None:
 
 
 def test_an_unknown_precision_names_those_there_are() -> None:
-    with pytest.raises(ValueError, match="fp8.*fp32, bf16, bf16-weights, fp16"):
+    with pytest.raises(ValueError, match=r"fp8.*fp32, bf16, bf16-weights, fp16"):
         arithmetic("fp8")
 
 

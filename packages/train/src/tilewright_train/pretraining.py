@@ -248,9 +248,14 @@ class _Training:
 
     def _try_first_batch(self) -> None:
         """Compile, and see that memory is enough; the run may get a smaller micro-batch."""
-        tried = try_first_batch(
-            self.chosen, self.prepared, self.environment, self.autocast, self.reporter
-        )
+        try:
+            tried = try_first_batch(
+                self.chosen, self.prepared, self.environment, self.autocast, self.reporter
+            )
+        except BaseException:
+            if self.metrics is not None:
+                self.metrics.close()
+            raise
         if tried is not self.chosen and self.environment.is_main:
             write_toml(tried.config, self.prepared.run.config, tried.reasons)
         self.chosen = tried
