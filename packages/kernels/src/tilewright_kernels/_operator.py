@@ -201,6 +201,18 @@ def needs_dispatcher(operator: str, args: tuple[Any, ...]) -> bool:
     return looked_at or _batch.differentiating
 
 
+def may_overwrite(operator: str, kept: torch.Tensor, dy: torch.Tensor) -> bool:
+    """Whether a backward with the gradient dy may write into what its forward kept.
+
+    It may where the graph goes with this backward, so that nobody can ask for it again. Of a graph
+    that is traced its compiler decides what is written where, and a batch of gradients (all of
+    is_grads_batched=True, or of vmap) needs what is kept for each of them.
+    """
+    if type(kept) is not torch.Tensor or needs_dispatcher(operator, (dy, kept)):
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 class _Batch(threading.local):
     """Whether this thread is in a backward of many output gradients at once."""
 

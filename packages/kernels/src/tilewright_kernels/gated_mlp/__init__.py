@@ -5,11 +5,7 @@ and `_gate_up_grad` (the kernels of forward and backward), then `_hopper` (both 
 division of labour).
 """
 
-from tilewright_kernels.gated_mlp.functional import (
-    GatedActivation,
-    GatedMLP,
-    gated_mlp,
-    gated_mlp_reference,
-)
+from tilewright_kernels.gated_mlp._activation import GatedActivation
+from tilewright_kernels.gated_mlp.functional import GatedMLP, gated_mlp, gated_mlp_reference
 
 __all__ = ["GatedActivation", "GatedMLP", "gated_mlp", "gated_mlp_reference"]

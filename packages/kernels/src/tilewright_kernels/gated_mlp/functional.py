@@ -14,13 +14,12 @@ anew as well, which costs a product of the nine.
 """
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilewright_kernels import _math
 from tilewright_kernels._linear_losses import autocast
 from tilewright_kernels._linear_products import (
     LEAST_TOKENS,
@@ -32,13 +31,15 @@ from tilewright_kernels._linear_products import (
     forward_product,
     wgrad_product,
 )
-from tilewright_kernels._operator import Operator, needs_dispatcher
+from tilewright_kernels._operator import Operator, may_overwrite
+from tilewright_kernels.gated_mlp._activation import (
+    GatedActivation,
+    check_activation,
+    device_functions,
+)
 from tilewright_kernels.gated_mlp._gate_up import launch_gate_up
 from tilewright_kernels.gated_mlp._gate_up_grad import launch_gate_up_grad
 
-GatedActivation = Literal["silu", "gelu", "relu"]
-
-_ACTIVATIONS: tuple[str, ...] = get_args(GatedActivation)
 _OP = Operator("gated_mlp")
 
 
@@ -93,7 +94,7 @@ def _backward(
     if recompute:
         assert x_rows is not None
         gate_up = dy.new_empty(tokens, 2 * width)
-        function, _ = _device_functions(activation)
+        function, _ = device_functions(activation)
         launch_gate_up(_OP, x_rows, w_gate_up, None, gate_up, function)
     dgate_up = h = None
     if need_dx or need_dw_gate_up:
@@ -101,7 +102,7 @@ def _backward(
         dgate_up = gate_up if recompute or overwrite else torch.empty_like(gate_up)
     if need_dw_down:
         h = dy.new_empty(tokens, width)
-    launch_gate_up_grad(_OP, dy_rows, w_down, gate_up, dgate_up, h, *_device_functions(activation))
+    launch_gate_up_grad(_OP, dy_rows, w_down, gate_up, dgate_up, h, *device_functions(activation))
     if h is not None:
         dw_down = wgrad_product(_OP, dy_rows, h, ours=ours[1])
         del h
@@ -136,24 +137,12 @@ def _grads(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:3])
     x, w_gate_up, w_down, gate_up = ctx.saved_tensors
     arguments = (dy, x, w_gate_up, w_down, gate_up, ctx.activation, ctx.ours, needed)
-    if ctx.overwrite and _may_overwrite(gate_up, dy):
+    if ctx.overwrite and may_overwrite(_OP.name, gate_up, dy):
         grads = _backward(*arguments, overwrite=True)
         torch.autograd.graph.increment_version(gate_up)
     else:
         grads = gated_mlp_backward(*arguments)
     return *[g if need else None for g, need in zip(grads, needed, strict=True)], *[None] * 4
-
-
-def _may_overwrite(gate_up: Tensor, dy: Tensor) -> bool:
-    """Whether backward may write into what forward kept.
-
-    It may where the graph goes with this backward, so that nobody can ask for it again. Of a graph
-    that is traced its compiler decides what is written where, and a batch of gradients (all of
-    is_grads_batched=True, or of vmap) needs gate_up for each of them.
-    """
-    if type(gate_up) is not Tensor or needs_dispatcher(_OP.name, (dy, gate_up)):
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 @_OP.function(fake=_forward_fake, setup_context=_save, backward=_grads)
@@ -167,16 +156,11 @@ def gated_mlp_forward(
     """
     _, gate_up = _forward_fake(x, w_gate_up, w_down, activation, keep, ours, overwrite)
     h = x.new_empty(*x.shape[:-1], w_down.shape[1])
-    function, _ = _device_functions(activation)
+    function, _ = device_functions(activation)
     kept = gate_up if keep else None
     launch_gate_up(_OP, as_matrix(x), w_gate_up, as_matrix(h), kept, function)
     # No view of a result: torch would forbid to change it in place.
     return forward_product(_OP, h, w_down, None, ours=ours[0]), gate_up
-
-
-def _device_functions(activation: str) -> tuple[Any, Any]:
-    """f and f', device functions."""
-    return getattr(_math, activation), getattr(_math, f"{activation}_grad")
 
 
 def gated_mlp(
@@ -227,8 +211,7 @@ def gated_mlp(
 
 
 def _check(x: Tensor, w_gate_up: Tensor, w_down: Tensor, activation: str) -> None:
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; choose from {', '.join(_ACTIVATIONS)}")
+    check_activation(activation)
     if x.dim() == 0:
         raise ValueError("x is a scalar; it must have a last dimension, as in x[None]")
     if w_gate_up.dim() != 2 or w_gate_up.shape[0] % 2:
@@ -269,8 +252,7 @@ class GatedMLP(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; choose from {', '.join(_ACTIVATIONS)}")
+        check_activation(activation)
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.activation: GatedActivation = activation
         self.recompute = recompute

@@ -21,16 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewright_kernels import _math
 from tilewright_kernels._linear_losses import autocast
 from tilewright_kernels._linear_products import as_matrix
 from tilewright_kernels._operator import (
     Operator,
     check_floating,
     check_same_device,
-    needs_dispatcher,
+    may_overwrite,
 )
-from tilewright_kernels.gated_mlp import GatedActivation
+from tilewright_kernels.gated_mlp._activation import (
+    GatedActivation,
+    check_activation,
+    device_functions,
+)
 from tilewright_kernels.grouped_mm.launches import launch_clear, launch_rows, launch_sums
 from tilewright_kernels.moe_mlp.gate_up import launch_gate_up
 from tilewright_kernels.moe_mlp.gate_up_grad import launch_gate_up_grad
@@ -39,7 +42,6 @@ from tilewright_kernels.moe_mlp.weights import row_weights, weight_grads
 from tilewright_kernels.moe_route import Routing
 from tilewright_kernels.moe_route.rows import launch_combine, launch_permute
 
-_ACTIVATIONS = ("silu", "gelu", "relu")
 _OP = Operator("moe_mlp")
 
 
@@ -90,7 +92,7 @@ def _backward(
     # Each is made where it is written: at its peak memory holds what that launch needs.
     dx, dw_gate_up, dw_down = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
     dweights = weights.new_empty(0)
-    function, slope = _device_functions(activation)
+    function, slope = device_functions(activation)
     blocks: dict[int, Tensor] = {}
     rows, (top_k, width) = permutation.shape[0], (weights.shape[1], w_down.shape[2])
     recompute = gate_up.shape[0] != rows
@@ -160,19 +162,12 @@ def _grads(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     saved: Any = ctx.saved_tensors  # read once: recomputation hands each out once
     gate_up = saved[4]
     arguments: Any = (dy, *saved, ctx.activation, needed)
-    if ctx.overwrite and _may_overwrite(gate_up, dy):
+    if ctx.overwrite and may_overwrite(_OP.name, gate_up, dy):
         grads = _backward(*arguments, overwrite=True)
         torch.autograd.graph.increment_version(gate_up)
     else:
         grads = moe_mlp_backward(*arguments)
     return *[g if need else None for g, need in zip(grads, needed, strict=True)], *[None] * 6
-
-
-def _may_overwrite(gate_up: Tensor, dy: Tensor) -> bool:
-    """Whether backward may write into what forward kept, as `gated_mlp` explains."""
-    if type(gate_up) is not Tensor or needs_dispatcher(_OP.name, (dy, gate_up)):
-        return False
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 @_OP.function(fake=_forward_fake, setup_context=_save, backward=_grads)
@@ -188,7 +183,7 @@ def moe_mlp_forward(
         x, w_gate_up, w_down, weights, offs, permutation, inverse, activation, keep, overwrite
     )
     rows, (hidden, width) = permutation.shape[0], w_down.shape[1:]
-    function, _ = _device_functions(activation)
+    function, _ = device_functions(activation)
     blocks: dict[int, Tensor] = {}
     h = x.new_empty(rows, width)
     launch_gate_up(
@@ -200,11 +195,6 @@ def moe_mlp_forward(
     launch_clear(_OP, y_rows, offs)
     launch_combine(_OP, y_rows, weights, inverse, weights.shape[1], as_matrix(y))
     return y, gate_up
-
-
-def _device_functions(activation: str) -> tuple[Any, Any]:
-    """f and f', device functions."""
-    return getattr(_math, activation), getattr(_math, f"{activation}_grad")
 
 
 def moe_mlp(
@@ -268,8 +258,7 @@ def _check(
     x: Tensor, w_gate_up: Tensor, w_down: Tensor, routing: Routing, activation: str
 ) -> None:  # fmt: skip
     check_floating("x", x)
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; choose from {', '.join(_ACTIVATIONS)}")
+    check_activation(activation)
     if x.dim() == 0:
         raise ValueError("x is a scalar; it must have a last dimension, as in x[None]")
     if routing.offs.dim() != 1:
