@@ -17,7 +17,7 @@ from tilewright_train.metrics import (
 )
 
 KEYS = [
-    "step", "loss", "val_loss", "lr", "grad_norm",
+    "step", "loss", "val_loss", "lr", "grad_norm", "skipped_steps", "loss_scale",
     "tokens", "tokens_per_second", "data_seconds", "mfu", "peak_memory_bytes", "time",
 ]  # fmt: skip
 
@@ -37,6 +37,18 @@ def test_numbers_come_back_bit_for_bit_under_their_keys(tmp_path: Path) -> None:
     records = write(path, range(5))
     assert read_metrics(path) == records
     assert list(json.loads(path.read_text().splitlines()[0])) == KEYS
+
+
+def test_metrics_of_an_objective_stand_beside_the_fields(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    record = Record(step=1, loss=0.5, metrics={"rewards/chosen": 1 / 3, "val_logps/chosen": -2.0})
+    file = MetricsFile(path)
+    file.write(record)
+    file.close()
+    assert json.loads(path.read_text())["rewards/chosen"] == 1 / 3
+    assert read_metrics(path) == [record]
+    truncate_metrics(path, 1)
+    assert read_metrics(path) == [record]
 
 
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:

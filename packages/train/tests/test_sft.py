@@ -61,7 +61,7 @@ def test_it_begins_with_the_latest_pretraining_and_learns_to_answer(
     assert last < first - 0.5
     assert f"begins with  {pretrained}/checkpoints/step-000012" in printed
     assert "skipped      6 conversations in which the assistant says nothing" in printed
-    assert "next         train-sft --data" in printed
+    assert "next         train-dpo" in printed
     saved = folder / "checkpoints" / "step-000012"
     assert "{% generation %}" in (saved / "chat_template.jinja").read_text()
     before = CausalLM.from_pretrained(pretrained / "checkpoints" / "step-000012").config

@@ -24,7 +24,7 @@ from tilewright_train.config import DpoOptions
 
 METRICS = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
-    "logps/chosen", "logps/rejected", "preference_accuracy",
+    "logps/chosen", "logps/rejected", "logps/accuracies",
 )  # fmt: skip
 """Means over pairs. The rewards are β·c and β·r, an accuracy is the share of pairs with the larger
 one chosen; all but the last, which compares log π itself, are named and defined as in TRL 1.16."""

@@ -52,8 +52,8 @@ class Record:
     time: float = 0.0
     """Seconds of this run until now, pauses between a stop and a resume left out."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What the objective tells beside its loss; in the file each stands under its own name, and
-    those of validation begin with «val_»."""
+    """What the objective tells beside its loss; in the file each stands under its own name,
+    which has a slash in it; those of validation begin with «val_»."""
 
 
 class MetricsFile:
@@ -130,12 +130,14 @@ def _line(record: Record) -> str:
     return json.dumps(values, allow_nan=False) + "\n"
 
 
-def _record(values: dict[str, Any]) -> Record:
-    """The record of a line; keys that are no fields are metrics, which are numbers."""
+def _record(values: Any) -> Record:
+    """The record of a line; a key that is no field is a metric if it has a slash in it."""
+    if not isinstance(values, dict):
+        raise TypeError
     fields = {f.name for f in dataclasses.fields(Record)} - {"metrics"}
     known = {name: value for name, value in values.items() if name in fields}
     others = {name: value for name, value in values.items() if name not in fields}
-    if not all(type(value) in (int, float) for value in others.values()):
+    if not all("/" in name and type(value) in (int, float) for name, value in others.items()):
         raise TypeError
     return Record(**known, metrics=others)
 

@@ -91,8 +91,8 @@ def preference_lines(records: Sequence[Record], pairs: int) -> list[str]:
     return [
         f"validation   loss {measured[-1].val_loss:.4f}; before training"
         f" {measured[0].val_loss:.4f}, on {pairs:,} held-out pairs",
-        f"preferences  the chosen side is the likelier one in {last['preference_accuracy']:.1%} of"
-        f" them; before training in {first['preference_accuracy']:.1%}",
+        f"preferences  the chosen side is the likelier one in {last['logps/accuracies']:.1%} of"
+        f" them; before training in {first['logps/accuracies']:.1%}",
         f"rewards      chosen {last['rewards/chosen']:+.3f}, rejected"
         f" {last['rewards/rejected']:+.3f}; the chosen side's is the larger one in"
         f" {last['rewards/accuracies']:.1%}",
