@@ -1,13 +1,16 @@
-"""What several of the kernels' tests share: dtypes of attention, and tiles that are small."""
+"""What several of the kernels' tests share: dtypes, and tiles that are small."""
 
 import importlib
 
 import pytest
 import torch
 
+from tilewright_kernels._product_tiles import Tile
 from tilewright_kernels._triton import INTERPRETED
 from tilewright_kernels.flash_attention import backward, forward
+from tilewright_kernels.grouped_mm import launches as grouped_launches
 from tilewright_kernels.matmul import launches
+from tilewright_kernels.testing import FLOATING
 
 # The package's attribute of this name is the function.
 symmetric_matmul = importlib.import_module("tilewright_kernels.symmetric_matmul")
@@ -22,6 +25,14 @@ ATTENTION_DTYPES = {
 @pytest.fixture(params=range(3))
 def attention_dtype(request, device):
     return ATTENTION_DTYPES[device.type][request.param]
+
+
+@pytest.fixture(params=FLOATING, ids=str)
+def dot_dtype(request, device):
+    """Every dtype that is multiplied; bfloat16 on the GPU alone."""
+    if request.param == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("needs a GPU: the interpreter multiplies bfloat16 as raw bits")
+    return request.param
 
 
 @pytest.fixture
@@ -48,6 +59,17 @@ def small_triangle_tiles(request, monkeypatch):
     monkeypatch.setattr(symmetric_matmul, "TILES", {2: (tile,), 4: (tile,)})
     small = {"BLOCK": 16, "BLOCK_K": 16, "num_stages": 2, "num_warps": 4}
     monkeypatch.setattr(symmetric_matmul, "POINTER_TILES", {2: small, 4: small, 8: small})
+
+
+@pytest.fixture
+def small_group_tiles(request, monkeypatch):
+    """In the interpreter tiles of 16: several blocks in a group, or for an expert, of few rows."""
+    if request.node.get_closest_marker("gpu") is None:
+        small = Tile(16, 32, 16, 2, 2, 4)
+        monkeypatch.setattr(grouped_launches, "POINTER_TILES", dict.fromkeys((2, 4, 8), small))
+    grouped_launches.tile_for.cache_clear()
+    yield
+    grouped_launches.tile_for.cache_clear()
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from tilewright_kernels.testing import (
     randn,
 )
 
+pytestmark = pytest.mark.usefixtures("small_group_tiles")
+
 GROUPS = {
     "one": [37],
     "uneven": [5, 33, 1, 16],
@@ -29,17 +31,6 @@ GROUPS = {
 """Rows of each group; of 16 they are whole tiles, else ends inside of one."""
 
 OPERANDS = ("rows", "sums", "columns")
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(request, monkeypatch):
-    """In the interpreter tiles of 16: several blocks in a group of few rows."""
-    if request.node.get_closest_marker("gpu") is None:
-        small = launches.Tile(16, 32, 16, 2, 2, 4)
-        monkeypatch.setattr(launches, "POINTER_TILES", dict.fromkeys((2, 4, 8), small))
-    launches.tile_for.cache_clear()
-    yield
-    launches.tile_for.cache_clear()
 
 
 def make(operands, counts, m, n, *, rest=0, dtype=torch.float32, device="cpu"):
@@ -67,22 +58,15 @@ def check(a, b, offs):
     check_against_float64(ours, reference, (a, b, offs), operator="grouped_mm")
 
 
-def skip_interpreted_bfloat16(dtype, device):
-    if dtype == torch.bfloat16 and device.type == "cpu":
-        pytest.skip("needs a GPU: the interpreter multiplies bfloat16 as raw bits")
-
-
 @pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
 @pytest.mark.parametrize("operands", OPERANDS)
 def test_matches_float64(operands, counts, device):
     check(*make(operands, counts, 24, 40, device=device))
 
 
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("operands", OPERANDS)
-def test_dtypes(operands, dtype, device):
-    skip_interpreted_bfloat16(dtype, device)
-    check(*make(operands, GROUPS["uneven"], 24, 40, dtype=dtype, device=device))
+def test_dtypes(operands, dot_dtype, device):
+    check(*make(operands, GROUPS["uneven"], 24, 40, dtype=dot_dtype, device=device))
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (19, 23), (16, 8), (33, 5)])

@@ -55,16 +55,9 @@ def check(x, weight, bias=None):
     check_against_float64(linear, linear_reference, (x, weight, bias), operator="linear")
 
 
-def skip_interpreted_bfloat16(dtype, device):
-    if dtype == torch.bfloat16 and device.type == "cpu":
-        pytest.skip("needs a GPU: the interpreter multiplies bfloat16 as raw bits")
-
-
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize(("rows", "in_features", "out_features"), SHAPES, ids=str)
-def test_matches_float64(rows, in_features, out_features, dtype, device):
-    skip_interpreted_bfloat16(dtype, device)
-    check(*make(rows, in_features, out_features, dtype, device))
+def test_matches_float64(rows, in_features, out_features, dot_dtype, device):
+    check(*make(rows, in_features, out_features, dot_dtype, device))
 
 
 def test_without_bias(device):

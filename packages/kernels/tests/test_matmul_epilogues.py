@@ -17,12 +17,11 @@ def operands(M, N, K, *, dtype, device):
     return a, randn(K, N, dtype=dtype, device=device, seed=2).requires_grad_()
 
 
-@pytest.mark.parametrize("algorithm", RUNGS)
-@pytest.mark.parametrize("activation", [None, *launches.ACTIVATIONS])
-def test_epilogue(activation, algorithm, device):
-    a, b = operands(40, 32, 24, dtype=torch.float32, device=device)
-    bias = randn(32, dtype=torch.float32, device=device, seed=3).requires_grad_()
-    residual = randn(40, 32, dtype=torch.float32, device=device, seed=4).requires_grad_()
+def check_epilogue(sizes, activation, algorithm, dtype, device):
+    (m, n, _), options = sizes, {"dtype": dtype, "device": device}
+    a, b = operands(*sizes, **options)
+    bias = randn(n, **options, seed=3).requires_grad_()
+    residual = randn(m, n, **options, seed=4).requires_grad_()
 
     def with_all(f, **more):
         return lambda a, b, bias, residual: f(
@@ -33,6 +32,12 @@ def test_epilogue(activation, algorithm, device):
         with_all(matmul, algorithm=algorithm, precision="ieee"), with_all(matmul_reference),
         [a, b, bias, residual], operator="matmul",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", RUNGS)
+@pytest.mark.parametrize("activation", [None, *launches.ACTIVATIONS])
+def test_epilogue(activation, algorithm, device):
+    check_epilogue((40, 32, 24), activation, algorithm, torch.float32, device)
 
 
 @pytest.mark.parametrize("shape", [(32,), (1, 1), (20, 1), (3, 1, 32)], ids=str)
@@ -80,20 +85,7 @@ def test_result_narrower_than_its_operands(activation, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_epilogue_at_real_sizes(activation, dtype, algorithm):
-    device = torch.device("cuda")
-    a, b = operands(1000, 1544, 520, dtype=dtype, device=device)
-    bias = randn(1544, dtype=dtype, device=device, seed=3).requires_grad_()
-    residual = randn(1000, 1544, dtype=dtype, device=device, seed=4).requires_grad_()
-
-    def with_all(f, **more):
-        return lambda a, b, bias, residual: f(
-            a, b, bias=bias, activation=activation, residual=residual, scale=0.3, **more
-        )
-
-    check_against_float64(
-        with_all(matmul, algorithm=algorithm, precision="ieee"), with_all(matmul_reference),
-        [a, b, bias, residual], operator="matmul",
-    )  # fmt: skip
+    check_epilogue((1000, 1544, 520), activation, algorithm, dtype, torch.device("cuda"))
 
 
 @pytest.mark.gpu

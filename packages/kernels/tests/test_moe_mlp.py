@@ -21,16 +21,7 @@ from tilewright_kernels.testing import (
     randn,
 )
 
-
-@pytest.fixture(autouse=True)
-def small_tiles(request, monkeypatch):
-    """In the interpreter tiles of 16: several blocks for an expert of few tokens."""
-    if request.node.get_closest_marker("gpu") is None:
-        small = launches.Tile(16, 32, 16, 2, 2, 4)
-        monkeypatch.setattr(launches, "POINTER_TILES", dict.fromkeys((2, 4, 8), small))
-    launches.tile_for.cache_clear()
-    yield
-    launches.tile_for.cache_clear()
+pytestmark = pytest.mark.usefixtures("small_group_tiles")
 
 
 def route(tokens, experts, k, how="random", dtype=torch.float32, device="cpu", seed=0):
@@ -83,19 +74,12 @@ def check(tensors, routing, activation="silu", **options):
     )
 
 
-def skip_interpreted_bfloat16(dtype, device):
-    if dtype == torch.bfloat16 and device.type == "cpu":
-        pytest.skip("needs a GPU: the interpreter multiplies bfloat16 as raw bits")
-
-
 HOWS = ("random", "all to the last", "skewed", "every second expert")
 
 
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("how", HOWS)
-def test_matches_float64(how, dtype, device):
-    skip_interpreted_bfloat16(dtype, device)
-    check(*make(13, 24, 40, 5, 2, how, dtype=dtype, device=device))
+def test_matches_float64(how, dot_dtype, device):
+    check(*make(13, 24, 40, 5, 2, how, dtype=dot_dtype, device=device))
 
 
 @pytest.mark.parametrize(
