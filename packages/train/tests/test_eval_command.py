@@ -19,6 +19,7 @@ from tilewright_train.token_bytes import token_bytes
 from tilewright_train.tokenizer import end_token, load_tokenizer, train_tokenizer
 from tilewright_train.trained import ModelChoice, opened
 
+TALK = [Message("user", "the cat"), Message("assistant", "sat")]
 TEXTS = ["the cat sat", "on a mat é", "red \U0001f600", "today the red cat sat on a mat " * 5]
 
 
@@ -116,6 +117,57 @@ def test_the_latest_run_is_measured_on_what_it_left_out(
         lambda line: None,
     )  # fmt: skip
     assert 200 < whole.predictions < 800 < source["predictions"] * 10
+
+
+def test_a_model_of_transformers_has_the_loss_that_transformers_computes(tmp_path: Path) -> None:
+    """Saved by them, tokenizer and template too."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "theirs"
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(TEXTS * 3, 300), eos_token="<|endoftext|>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    fast.save_pretrained(folder)
+    shape = transformers.Qwen3Config(
+        vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.Qwen3ForCausalLM(shape).eval()
+    theirs.save_pretrained(folder)
+    path = tmp_path / "text.txt"
+    path.write_text(TEXTS[0])
+    measured = figures(tmp_path, folder, data=(str(path),))
+    end = fast.eos_token_id
+    ids = torch.tensor([[end, *fast(TEXTS[0])["input_ids"], end]])
+    with torch.no_grad():
+        expected = float(theirs(ids, labels=ids).loss)
+    assert measured.predictions == ids.numel() - 1
+    assert measured.loss == pytest.approx(expected, rel=1e-5)
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text(json.dumps({"messages": [m._asdict() for m in TALK]}) + "\n")
+    measured = figures(tmp_path, folder, data=(str(talks),))
+    assert measured.kind == "conversation"
+    prompt, answer = (fast(m.content)["input_ids"] for m in TALK)
+    ids = torch.tensor([[*prompt, end, *answer, end]])
+    labels = ids.clone()
+    labels[:, : len(prompt) + 1] = -100
+    with torch.no_grad():
+        expected = float(theirs(ids, labels=labels).loss)
+    assert measured.loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernels_compute_in_bf16_what_the_cpu_does(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 20))
+    words = {"data": (str(path),), "seq_len": 64}
+    on_cpu = figures(tmp_path, model_folder, **words)
+    on_gpu = figures(tmp_path, model_folder, **words, device="cuda")
+    assert on_gpu.predictions == on_cpu.predictions
+    assert on_gpu.loss == pytest.approx(on_cpu.loss, rel=2e-3)
 
 
 def test_mistakes_are_one_line(

@@ -70,6 +70,19 @@ def test_a_conversation_goes_on_turn_by_turn(
     assert expected.startswith(capsys.readouterr().out)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_graphs_tokens_are_those_of_the_forward(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In float32, so that the likeliest token is the same one."""
+    asked = ["--prompt", "the cat", "--temperature", "0", "--precision", "fp32"]
+    written = []
+    for device in ("cpu", "cuda"):
+        assert main([*words(model_folder), *asked, "--device", device]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1]
+
+
 def test_a_seed_draws_the_same_text(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = []
     for seed in ("1", "1", "2"):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def test_pretraining_begins_with_a_model_made_elsewhere(
     assert (after.vocab_size, after.rope_theta, after.tie_word_embeddings) == (304, 500.0, False)
     text = (saved / "tokenizer.json").read_text()
     assert json.loads(text) == json.loads((model_folder / "tokenizer.json").read_text())
+    kept = (saved / "chat_template.jinja").read_text()
+    assert kept == find_start(model_folder).chat_template  # for whoever fine-tunes it next
 
     # That run, and one of its checkpoints, can be begun with in turn.
     again = [*flags[2:], "--init", str(folder), "--steps", "1"]
@@ -78,6 +81,15 @@ def test_sft_takes_the_template_and_its_named_tokens(
     assert saved.startswith('{% set eos_token = "<|im_end|>" %}{% for')
     assert ChatTemplate(saved).render(TALK)[1].text == "sat<|im_end|>"
     assert CausalLM.from_pretrained(folder / "checkpoints" / "step-000002").config.vocab_size == 304
+
+
+def test_dpo_begins_with_a_model_made_elsewhere(flags: list[str], tmp_path: Path) -> None:
+    """Its first loss is ln 2: the reference is the same model."""
+    pairs = tmp_path / "pairs.jsonl"
+    lines = ({"prompt": f"the cat {n}", "chosen": "sat", "rejected": "red"} for n in range(300))
+    pairs.write_text("\n".join(map(json.dumps, lines)))
+    folder, _ = train([*flags, "--data", str(pairs), "--seq-len", "64"], "dpo")
+    assert read_metrics(folder / "metrics.jsonl")[0].val_loss == pytest.approx(math.log(2))
 
 
 def test_weights_are_those_of_the_folder_and_more_rows_their_mean(model_folder: Path) -> None:
@@ -165,9 +177,11 @@ def test_a_tokenizer_of_ones_own_is_used_and_has_to_fit(
     (own / "tokenizer.json").write_text(train_tokenizer(["zebra " * 50], 262).to_str())
     at = tiny_flags.index("--vocab-size")
     flags = [*tiny_flags[:at], *tiny_flags[at + 2 :], "--tokenizer", str(own), "--steps", "1"]
+    (own / "chat_template.jinja").write_text("{{ messages }}")
     folder, printed = train(flags)
     assert "vocab_size   262" in printed
     saved = folder / "checkpoints" / "step-000001"
+    assert (saved / "chat_template.jinja").read_text() == "{{ messages }}"
     assert CausalLM.from_pretrained(saved).config.vocab_size == 262
     assert (
         load_tokenizer(saved / "tokenizer.json").get_vocab()

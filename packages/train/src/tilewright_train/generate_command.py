@@ -112,7 +112,7 @@ def _write(options: GenerateOptions, lines: Iterable[str]) -> None:
     _sampling(options, 1, ())  # complains before the model is loaded
     with opened(options, cast=True) as trained:
         chat = options.chat
-        if chat is None and options.prompt is None and trained.template is not None:
+        if chat is None and options.prompt is None and _chats(trained):
             chat = _STANDARD_INPUT
         if chat is None:
             if options.system is not None:
@@ -121,6 +121,12 @@ def _write(options: GenerateOptions, lines: Iterable[str]) -> None:
         else:
             several = chat == _STANDARD_INPUT
             _converse(options, trained, lines if several else [chat], several=several)
+
+
+def _chats(trained: Trained) -> bool:
+    """Whether it has learned to: a run of pretraining only hands a template on."""
+    is_pretrained = trained.config is not None and trained.config.run.objective == "pretrain"
+    return trained.template is not None and not is_pretrained
 
 
 def _continue(options: GenerateOptions, trained: Trained) -> None:

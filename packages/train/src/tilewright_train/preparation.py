@@ -98,6 +98,8 @@ class Prepared:
 
     run: RunDirectory
     corpus: Corpus
+    chat_template: str | None
+    """What is saved beside the tokenizer, for whoever fine-tunes next."""
     template: ChatTemplate | None
     """Of SFT and DPO: how conversations are written."""
     model_config: ModelConfig
@@ -192,6 +194,7 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
     return Prepared(
         run=run,
         corpus=corpus,
+        chat_template=template.source if template else _kept_template(config.data, start),
         template=template,
         model_config=shape,
         trainee=trainee,
@@ -253,6 +256,13 @@ def build(
         scheduler=scheduler,
         guard=guard,
     )
+
+
+def _kept_template(options: DataOptions, start: Start | None) -> str | None:
+    """The template that came with the tokenizer, which pretraining hands on."""
+    if start is None and options.tokenizer is not None:
+        start = Start(tokenizer_file(options.tokenizer).parent)
+    return start.chat_template if start else None
 
 
 def _template(chosen: Chosen, start: Start | None) -> ChatTemplate | None:

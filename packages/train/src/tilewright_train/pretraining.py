@@ -371,7 +371,7 @@ class _Training:
         began = time.perf_counter()
         self._wait_for_saver()  # its memory is taken anew
         environment, prepared = self.environment, self.prepared
-        trainee, template = prepared.trainee, prepared.template
+        trainee = prepared.trainee
         optimizer_state = whole_state(trainee.optimizer)
         states = gather(environment, random_states(environment.rank, environment.device))
         rows = step * prepared.sampler.batch_size
@@ -385,7 +385,7 @@ class _Training:
                     scheduler=trainee.scheduler,
                     random_states=states,
                     tokenizer=prepared.corpus.tokenizer.to_str(),
-                    chat_template=template.source if template else None,
+                    chat_template=prepared.chat_template,
                     reference=prepared.objective.tensors(),
                     facts={
                         "seconds": seconds,
