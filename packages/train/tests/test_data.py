@@ -1,5 +1,6 @@
 """Rows of every packing: documents that do not see each other, weights, validation."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -56,7 +57,20 @@ def test_packed_documents_do_not_see_each_other(
     model: CausalLM, packing: Packing, device: str
 ) -> None:
     """Logits of a packed batch are those of each document alone; so is the loss."""
-    rows = training_rows([texts([7, 30, 3, 12, 9, 20])], (), options(packing), 0).rows
+    assert_apart(model, texts([7, 30, 3, 12, 9, 20]), packing, device)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_packed_conversations_do_not_see_each_other(model: CausalLM, packing: Packing) -> None:
+    """Of which some tokens are predicted: one in three, and no token across a boundary."""
+    samples = texts([7, 22, 3, 12, 9, 20])
+    every_third = (torch.arange(samples.tokens.numel()) % 3 == 0).to(torch.uint8)
+    assert_apart(model, dataclasses.replace(samples, targets=every_third), packing, "cpu")
+
+
+def assert_apart(model: CausalLM, samples: Samples, packing: Packing, device: str) -> None:
+    """Logits and loss of packed rows against those of their segments, one by one."""
+    rows = training_rows([samples], (), options(packing), 0).rows
     batch = rows.read(range(3)).to(torch.device(device))
     model = model.to(device)
     inputs = batch.inputs
