@@ -39,7 +39,7 @@ def test_shards_are_written_again_when_what_they_hold_changes_and_only_then(
     os.utime(corpus_file)
     assert not encoded_anew(tiny_flags)
     for other in (
-        ["--vocab-size", "290"],
+        ["--vocab-size", "260"],
         ["--validation-fraction", "0.2"],
         ["--on-bad-line", "skip"],
     ):
