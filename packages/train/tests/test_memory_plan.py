@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+from typing import Literal
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from tilewright_train.memory_plan import (
 )
 from tilewright_train.precision import arithmetic, cast_weights
 
+Backend = Literal["auto", "torch", "triton"]
+
 CONFIG = ModelConfig(
     vocab_size=40,
     hidden_size=32,
@@ -31,10 +34,15 @@ CONFIG = ModelConfig(
     intermediate_size=48,
     max_position_embeddings=64,
 )
-STEP = StepShape(rows=2, seq_len=16)
+STEP = StepShape(rows=2, seq_len=16, fused_mlp=True)
 
 
-def kept_by_autograd(config: ModelConfig, precision: str, recompute: Recompute = "none") -> int:
+def kept_by_autograd(
+    config: ModelConfig,
+    precision: str,
+    recompute: Recompute = "none",
+    gated_mlp: Backend = "triton",
+) -> int:
     """Bytes that a forward keeps besides parameters, each storage once."""
     model = CausalLM(config)
     cast_weights(model, precision)
@@ -50,7 +58,7 @@ def kept_by_autograd(config: ModelConfig, precision: str, recompute: Recompute =
     ids = torch.zeros(STEP.rows, STEP.seq_len, dtype=torch.int64)
     forward = arithmetic(precision).autocast("cpu")
     saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
-    with use_backend("triton"), saving, forward:
+    with use_backend("triton", gated_mlp=gated_mlp), saving, forward:
         loss = model(ids, labels=ids).loss
     head = model.embed_tokens.weight.shape  # the loss's gradient by it
     found = sum(x.untyped_storage().nbytes() for x in kept.values() if x.shape != head)
@@ -72,6 +80,18 @@ def test_activations_and_casts_are_what_autograd_keeps(precision: str) -> None:
     loss = at_the_loss(CONFIG, dataclasses.replace(STEP, precision=precision))
     found = kept_by_autograd(CONFIG, precision)
     assert kept_by_plan(loss, CONFIG, precision) == pytest.approx(found, rel=0.03)
+
+
+def test_a_plain_mlp_keeps_more() -> None:
+    step = dataclasses.replace(STEP, precision="fp32", fused_mlp=None)
+    found = kept_by_autograd(CONFIG, "fp32", gated_mlp="torch")
+    assert at_the_loss(CONFIG, step).activations == pytest.approx(found, rel=0.03)
+    # As the operator itself chooses: in float32, and of few tokens.
+    config, long = preset("0.5b"), StepShape(rows=2, seq_len=2048)
+    unsaid = plan_memory(config, long)
+    assert unsaid == plan_memory(config, dataclasses.replace(long, fused_mlp=True))
+    short = dataclasses.replace(long, rows=1)
+    assert 2 * at_the_loss(config, short).activations > at_the_loss(config, long).activations
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -139,6 +159,7 @@ def test_the_largest_micro_batch_divides_the_rows_and_fits() -> None:
         ("100m", 8, 1024, "bf16"),
         ("0.5b", 4, 1024, "bf16"),
         ("0.5b", 4, 1024, "bf16-weights"),
+        ("100m", 4, 1024, "fp32"),
     ],
 )
 def test_the_plan_is_within_a_tenth_of_the_peak(

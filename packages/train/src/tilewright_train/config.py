@@ -288,10 +288,21 @@ class RunOptions:
     """Tokens of the validation loss, the same ones every time."""
     log_every: int | None = None
     """Steps between lines where the output is not a terminal."""
+    sample_every: int | None = None
+    """Steps between samples; there is always one at the end."""
     prompt: str | None = None
-    """Beginning of the sample that is drawn at the end."""
+    """Beginning of the samples."""
     sample_tokens: int = 160
     """Tokens of the sample."""
+    profile: str | None = None
+    """Steps to profile, as in 10:13 for 10, 11 and 12: trace and tables go to profile/."""
+    memory_snapshot: bool = False
+    """Record the GPU's allocations of the third and fourth step: snapshot and summary go to
+    memory/."""
+    grad_norms_every: int | None = None
+    """Steps between norms of the gradients by layer, which go to grad_norms.jsonl."""
+    tensorboard: bool = False
+    """Write metrics as TensorBoard's events as well, to tensorboard/."""
     tasks: int = 200
     """With SFT on stories: held-out tasks of either kind that are answered before and after."""
 
@@ -299,15 +310,36 @@ class RunOptions:
         _check_choices(self)
         for name in (
             *("save_every", "keep", "keep_every", "eval_every", "log_every", "sample_tokens"),
-            "tasks",
+            *("tasks", "sample_every", "grad_norms_every"),
         ):
             _check_range(self, name, at_least=1)
         _check_range(self, "eval_tokens", at_least=2)
+        if self.profile is not None:
+            self.profiled_steps  # noqa: B018
         if self.name is not None and not re.fullmatch(r"[^/\\.][^/\\]*", self.name):
             raise InputError(
                 f"name {self.name!r} is not the name of a folder: use --out for a path, and no dot"
                 " at the beginning"
             )
+
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """The first step to profile, and the one behind the last.
+
+        Raises:
+            InputError: `profile` is no such range.
+        """
+        if self.profile is None:
+            return None
+        match = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        first, end = map(int, match.groups()) if match else (0, 0)
+        if not 0 < first < end:
+            raise InputError(
+                f"profile {self.profile!r} is no range of steps: give it as in 10:13 for the steps"
+                " 10, 11 and 12"
+            )
+        return first, end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,6 +395,12 @@ FREE_AT_RESUME = frozenset(
         "on_save_failure",
         "eval_every",
         "log_every",
+        "sample_every",
+        "profile",
+        "memory_snapshot",
+        "grad_norms_every",
+        "tensorboard",
+        "max_skipped",
         "tasks",
         "workers",
         "prefetch",

@@ -53,15 +53,7 @@ def finish(
     bigram = None if prefers else _bigram_loss(prepared)
     text = None
     if prepared.template is None:
-        text = draw_sample(
-            prepared.trainee.model,
-            prepared.corpus.tokenizer,
-            prompt=settled.prompt,
-            tokens=config.run.sample_tokens,
-            seed=config.training.seed,
-            autocast=autocast,
-        )
-        _keep_sample(prepared, settled.steps, text)
+        text = sample_text(chosen, prepared, settled.steps, autocast)
     # Imported here: it takes a second, and the first time it looks through all fonts.
     from tilewright_train.report import plot_losses
 
@@ -94,6 +86,22 @@ def finish(
     )
     for line in lines:
         reporter.say(line)
+
+
+def sample_text(chosen: Chosen, prepared: Prepared, step: int, autocast: torch.autocast) -> str:
+    """Draw a sample and keep it in the run's folder; the run's random numbers stay as they are."""
+    device = prepared.trainee.model.embed_tokens.weight.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        text = draw_sample(
+            prepared.trainee.model,
+            prepared.corpus.tokenizer,
+            prompt=chosen.settled.prompt,
+            tokens=chosen.config.run.sample_tokens,
+            seed=chosen.config.training.seed,
+            autocast=autocast,
+        )
+    _keep_sample(prepared, step, text)
+    return text
 
 
 def answer_tasks(

@@ -29,6 +29,7 @@ from tilewright_train.metrics import Record
 from tilewright_train.objectives import Objective
 from tilewright_train.signals import StopRequest
 from tilewright_train.step_guard import Outcome, StepGuard
+from tilewright_train.watching import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class LoopOptions:
     """Steps between validation losses; there is one before the first step and one at the end."""
     save_every: int
     """Steps between checkpoints; there is one at the end."""
+    sample_every: int | None
+    """Steps between samples; None for none before the end."""
     flops_per_token: int
     """Of training."""
     peak_flops: float | None
@@ -81,6 +84,8 @@ class TrainingLoop:
         evaluate: Measures on validation rows; called by all processes together.
         save: Writes a checkpoint of (steps done, seconds so far); called by all together.
         emit: Takes every record, in order.
+        sample: Draws a sample after a step; called by all processes together.
+        watch: Looks at steps on demand.
         left_out: Is told of every update that was not made; called by all processes together.
         stop: Tells whether somebody asked to stop.
     """
@@ -101,6 +106,8 @@ class TrainingLoop:
         evaluate: Callable[[], Validation],
         save: Callable[[int, float], None],
         emit: Callable[[Record], None],
+        sample: Callable[[int], None],
+        watch: Watch,
         left_out: Callable[[LeftOut], None],
         stop: StopRequest,
     ) -> None:
@@ -117,6 +124,8 @@ class TrainingLoop:
         self.evaluate = evaluate
         self.save = save
         self.emit = emit
+        self.sample = sample
+        self.watch = watch
         self.left_out = left_out
         self.stop = stop
         self._pending: deque[_Pending] = deque()
@@ -151,19 +160,24 @@ class TrainingLoop:
         )
         self._clock.restart()
         while done < self.options.steps and not self._stop_wanted:
-            self._start_step(done)
+            with self.watch.step(done + 1):
+                self._start_step(done)
             done += 1
             last = done == self.options.steps
             evaluates = last or done % self.options.eval_every == 0
             saves = last or done % self.options.save_every == 0
             ahead = 1 if self.environment.device.type == "cuda" else 0
-            if not (evaluates or saves):
+            every = self.options.sample_every
+            samples = every is not None and done % every == 0 and not last
+            if not (evaluates or saves or samples):
                 self._finish_steps(keep=ahead)
                 continue
             record = self._finish_steps(keep=0, hold_last=True)
             if evaluates:
                 record = self._measured(record, self.evaluate())
             self.emit(record)
+            if samples:
+                self.sample(done)
             if saves:
                 self.save(done, self._seconds())
                 saved = done
@@ -189,9 +203,15 @@ class TrainingLoop:
                 self.guard.scaled(loss).backward()
             losses.append(loss.detach())
             sums.append(of_batch)
-        shared = self._shared(torch.stack(losses).sum(), torch.stack(sums).sum(dim=0))
+        with self.watch.range("communication"):
+            if isinstance(self.module, DistributedDataParallel):
+                self.module.finish_gradient_synchronization()
+            shared = self._shared(torch.stack(losses).sum(), torch.stack(sums).sum(dim=0))
         lr = float(self.optimizer.param_groups[0]["lr"])
-        outcome = self.guard.clip_and_step(shared[0])
+        scale = self.guard.loss_scale.scale if self.guard.loss_scale is not None else None
+        self.watch.gradients(step + 1, scale)
+        with self.watch.range("optimizer"):
+            outcome = self.guard.clip_and_step(shared[0])
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.updated()

@@ -30,6 +30,7 @@ Recompute = Literal["none", "selective", "full"]
 MARGIN = 0.06
 """Share of a GPU's memory that a plan leaves: contexts, NCCL, fragments, what is not counted."""
 
+_LEAST_FUSED_TOKENS = 4096  # below, the gated MLP is plain torch's
 _MUON_BATCH = 1 << 28  # elements; as tilewright_optim divides them
 
 
@@ -86,6 +87,8 @@ class StepShape:
     """What is divided, where there are several processes."""
     world_size: int = 1
     """Processes."""
+    fused_mlp: bool | None = None
+    """Whether the gated MLP is the fused operator; None asks its own rule, `_fuses_mlp`."""
 
 
 def plan_memory(config: ModelConfig, step: StepShape) -> MemoryPlan:
@@ -192,13 +195,14 @@ class _BlockBytes:
         narrow = config.hidden_size * dtypes.products.itemsize
         count, layers = count_parameters(config), config.num_hidden_layers
         tokens = step.rows * step.seq_len
+        whole = _a_block(config, dtypes.products, "none")
+        again, mlp = 0, whole - _a_block(config, dtypes.products, "selective")
         # The stream stays wide before attention and before the MLP.
-        kept = _a_block(config, dtypes.products, "none") + 2 * (stream - narrow)
-        again, mlp = (
-            0,
-            _a_block(config, dtypes.products, "none")
-            - _a_block(config, dtypes.products, "selective"),
-        )
+        kept = whole + 2 * (stream - narrow)
+        if not _fuses_mlp(config, step):
+            # Plain torch keeps the activation and its product with the other half as well.
+            plain = 2 * config.intermediate_size * dtypes.products.itemsize
+            kept, mlp = kept + plain, mlp + plain
         cast = dtypes.products.itemsize if dtypes.autocasts else 0
         casts = cast * (count.attention + count.mlp + count.experts + count.router) // layers
         cast_again = 0
@@ -209,12 +213,23 @@ class _BlockBytes:
             again, kept = mlp, kept - mlp
             cast_again = casts - cast * count.attention // layers
             casts -= cast_again
-        inside = mlp + mlp // 2  # gradients of gate and up, and their product anew
+        inside = mlp * 3 // 2  # gradients of gate and up, and their product anew
         return cls(
             kept=tokens * kept,
             casts=casts,
             workspace=tokens * (again + inside + stream + narrow) + cast_again,
         )
+
+
+def _fuses_mlp(config: ModelConfig, step: StepShape) -> bool:
+    """As `tilewright_kernels.gated_mlp` chooses; mixtures of experts are always fused."""
+    if step.fused_mlp is not None:
+        return step.fused_mlp
+    if config.sparse_layers:
+        return True
+    whole = config.hidden_size % 8 == 0 and config.intermediate_size % 8 == 0
+    two_bytes = arithmetic(step.precision).products.itemsize == 2
+    return two_bytes and whole and step.rows * step.seq_len >= _LEAST_FUSED_TOKENS
 
 
 def _a_block(config: ModelConfig, dtype: torch.dtype, recompute: Recompute) -> int:

@@ -1,4 +1,4 @@
-"""An out-of-memory error, explained: what the plan says is where, and the flags with which it fits."""
+"""An out-of-memory error, explained: what the plan says is where, and the flags that would fit."""
 
 import contextlib
 from collections.abc import Iterator

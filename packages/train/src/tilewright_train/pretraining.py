@@ -30,7 +30,7 @@ from tilewright_train.dpo import loss_at_start
 from tilewright_train.errors import InputError, RankLost, TrainingStopped
 from tilewright_train.evaluation import Validation, validate
 from tilewright_train.examination import examine
-from tilewright_train.finish import answer_tasks, finish
+from tilewright_train.finish import answer_tasks, finish, sample_text
 from tilewright_train.guilty import LeftOut, broken_parameter
 from tilewright_train.layers import write_toml
 from tilewright_train.loading import LoadingOptions
@@ -42,12 +42,14 @@ from tilewright_train.preparation import Prepared, prepare
 from tilewright_train.processes import gather, local_processes, on_first
 from tilewright_train.progress import Reporter, make_reporter
 from tilewright_train.random_states import random_states
-from tilewright_train.replicas import is_sharded, whole_state
+from tilewright_train.replicas import is_sharded, wait_for_parameters, whole_state
 from tilewright_train.run_directory import RunDirectory
 from tilewright_train.run_lock import locked
 from tilewright_train.saver import Saver
 from tilewright_train.signals import StopRequest
+from tilewright_train.tensorboard_log import TensorBoardLog
 from tilewright_train.trial import try_first_batch
+from tilewright_train.watching import Watch, WatchOptions
 
 # Of the loss before the first step, where the reference was computed in other batches, in bf16.
 _ROUNDING = 0.02
@@ -200,6 +202,10 @@ class _Training:
         self.environment = environment
         self.reporter = reporter
         self.autocast = arithmetic(chosen.settled.precision).autocast(environment.device.type)
+        self.watch = self._watch()
+        self.board = None
+        if chosen.config.run.tensorboard and environment.is_main:
+            self.board = TensorBoardLog(prepared.run.root / "tensorboard", prepared.done)
         self.metrics = MetricsFile(prepared.run.metrics) if environment.is_main else None
         options = chosen.config.run
         self.memory = snapshot.HostMemory(environment.device) if options.async_save else None
@@ -234,6 +240,9 @@ class _Training:
                 self.saver.finish()
                 raise
             finally:
+                self.watch.close()
+                if self.board is not None:
+                    self.board.close()
                 self.reporter.end()
                 if self.metrics is not None:
                     self.metrics.close()
@@ -287,6 +296,7 @@ class _Training:
                 max_skipped=config.training.max_skipped,
                 eval_every=settled.eval_every,
                 save_every=settled.save_every,
+                sample_every=config.run.sample_every,
                 flops_per_token=flops_per_token(prepared.model_config, settled.seq_len),
                 peak_flops=machine.peak_flops(
                     self.environment.device, settled.precision, config.machine.tf32
@@ -303,6 +313,8 @@ class _Training:
             save=self._save,
             emit=self._emit,
             left_out=self._left_out,
+            sample=self._sample,
+            watch=self.watch,
             stop=stop,
         )
 
@@ -357,7 +369,40 @@ class _Training:
             self._check_start(record.val_loss)
         if self.metrics is not None:
             self.metrics.write(record)
+        if self.board is not None:
+            self.board.write(record)
         self.reporter.record(record)
+
+    def _watch(self) -> Watch:
+        options = self.chosen.config.run
+        wants = options.profile or options.memory_snapshot or options.grad_norms_every
+        if options.grad_norms_every and is_sharded(self.prepared.trainee.optimizer):
+            raise InputError(
+                "grad_norms_every needs whole gradients in every process: use --parallel ddp, or"
+                " leave it out"
+            )
+        if options.memory_snapshot and self.environment.device.type != "cuda":
+            raise InputError("memory_snapshot records a GPU's allocator: leave it out on a CPU")
+        if not wants or not self.environment.is_main:
+            return Watch(self.prepared.trainee.model, None)
+        third = self.prepared.done + 3
+        return Watch(
+            self.prepared.trainee.model,
+            WatchOptions(
+                folder=self.prepared.run.root,
+                profile=options.profiled_steps,
+                memory=(third, third + 2) if options.memory_snapshot else None,
+                norms_every=options.grad_norms_every,
+                say=self.reporter.say,
+            ),
+        )
+
+    def _sample(self, step: int) -> None:
+        """Draw a sample after a step; random numbers of the run are left as they are."""
+        wait_for_parameters(self.prepared.trainee.optimizer)
+        if self.environment.is_main and self.prepared.template is None:
+            text = sample_text(self.chosen, self.prepared, step, self.autocast)
+            self.reporter.say(f"sample       {' '.join(text.split())[:160]}")
 
     def _left_out(self, left_out: LeftOut) -> None:
         """Say which update was not made and why; name what broke it and keep its batch."""
