@@ -34,7 +34,12 @@ from tilewright_kernels.flash_attention.online_softmax import (
     take_piece,
 )
 from tilewright_kernels.flash_attention.operands import dot_precision, sources, strides
-from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
+from tilewright_kernels.flash_attention.sequence_rows import (
+    load_rows,
+    place_of_program,
+    sequence,
+    store_rows,
+)
 from tilewright_kernels.flash_attention.tiles import (
     HOPPER_QUERIES,
     Tile,
@@ -101,19 +106,6 @@ def _walk(
     return m, l, acc
 
 
-@triton.jit
-def _place(program, tiles, heads, together):
-    """(tile, head) of a program, the last tiles first: under a causal mask they are the longest.
-
-    Heads come in groups of `together`, whose keys and values stay in the second-level cache while
-    all tiles of the group are worked on.
-    """
-    first = program // (tiles * together) * together
-    group = tl.minimum(heads - first, together)
-    within = program - first * tiles
-    return tiles - 1 - within // group, first + within % group
-
-
 @triton.jit(
     do_not_specialize=[
         *("batches", "heads", "len_q_max", "len_k_max", "left", "right", "kept"),
@@ -138,7 +130,7 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """out and lse of BLOCK_M queries of a head; grid (tiles · heads · batches)."""
     tiles = tl.cdiv(len_q_max, BLOCK_M)
-    tile, batch_head = _place(tl.program_id(0), tiles, heads * batches, together)
+    tile, batch_head = place_of_program(tl.program_id(0), tiles, heads * batches, together)
     batch, head = batch_head // heads, batch_head % heads
     index, first_q, len_q, first_k, len_k = sequence(
         batch, len_q_max, len_k_max, cu_q_ptr, cu_k_ptr

@@ -19,7 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewright_kernels.flash_attention.masks import key_blocks, shift_of
 from tilewright_kernels.flash_attention.operands import extents
-from tilewright_kernels.flash_attention.sequence_rows import sequence
+from tilewright_kernels.flash_attention.sequence_rows import place_of_program, sequence
 
 ROWS, GROUPS = gl.constexpr(64), gl.constexpr(2)
 """Rows of a warpgroup, and the warpgroups that multiply."""
@@ -30,14 +30,11 @@ FLAGS = "CAP", "GROUP", "BOTTOM_RIGHT", "HAS_LEFT", "HAS_RIGHT"
 
 @gluon.jit
 def place_of(task, shape):
-    """(tile, sequence, head) as `forward` places them: groups of heads, the last tiles first."""
+    """(tile, sequence, head) of `place_of_program`, which a task is to these kernels."""
     batches, heads, len_q, together = shape[0], shape[1], shape[2], shape[8]
     tiles = gl.cdiv(len_q, GROUPS * ROWS)
-    first = task // (tiles * together) * together
-    group = gl.minimum(heads * batches - first, together)
-    within = task - first * tiles
-    batch_head = first + within % group
-    return tiles - 1 - within // group, batch_head // heads, batch_head % heads
+    tile, batch_head = place_of_program(task, tiles, heads * batches, together)
+    return tile, batch_head // heads, batch_head % heads
 
 
 @gluon.jit

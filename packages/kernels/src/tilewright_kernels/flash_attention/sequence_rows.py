@@ -1,10 +1,23 @@
-"""Where a sequence lies, and its rows in tiles: what kernels of the forward and backward share.
+"""Which tile is whose, where a sequence lies, and its rows: what forward and backward share.
 
 Tensors are [B, T, H, D], or packed, all sequences in one row of the batch. A tile is rows of one
 head of one sequence; what of it lies past the sequence's end is read as zeros and never written.
 """
 
 from tilewright_kernels._triton import tl, triton
+
+
+@triton.jit
+def place_of_program(program, tiles, heads, together):
+    """(tile, head) of a program, the last tiles first: under a causal mask they are the longest.
+
+    Heads come in groups of `together`, whose keys and values stay in the second-level cache while
+    all tiles of the group are worked on.
+    """
+    first = program // (tiles * together) * together
+    group = tl.minimum(heads - first, together)
+    within = program - first * tiles
+    return tiles - 1 - within // group, first + within % group
 
 
 @triton.jit
