@@ -11,13 +11,13 @@ on. Here is the folder; `checkpoint_state` writes and reads what is in it.
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tilewright_model.staged_files import flush
 from tilewright_train.errors import InputError, writing
 
 MANIFEST = "MANIFEST.json"
@@ -194,15 +194,6 @@ def _replace(folder: Path, beside: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     flush(folder.parent)
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(file: Path) -> str:
