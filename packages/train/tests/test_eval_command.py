@@ -200,6 +200,8 @@ def test_mistakes_are_one_line(
         "--data", str(texts), "--seq-len", "200"
     )
     assert "seq_len 1 is out of range: it must be at least 2" in said("--seq-len", "1")
+    assert "no is no folder: give --json" in said("--json", str(tmp_path / "no" / "x.json"))
+    assert "'tritn' is not a backend" in said("--data", str(texts), "--backend", "tritn")
     assert "unknown flag '--dataa' (did you mean '--data'?)" in said("--dataa", "x")
     assert "device 'tpu' is not supported" in said("--device", "tpu")
     texts.write_text("")

@@ -1,7 +1,12 @@
 """train-generate: what it writes is what the engine generates, and how it is told."""
 
+import io
 import json
+import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,6 +118,38 @@ def test_text_that_stops_is_not_written_even_in_part(model_folder: Path) -> None
     assert all(middle[0] not in part or part in whole.text for part in written)
     # What only begins like it comes late, and whole.
     assert reply(whole.text[-1:] + "never")[0] == whole.text
+
+
+def test_half_a_character_in_an_argument_is_none(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the shell hands on bytes that are not UTF-8."""
+    assert main([*words(model_folder), "--prompt", "the \udcff cat"]) == 0
+    assert capsys.readouterr().out.startswith("the \ufffd cat")
+
+
+def test_weights_that_are_not_finite_and_input_that_is_no_text_are_one_line(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = io.TextIOWrapper(io.BytesIO(b"the cat\n\xff\n"), encoding="utf-8")
+    assert main([*words(model_folder), "--chat"], lines) == 2
+    assert "error: the standard input is not UTF-8 text" in capsys.readouterr().err
+    model = CausalLM.from_pretrained(model_folder)
+    model.norm.weight.data[0] = math.nan
+    model.save_pretrained(model_folder)
+    assert main([*words(model_folder), "--prompt", "the cat"]) == 2
+    assert "are not finite: check the model's weights" in capsys.readouterr().err
+
+
+def test_a_bad_environment_is_one_line(model_folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from tilewright_train.generate_command import generate; generate()",
+         *words(model_folder)],
+        capture_output=True, text=True, env=os.environ | {"TILEWRIGHT_BACKEND": "tritn"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: TILEWRIGHT_BACKEND='tritn' is not a backend")
 
 
 def test_mistakes_are_one_line(

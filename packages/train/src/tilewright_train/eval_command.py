@@ -125,6 +125,8 @@ def measure(options: EvalOptions, say: Callable[[str], None]) -> list[Figures]:
     """
     from tilewright_train.sources import open_source
 
+    if options.json is not None and not options.json.parent.is_dir():
+        raise InputError(f"{options.json.parent} is no folder: give --json a file in one")
     with opened(options, cast=False) as trained:
         data = options.data or (trained.config.data.data if trained.config else ())
         if not data:

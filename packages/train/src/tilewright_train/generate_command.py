@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, cast
 
 from tilewright_train.errors import InputError
 from tilewright_train.flags import parse_flags
-from tilewright_train.trained import ModelChoice, Trained, exit_status, opened
+from tilewright_train.records import Message, string
+from tilewright_train.trained import ModelChoice, Trained, as_input_errors, exit_status, opened
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -130,7 +131,7 @@ def _chats(trained: Trained) -> bool:
 
 
 def _continue(options: GenerateOptions, trained: Trained) -> None:
-    prompt = options.prompt
+    prompt = None if options.prompt is None else string(options.prompt, "prompt")
     if prompt is None:
         prompt = (trained.config.run.prompt if trained.config else None) or ""
     tokens = prompt_tokens(trained.tokenizer, prompt)
@@ -147,7 +148,6 @@ def _converse(
     options: GenerateOptions, trained: Trained, lines: Iterable[str], *, several: bool
 ) -> None:
     from tilewright_train.conversations import tokenize
-    from tilewright_train.records import Message
 
     if trained.template is None:
         raise InputError(
@@ -155,12 +155,14 @@ def _converse(
             " has made"
         )
     is_typed = lines is sys.stdin and sys.stdin.isatty()
-    messages = [Message("system", options.system)] if options.system is not None else []
+    messages = []
+    if options.system is not None:
+        messages.append(Message("system", string(options.system, "message")))
     engine: Engine | None = None
     for line in _prompted(lines) if is_typed else lines:
         if not line.strip():
             continue
-        messages.append(Message("user", line.rstrip("\n")))
+        messages.append(Message("user", string(line.rstrip("\n"), "message")))
         ((tokens, _),) = tokenize(
             trained.tokenizer, trained.template, [messages], add_generation_prompt=True
         )
@@ -272,18 +274,16 @@ def _engine(trained: Trained, positions: int) -> "Engine":
 
 def _sampling(options: GenerateOptions, room: int, ends: tuple[int, ...]) -> "SamplingParams":
     """How to draw, with as many tokens as there is room for."""
-    from tilewright_model import SamplingParams
-
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
-    chosen = {name: getattr(options, name) for name in names}
     if options.max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {options.max_new_tokens}: give 1 or more")
-    try:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+    chosen = {name: getattr(options, name) for name in names}
+    with as_input_errors():  # tilewright_kernels reads TILEWRIGHT_BACKEND when it is imported
+        from tilewright_model import SamplingParams
+
         return SamplingParams(
             max_new_tokens=min(options.max_new_tokens, room), stop_token_ids=ends, **chosen
         )
-    except (ValueError, TypeError) as error:
-        raise InputError(str(error)) from None
 
 
 def _ends(trained: Trained) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,12 +75,13 @@ def opened(choice: ModelChoice, *, cast: bool) -> Iterator[Trained]:
     Raises:
         InputError: There is no such model, device or backend.
     """
-    import torch
+    with as_input_errors():  # tilewright_kernels reads TILEWRIGHT_BACKEND when it is imported
+        import torch
 
-    from tilewright_model import CausalLM
-    from tilewright_train import machine
-    from tilewright_train.chat_template import ChatTemplate
-    from tilewright_train.start import find_start, load_start_tokenizer
+        from tilewright_model import CausalLM
+        from tilewright_train import machine
+        from tilewright_train.chat_template import ChatTemplate
+        from tilewright_train.start import find_start, load_start_tokenizer
 
     if choice.threads is not None and choice.threads < 1:
         raise InputError(f"threads {choice.threads} is out of range: it must be at least 1")
@@ -92,7 +94,7 @@ def opened(choice: ModelChoice, *, cast: bool) -> Iterator[Trained]:
     backend = choice.backend or os.environ.get("TILEWRIGHT_BACKEND", "").strip() or "auto"
     threads = choice.threads or machine.choose_threads(1)[0]
     with contextlib.ExitStack() as stack:
-        with _as_input_errors():
+        with as_input_errors():
             stack.enter_context(
                 machine.configured(
                     threads=threads, deterministic=False, backend=backend, device=device
@@ -129,23 +131,37 @@ def find_model(choice: ModelChoice) -> Path:
 
 def exit_status(action: Callable[[], None]) -> int:
     """Run a command; what the user can mend is one line on stderr and 2."""
-    import sys
-
     try:
         action()
     except BrokenPipeError:
         return 141  # whoever read the lines has gone
-    except (InputError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+    except (InputError, OSError, FloatingPointError) as error:  # the last: logits not finite
+        return _complain(one_line(error))
+    except UnicodeDecodeError as error:
+        return _complain(f"the standard input is not UTF-8 text ({one_line(error)}): convert it")
+    except (MemoryError, RuntimeError) as error:
+        from tilewright_train.out_of_memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        return _complain(
+            f"out of memory ({one_line(error)}): give --precision bf16, another --device, a smaller"
+            " --seq-len or --max-new-tokens, or a smaller model"
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
 
 
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
 @contextlib.contextmanager
-def _as_input_errors() -> Iterator[None]:
+def as_input_errors() -> Iterator[None]:
+    """While options are looked at, a ValueError or TypeError is the user's to mend."""
     try:
         yield
     except (ValueError, TypeError) as error:
