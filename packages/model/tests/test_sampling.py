@@ -3,13 +3,12 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from tilewright_kernels import use_backend
+from tilewright_kernels import truncation_threshold, use_backend
 from tilewright_model.sampling import (
     Sampler,
     SamplingParams,
     candidates_for,
     penalize,
-    threshold_of,
 )
 
 CPU = torch.device("cpu")
@@ -98,8 +97,8 @@ def test_rows_have_options_of_their_own() -> None:
 def test_a_greedy_row_is_not_truncated_by_warmth_it_has_not() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.0]])
     one = torch.ones(1)
-    threshold = threshold_of(
-        logits, 3, temperature=one * 0, top_k=torch.tensor([3]), top_p=one * 2, min_p=one * 0
+    threshold = truncation_threshold(
+        logits, temperature=one * 0, top_k=torch.tensor([3]), top_p=one * 2, min_p=one * 0
     )
     assert threshold.tolist() == [0.0]
 
@@ -112,7 +111,8 @@ def test_selecting_finds_what_sorting_finds() -> None:
         "top_p": torch.tensor([2.0, 2.0, 0.5, 0.9, 2.0]),
         "min_p": torch.tensor([0.0, 0.0, 0.0, 0.2, 0.1]),
     }
-    few, all_of_them = threshold_of(logits, 16, **options), threshold_of(logits, 64, **options)
+    few = truncation_threshold(logits, **options, candidates=16)
+    all_of_them = truncation_threshold(logits, **options)
     assert torch.equal(few[1:], all_of_them[1:])
     assert few[0] <= logits[0].max()  # greedy: whatever is left, the likeliest is
 

@@ -114,6 +114,10 @@ from tilewright_kernels.sample_categorical import (
 from tilewright_kernels.skinny_linear import skinny_linear, skinny_linear_reference
 from tilewright_kernels.softmax import Softmax, softmax, softmax_reference
 from tilewright_kernels.symmetric_matmul import symmetric_matmul, symmetric_matmul_reference
+from tilewright_kernels.truncation_threshold import (
+    truncation_threshold,
+    truncation_threshold_reference,
+)
 
 __all__ = [
     "GELU",
@@ -219,6 +223,8 @@ __all__ = [
     "swiglu_reference",
     "symmetric_matmul",
     "symmetric_matmul_reference",
+    "truncation_threshold",
+    "truncation_threshold_reference",
     "use_backend",
     "varlen_attention_reference",
     "vector_add",

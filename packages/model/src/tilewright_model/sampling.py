@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilewright_kernels import sample_categorical
+from tilewright_kernels import sample_categorical, truncation_threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,14 +184,10 @@ class Sampler:
         logits = penalize(logits_BV, self.seen_BV, self.penalty) if self.penalizes else logits_BV
         threshold = None
         if self.candidates:
-            threshold = threshold_of(
-                logits,
-                self.candidates,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                min_p=self.min_p,
-            )
+            threshold = truncation_threshold(
+                logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+                min_p=self.min_p, candidates=self.candidates,
+            )  # fmt: skip
         sample_categorical(
             logits, self.seeds, steps_B, out=(tokens_B, log_probs_B),
             temperature=self.temperature, threshold=threshold, counters=self.counters,
@@ -218,40 +214,3 @@ def candidates_for(requests: Sequence[SamplingParams], vocab_size: int) -> int:
     drawn = [request for request in requests if request.temperature > 0]
     largest = max(vocab_size if r.top_k is None else r.top_k for r in drawn)
     return min(vocab_size, 1 << (largest - 1).bit_length())
-
-
-def threshold_of(
-    logits_BV: Tensor,
-    candidates: int,
-    *,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-) -> Tensor:
-    """The smallest logit of each row that may be drawn, [B] float32.
-
-    Top-k first; top-p on what it leaves, renormalized; min-p beside. The likeliest is always left.
-
-    Args:
-        logits_BV: any float dtype.
-        candidates: of the largest logits, how many are looked at.
-        temperature: [B]; rows of 0 are not truncated by a smaller one.
-        top_k: [B] int64, 1 to V.
-        top_p: [B], above 1 for all.
-        min_p: [B].
-    """
-    if candidates < logits_BV.shape[1]:
-        sorted_BV = logits_BV.float().topk(candidates, dim=-1).values
-    else:
-        sorted_BV = logits_BV.float().sort(dim=-1, descending=True).values
-    warm = torch.where(temperature > 0, temperature, 1.0)[:, None]
-    rank = torch.arange(sorted_BV.shape[1], device=sorted_BV.device)
-    kept_BV = rank < top_k[:, None]
-    # Less the largest first: a low temperature would otherwise make several of them infinite.
-    p_BV = ((sorted_BV - sorted_BV[:, :1]) / warm).masked_fill(~kept_BV, -torch.inf).softmax(-1)
-    # A token stays if those before it do not reach top_p.
-    kept_BV &= p_BV.cumsum(-1) - p_BV < top_p[:, None]
-    kept_BV &= p_BV >= min_p[:, None] * p_BV[:, :1]
-    last_B1 = kept_BV.sum(-1, keepdim=True).clamp(min=1) - 1
-    return sorted_BV.gather(1, last_B1)[:, 0]
