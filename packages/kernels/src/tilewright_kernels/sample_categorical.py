@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tilewright_kernels import _math
-from tilewright_kernels._launch import cdiv, next_power_of_2
+from tilewright_kernels._launch import cdiv, is_hopper, next_power_of_2
 from tilewright_kernels._operator import (
     Operator,
     accumulator,
@@ -25,6 +25,7 @@ from tilewright_kernels._operator import (
     check_floating,
     check_same_device,
 )
+from tilewright_kernels._overlap import await_previous_launch
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.dropout import philox, philox_reference
 
@@ -65,13 +66,15 @@ def sample_categorical_reference(
 def _sample_categorical_kernel(
     logits_ptr, seeds_ptr, steps_ptr, temperature_ptr, threshold_ptr, tokens_ptr, log_probs_ptr,
     parts_ptr, part_tokens_ptr, counters_ptr, row_stride, V,
-    BLOCKS: tl.constexpr, ROUNDED: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCKS: tl.constexpr, ROUNDED: tl.constexpr, ACC: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A row's best of BLOCK_V tokens and, by its last program, of all; grid (BLOCKS, B).
 
     parts is [B, 4, BLOCKS]: best score, its logit, the largest logit, Σ exp(logit - largest).
     part_tokens is [B, BLOCKS]: the best tokens.
     """
+    await_previous_launch(OVERLAP)
     block, row = tl.program_id(0), tl.program_id(1)
     v = block * BLOCK_V + tl.arange(0, BLOCK_V)
     at = logits_ptr + row.to(tl.int64) * row_stride + v
@@ -173,11 +176,13 @@ def draw_tokens_into(
         counters = torch.zeros(batch, dtype=torch.int32, device=logits.device)
     parts = log_probs.new_empty(batch * 4 * blocks)
     part_tokens = seeds.new_empty(batch * blocks, dtype=torch.int32)
+    overlap = is_hopper(logits.device)
+    options = {"launch_pdl": True} if overlap else {}  # unknown to Triton's interpreter
     _OP.launch(
         _sample_categorical_kernel, (blocks, batch),
         logits, seeds, steps, temperature, threshold, tokens, log_probs, parts, part_tokens,
         counters, logits.stride(0), size, BLOCKS=blocks, ROUNDED=next_power_of_2(blocks),
-        ACC=accumulator(logits.dtype), BLOCK_V=block, num_warps=8,
+        ACC=accumulator(logits.dtype), OVERLAP=overlap, BLOCK_V=block, num_warps=8, **options,
     )  # fmt: skip
 
 
