@@ -296,8 +296,10 @@ class BatchSampler:
             InputError: Rows that processes cannot share evenly.
         """
         if batch_size % world_size:
+            fitting = [str(n) for n in range(1, batch_size + 1) if batch_size % n == 0]
             raise InputError(
-                f"batch_size {batch_size} is not a multiple of the {world_size} processes"
+                f"batch_size {batch_size} is not a multiple of the {world_size} processes: start"
+                f" one of {', '.join(fitting)}, or a new run with another --batch-size"
             )
         self.rows = rows
         self.batch_size = batch_size

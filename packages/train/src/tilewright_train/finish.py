@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,7 +37,11 @@ _SHOWN = 3  # answers of either kind
 
 
 def finish(
-    chosen: Chosen, prepared: Prepared, autocast: torch.autocast, reporter: Reporter
+    chosen: Chosen,
+    prepared: Prepared,
+    autocast: torch.autocast,
+    reporter: Reporter,
+    saving: Mapping[str, Any],
 ) -> None:
     """Fit the bigram model, draw a sample and the picture, write summary.json, say all of it.
 
@@ -45,6 +50,7 @@ def finish(
         prepared: The run, with the model trained.
         autocast: Precision of the sample.
         reporter: Takes the last lines.
+        saving: What checkpoints cost, for summary.json.
     """
     run, shape, config, settled = prepared.run, prepared.model_config, chosen.config, chosen.settled
     report = backend_report()
@@ -64,6 +70,7 @@ def finish(
     matches = answer_tasks(chosen, prepared, settled.steps, autocast, reporter)
     finish_stories(chosen, prepared, settled.steps, autocast, reporter)
     summary = _summary(chosen, prepared, records, bigram, report)
+    summary |= saving
     if matches:
         summary["exact_match"] = matches
     run.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -188,6 +188,8 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         )
         done = found.step
         rows = done * settled.batch_size
+        if found.folder is not None:
+            _check_same_vocabulary(found.folder, corpus)
         seconds = _load_checkpoint(found, rows, trainee, environment, reporter)
         if found.folder is not None:
             objective.load(checkpoint_state.load_reference(found.folder))
@@ -504,14 +506,26 @@ def _find_checkpoint(
 def _check_nothing_was_saved(run: RunDirectory, save_every: int) -> None:
     """Refuse to start again, and to drop the metrics, where checkpoints were removed.
 
-    A step's record is written before its checkpoint: a run killed between the two has reached
-    `save_every` itself and has none. The folder of checkpoints is there from the start.
+    A checkpoint is written while the training goes on, to the next one at most: a run that is
+    killed there has reached twice `save_every` and has none. The folder of checkpoints is there
+    from the start.
     """
     reached = max((record.step for record in read_metrics(run.metrics)), default=0)
-    if reached > save_every or (reached > 0 and not run.checkpoints.is_dir()):
+    if reached > 2 * save_every or (reached > 0 and not run.checkpoints.is_dir()):
         raise InputError(
             f"{run.checkpoints} holds no checkpoint, but {run.metrics} reaches step {reached}: put"
             f" the checkpoints back, or start a new run with --config {run.config}"
+        )
+
+
+def _check_same_vocabulary(folder: Path, corpus: Corpus) -> None:
+    """A checkpoint's numbers of tokens mean what this run's mean."""
+    saved = load_tokenizer(folder / TOKENIZER_FILE).get_vocab(with_added_tokens=True)
+    own = corpus.tokenizer.get_vocab(with_added_tokens=True)
+    if saved != own:
+        raise InputError(
+            f"{folder} has another vocabulary than this run, {len(saved)} entries and not"
+            f" {len(own)}, or others: put the run's own checkpoints there, or start a new run"
         )
 
 

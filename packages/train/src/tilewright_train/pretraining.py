@@ -253,7 +253,11 @@ class _Training:
                 128 + (stop.signal or 15),
             )
         if self.environment.is_main:
-            finish(self.chosen, prepared, self.autocast, self.reporter)
+            saving = {
+                "saving_seconds": self.saving_seconds,
+                "checkpoints_not_saved": self.saver.failed,
+            }
+            finish(self.chosen, prepared, self.autocast, self.reporter, saving)
 
     def _try_first_batch(self) -> None:
         """Compile, and see that memory is enough; the run may get a smaller micro-batch."""
