@@ -15,9 +15,10 @@ import torch
 from tilewright_model import CausalLM, Engine, SamplingParams
 from tilewright_train.chat_template import ChatTemplate
 from tilewright_train.conversations import tokenize
-from tilewright_train.generate_command import main, prompt_tokens, stream_reply
+from tilewright_train.generate_command import main
 from tilewright_train.records import Message
 from tilewright_train.start import Start
+from tilewright_train.streaming import prompt_tokens, stream_reply
 from tilewright_train.tokenizer import decode, end_token, load_tokenizer
 
 SPEED = r"\d+ tokens, the first after [\d.,]+ ms(, then [\d.,]+ tokens/s)?"
