@@ -204,6 +204,40 @@ def test_pages():
     assert pages.timeline([]) is None
 
 
+def transports_run():
+    """A run of ways to send: no timelines, no links, backward's times from rest."""
+    run = run_on(2) | {"file": "h200-x2-transports.json", "links": []}
+    run["commit_info"] = {"id": "fedcba"}
+    rest = {"from_rest": {"backward": {"host": 0.012, "device": 0.048}}}
+    setups = {name: setup(ms) | rest for name, ms in (("alone", 70.0), ("bucketed copy", 80.0))}
+    run["parts"] = {part: {"setups": setups, "timelines": {}} for part in ("eager", "compiled")}
+    return run
+
+
+def test_a_run_of_transports_has_a_table_and_a_column_of_bars_only():
+    runs = [run_on(2), transports_run()]
+    table = pages.text(runs, "transports")
+    assert "| no communication | 70.0 |  | 12.0 | 48.0 | 70.0 |  | 12.0 | 48.0 |" in table
+    assert "| bucketed, copies | 80.0 | 12.5 % | 12.0 | 48.0 |" in table
+    assert table.endswith("`packages/bench/baselines/parallel/h200-x2-transports.json`.")
+    bars = pages.text(runs, "bars")
+    assert "| 2 GPUs | met | 2 GPUs, transports | met |" in bars
+    assert "≤ 7 % of the step | not measured |  | 12.5 % (copies) | **no** |" in bars
+    for item in ("steps", "plan", "trace"):
+        assert pages.text(runs, item) == pages.text(runs[:1], item)
+    assert pages.text(runs[:1], "transports") == ""
+
+
+def test_saved_runs_are_sorted_and_know_their_files(tmp_path):
+    folder = tmp_path / results.FOLDER
+    folder.mkdir(parents=True)
+    for name, run in (("x4", run_on(4)), ("x2-transports", run_on(2)), ("x2", run_on(2))):
+        (folder / f"gpu-{name}.json").write_text(json.dumps(run))
+    runs = results.load(tmp_path, "gpu")
+    assert [results.title(run) for run in runs] == ["2 GPUs", "2 GPUs, transports", "4 GPUs"]
+    assert results.file_name(runs[0]) == "gpu-x2.json"
+
+
 def test_a_timeline_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     drawn = pages.timeline([run_on(4)])

@@ -16,7 +16,8 @@ what it would change. Kinds of markers, with operators as in `Case.operator`:
                                     baselines/training/cpu-<name>.json
     rates: inference                docs/images/<name>_rates.svg and a table, of the rates there
     parallel: bars steps …          steps on several GPUs (`tilewright_bench.parallel.pages`), from
-                                    baselines/parallel/<device>-x<GPUs>.json
+                                    baselines/parallel/<device>-x<GPUs>.json; transports: ways
+                                    to send alone, from <device>-x<GPUs>-transports.json
 
 An operator that has a benchmark but no baseline yet is said to be not measured yet.
 """

@@ -132,6 +132,8 @@ class Measurement:
             part["setups"] = {trained.setup.name: _figures(trained) for trained in progress.running}
             self._save()
             for trained in progress.running if progress.is_over else ():
+                found = self._ladder.from_rest(trained)
+                part["setups"][trained.setup.name]["from_rest"] = found
                 if trained.setup == ALONE:
                     part["phases"] = self._ladder.phases(trained)
         self.failed |= bool(part["errors"])

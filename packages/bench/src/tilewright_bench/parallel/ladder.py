@@ -169,6 +169,34 @@ class Ladder:
                 found[name].append(begin.elapsed_time(end) / 1e3)
         return {name: statistics.median(seconds) for name, seconds in found.items()}
 
+    def from_rest(self, trained: Trained, steps: int = 2) -> dict[str, dict[str, float]]:
+        """Seconds of forward, backward and update on the host and on the device, which begin them
+        at rest: how far the host is ahead of the device, and what it takes itself.
+        """
+        if self.device.type != "cuda":
+            return {}
+        names = ("forward", "backward", "update")
+        found = {name: {"host": [], "device": []} for name in names}
+        for _ in range(steps):
+            self._meet()
+            marks = [(time.perf_counter(), self._mark())]
+            tokens, targets = trained.batch
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = trained.module(tokens, targets)
+            marks.append((time.perf_counter(), self._mark()))
+            loss.backward()
+            marks.append((time.perf_counter(), self._mark()))
+            trained.update()
+            marks.append((time.perf_counter(), self._mark()))
+            self._wait()
+            for name, (began, begin), (ended, end) in zip(names, marks, marks[1:], strict=False):
+                found[name]["host"].append(ended - began)
+                found[name]["device"].append(_seconds_between(begin, end))
+        return {
+            name: {side: statistics.median(values) for side, values in sides.items()}
+            for name, sides in found.items()
+        }
+
     def _start(self, setup: Setup, compile_blocks: bool, errors: dict[str, str]) -> Trained | None:
         """Build a setup and warm it up; None, on all ranks, where one of them fails."""
         self._empty()

@@ -9,7 +9,7 @@ from tilewright_bench.parallel import prediction, results
 from tilewright_bench.parallel.drawing import Timelines, timelines
 from tilewright_bench.parallel.results import step_seconds
 
-ITEMS = ("bars", "steps", "plan", "trace", "timeline")
+ITEMS = ("bars", "steps", "plan", "trace", "timeline", "transports")
 """Words after the marker «parallel:»."""
 
 NAMES = {
@@ -24,10 +24,14 @@ NAMES = {
     "bucketed": "bucketed, NCCL",
     "bucketed 100 MB": "bucketed, NCCL, 100 MB",
     "bucketed copy": "bucketed, copies",
+    "bucketed copy 50 MB": "bucketed, copies, 50 MB",
+    "bucketed copy 100 MB": "bucketed, copies, 100 MB",
     "bucketed bf16": "bucketed, NCCL, bf16 wire",
     "bucketed copy bf16": "bucketed, copies, bf16 wire",
+    "bucketed copy bf16 100 MB": "bucketed, copies, bf16 wire, 100 MB",
     "zero1": "ZeRO-1, NCCL",
     "zero1 copy": "ZeRO-1, copies",
+    "zero1 copy 100 MB": "ZeRO-1, copies, 100 MB",
     "fsdp alone": "fully_shard, no communication",
     "fsdp": "fully_shard",
     "muon": "Muon, replicated",
@@ -50,11 +54,18 @@ def text(runs: Sequence[Mapping[str, Any]], item: str) -> str:
         runs: Of one device, the fewest GPUs first.
         item: Of ITEMS, without "timeline".
     """
+    if item == "transports":
+        runs = [run for run in runs if results.is_of_transports(run)]
+    elif item != "bars":
+        runs = [run for run in runs if not results.is_of_transports(run)]
+    if not runs:
+        return ""
     content = {
         "bars": lambda: results.bars_table(runs),
         "steps": lambda: _steps(runs),
         "plan": lambda: prediction.table(runs, NAMES),
         "trace": lambda: _traces(runs),
+        "transports": lambda: _transports(runs),
     }[item]()
     return f"{content}\n\n{provenance(runs)}"
 
@@ -71,18 +82,18 @@ def timeline(runs: Sequence[Mapping[str, Any]]) -> Timelines | None:
 
 def provenance(runs: Sequence[Mapping[str, Any]]) -> str:
     """GPUs, driver, versions and commit of the runs."""
-    made = {}
+    made: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         machine, commit = run["machine_info"], run["commit_info"]["id"]
         place = (
             f"{machine['gpu']} (driver {machine['driver']}), torch {machine['torch']}, commit "
             f"`{commit[:10]}`"
         )
-        made.setdefault(place, []).append(run["world_size"])
+        made.setdefault(place, []).append(run)
     sentences = [
-        f"{' and '.join(map(str, sizes))} {place}: "
-        + ", ".join(f"`{(results.FOLDER / f'h200-x{size}.json').as_posix()}`" for size in sizes)
-        for place, sizes in made.items()
+        f"{' and '.join(str(run['world_size']) for run in found)} {place}: "
+        + ", ".join(f"`{(results.FOLDER / results.file_name(run)).as_posix()}`" for run in found)
+        for place, found in made.items()
     ]
     return ". ".join(sentences) + "."
 
@@ -127,6 +138,27 @@ def _cells(run: Mapping[str, Any], part: str, name: str) -> list[str]:
         update,
         f"{setup['held_bytes'] / 2**30:.2f}",
     ]
+
+
+def _transports(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A line a setup: of eager and of compiled steps ms, what communication adds, and how long
+    backward takes the host and the device when it begins with both at rest.
+    """
+    header = " | ".join(
+        f"{part}, ms | exposed | backward: host | device" for part in ("eager", "compiled")
+    )
+    lines = [f"| {{}} | {header} |", "| --- |" + " ---: |" * 8]
+    lines[0] = lines[0].format(", ".join(results.title(run) for run in runs))
+    for run in runs:
+        parts = [run["parts"][part]["setups"] for part in ("eager", "compiled")]
+        for name in sorted(parts[0], key=[*NAMES].index):
+            cells = []
+            for part, setups in zip(("eager", "compiled"), parts, strict=True):
+                rest = setups[name]["from_rest"]["backward"]
+                cells += _cells(run, part, name)[:2]
+                cells += [f"{rest[side] * 1e3:.1f}" for side in ("host", "device")]
+            lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _traces(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -12,9 +12,12 @@ from tilewright_bench.saved import BASELINES
 FOLDER = BASELINES / "parallel"
 
 TORCH = ("torch", "torch static", "torch 100 MB")
-OURS = ("bucketed", "bucketed 100 MB", "bucketed copy")
-HALF = ("bucketed bf16", "bucketed copy bf16")
-ZERO = ("zero1", "zero1 copy")
+OURS = (
+    *("bucketed", "bucketed 100 MB"),
+    *("bucketed copy", "bucketed copy 50 MB", "bucketed copy 100 MB"),
+)
+HALF = ("bucketed bf16", "bucketed copy bf16", "bucketed copy bf16 100 MB")
+ZERO = ("zero1", "zero1 copy", "zero1 copy 100 MB")
 
 Quantity = Literal["speed", "time", "exposed", "update", "memory", "arithmetic"]
 
@@ -48,7 +51,8 @@ class ParallelBar:
         beside = [setups[name] for name in self.beside if name in setups]
         if not ours or (self.beside and not beside):
             return None
-        if any("copy" in name and name not in setups for name in self.ours):
+        copies = [name for name in self.ours if "copy" in name]
+        if copies and not any(name in setups for name in copies):
             return None  # what is left of them is not the best of ours
         name = self.best(run)
         assert name is not None
@@ -137,10 +141,26 @@ BARS: tuple[ParallelBar, ...] = (
 
 
 def load(root: Path, device: str) -> list[dict[str, Any]]:
-    """The saved runs of a device, by number of ranks."""
-    paths = (root / FOLDER).glob(f"{device}-x*.json")
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return sorted(runs, key=lambda run: run["world_size"])
+    """The saved runs of a device, by number of ranks; those of transports behind."""
+    paths = sorted((root / FOLDER).glob(f"{device}-x*.json"))
+    runs = [json.loads(p.read_text(encoding="utf-8")) | {"file": p.name} for p in paths]
+    return sorted(runs, key=lambda run: (run["world_size"], is_of_transports(run)))
+
+
+def is_of_transports(run: Mapping[str, Any]) -> bool:
+    """Whether a run is of ways to send alone, not of all parts."""
+    return file_name(run).endswith("-transports.json")
+
+
+def file_name(run: Mapping[str, Any]) -> str:
+    """Of a run's file in `FOLDER`."""
+    return run.get("file", f"h200-x{run['world_size']}.json")
+
+
+def title(run: Mapping[str, Any]) -> str:
+    """Of a run's columns."""
+    later = ", transports" if is_of_transports(run) else ""
+    return f"{run['world_size']} GPUs{later}"
 
 
 def step_seconds(setup: Mapping[str, Any]) -> float:
@@ -190,10 +210,10 @@ def text(run: Mapping[str, Any]) -> str:
 
 def bars_table(runs: Sequence[Mapping[str, Any]]) -> str:
     """A line a bar, a column a number of GPUs."""
-    sizes = [run["world_size"] for run in runs]
+    titles = [title(run) for run in runs]
     lines = [
-        "| case | bar | " + " | ".join(f"{size} GPUs | met" for size in sizes) + " |",
-        "| --- | --- |" + " ---: | --- |" * len(sizes),
+        "| case | bar | " + " | ".join(f"{name} | met" for name in titles) + " |",
+        "| --- | --- |" + " ---: | --- |" * len(titles),
     ]
     for bar in BARS:
         cells = []

@@ -141,16 +141,24 @@ BUCKETED = (
     Setup(name="bucketed", make=ours()),
     Setup(name="bucketed 100 MB", make=ours(bucket_cap_mb=100)),
     Setup(name="bucketed copy", make=ours(**COPY), transport="copy"),
+    Setup(name="bucketed copy 50 MB", make=ours(**COPY, bucket_cap_mb=50), transport="copy"),
+    Setup(name="bucketed copy 100 MB", make=ours(**COPY, bucket_cap_mb=100), transport="copy"),
 )
 HALF = (
     Setup(name="torch bf16", make=torchs(bf16=True), peer=True),
     Setup(name="bucketed bf16", make=ours(**BF16)),
     Setup(name="bucketed copy bf16", make=ours(**BF16, **COPY), transport="copy"),
+    Setup(
+        name="bucketed copy bf16 100 MB",
+        make=ours(**BF16, **COPY, bucket_cap_mb=100),
+        transport="copy",
+    ),
 )
 ZERO = (
     Setup(name="torch zero", make=torchs(zero=True), peer=True),
     Setup(name="zero1", make=sharded()),
     Setup(name="zero1 copy", make=sharded(**COPY), transport="copy"),
+    Setup(name="zero1 copy 100 MB", make=sharded(**COPY, bucket_cap_mb=100), transport="copy"),
 )
 MUON = (
     Setup(name="muon", make=muon(shard=False)),
@@ -163,7 +171,7 @@ FSDP = (
     Setup(name="fsdp", make=fsdp(), peer=True),
 )
 
-_ALL = (ALONE, *TORCH, *BUCKETED, *HALF, *ZERO)
+_ALL = (ALONE, *TORCH, LADDER[1], *BUCKETED, *HALF, *ZERO)
 
 PARTS: dict[str, tuple[bool, tuple[Setup, ...]]] = {
     "eager": (False, _ALL),
@@ -174,7 +182,7 @@ PARTS: dict[str, tuple[bool, tuple[Setup, ...]]] = {
 """What is timed in turn, and whether blocks are compiled."""
 
 TRACED: dict[str, tuple[bool, tuple[Setup, ...]]] = {
-    "eager": (False, (ALONE, *LADDER, *BUCKETED, *ZERO[1:])),
-    "compiled": (True, (ALONE, TORCH[0], *BUCKETED, *ZERO[1:])),
+    "eager": (False, (ALONE, *LADDER, *BUCKETED[:3], *ZERO[1:3])),
+    "compiled": (True, (ALONE, TORCH[0], *BUCKETED[:3], *ZERO[1:3])),
 }
 """What a profiler looks at, by part; afterwards, as its hooks stay in the process."""
