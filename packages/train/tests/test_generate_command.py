@@ -92,7 +92,7 @@ def test_on_a_gpu_the_graphs_tokens_are_those_of_the_forward(
 def test_a_seed_draws_the_same_text(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = []
     for seed in ("1", "1", "2"):
-        assert main([*words(model_folder), "--prompt", "", "--seed", seed, "--top-k", "200"]) == 0
+        assert main([*words(model_folder), "--prompt", "", "--seed", seed, "--top-k", "0"]) == 0
         drawn.append(capsys.readouterr().out)
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -165,6 +165,7 @@ def test_mistakes_are_one_line(
     assert "--prompt and --chat exclude each other" in said("--prompt", "a", "--chat", "b")
     assert "--system is for a conversation" in said("--prompt", "a", "--system", "b")
     assert "temperature is -1.0: give 0 (greedy)" in said("--temperature", "-1")
+    assert "top_k is -1: give 1 or more" in said("--top-k", "-1")
     assert "max_new_tokens is 0: give 1 or more" in said("--max-new-tokens", "0")
     assert "tokens and the model 160 positions: give a shorter" in said("--prompt", "x" * 170)
     assert f"no run in {tmp_path} has saved" in said("--model", "auto", "--out", str(tmp_path))

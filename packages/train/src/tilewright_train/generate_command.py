@@ -40,8 +40,8 @@ class GenerateOptions(ModelChoice):
     """Tokens to add at most, as far as the model's positions reach."""
     temperature: float = 0.8
     """Divides the logits; 0 takes the likeliest token."""
-    top_k: int | None = 50
-    """Draw among so many likeliest tokens."""
+    top_k: int = 50
+    """Draw among so many likeliest tokens; 0 for all."""
     top_p: float | None = None
     """Draw among the likeliest tokens that together have this probability."""
     min_p: float | None = None
@@ -180,8 +180,8 @@ def _sampling(options: GenerateOptions, room: int, ends: tuple[int, ...]) -> "Sa
     """How to draw, with as many tokens as there is room for."""
     if options.max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {options.max_new_tokens}: give 1 or more")
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
-    chosen = {name: getattr(options, name) for name in names}
+    names = ("temperature", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+    chosen = {name: getattr(options, name) for name in names} | {"top_k": options.top_k or None}
     with as_input_errors():  # tilewright_kernels reads TILEWRIGHT_BACKEND when it is imported
         from tilewright_model import SamplingParams
 
