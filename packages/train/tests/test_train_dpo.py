@@ -46,17 +46,35 @@ def pairs_file(tmp_path: Path) -> Path:
     for n in range(300):
         word, other = words[n % 8], words[(n + 3) % 8]
         rejected = f"{word} {other}" if n % 100 else f"{word} {word}"
-        record = {"prompt": f"say {word} {n}", "chosen": f"{word} {word}", "rejected": rejected}
-        for side in ("chosen", "rejected"):
-            record[side] = [{"role": "assistant", "content": record[side]}]
-        lines.append(json.dumps(record) + "\n")
+        sides = {"chosen": f"{word} {word}", "rejected": rejected}
+        record = {s: [{"role": "assistant", "content": text}] for s, text in sides.items()}
+        lines.append(json.dumps({"prompt": f"say {word} {n}", **record}) + "\n")
     path.write_text("".join(lines))
     return path
 
 
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished pretraining of a second."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    texts = [f"the cat sat on a red mat today, say {n}" for n in range(300)]
+    data = folder / "corpus.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sizes = {
+        "--vocab-size": 300, "--hidden-size": 32, "--num-hidden-layers": 1,
+        "--num-attention-heads": 2, "--num-key-value-heads": 1, "--intermediate-size": 64,
+        "--seq-len": 16, "--batch-size": 4, "--steps": 12, "--lr": 0.01, "--threads": 1,
+        "--device": "cpu", "--eval-tokens": 200, "--sample-tokens": 8, "--data": data,
+        "--out": folder / "runs", "--cache-dir": folder / "cache",
+    }  # fmt: skip
+    flags = [str(word) for pair in sizes.items() for word in pair]
+    return run(parse(flags), io.StringIO())
+
+
 @pytest.fixture
-def pretrained(tiny_flags: list[str]) -> Path:
-    return run(parse(tiny_flags), io.StringIO())
+def pretrained(trained_once: Path, tmp_path: Path) -> Path:
+    """The same, in the folder of this test's runs."""
+    return Path(shutil.copytree(trained_once, tmp_path / "runs" / trained_once.name))
 
 
 @pytest.fixture
@@ -259,6 +277,23 @@ def test_stories_are_finished_before_and_after(pretrained: Path, dpo_flags: list
     assert kept["0"] == {"instances": 0.0, "templates": 0.0, "consistent_endings": 0.0}
     assert "the chosen side is the likelier one in" in printed
     assert len((folder / "samples" / "step-000001.txt").read_text().splitlines()) == 4 + 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", ["none", "best_fit"])
+def test_on_a_gpu_the_kernels_give_the_cpus_run(
+    packing: str, pretrained: Path, dpo_flags: list[str]
+) -> None:
+    flags = [*dpo_flags, "--steps", "3", "--packing", packing]
+    on_cpu, _ = train(flags)
+    place = flags.index("--device") + 1
+    flags[place] = "cuda"
+    on_gpu, _ = train(flags, "--precision", "fp32")
+    assert records(on_gpu)[0].val_loss == pytest.approx(0.693147, abs=1e-6)
+    exact, close = (numbers(folder, but_for="accurac") for folder in (on_cpu, on_gpu))
+    assert close == pytest.approx(exact, rel=2e-2, abs=2e-2)
+    summary = json.loads((on_gpu / "summary.json").read_text())
+    assert summary["backend"]["operators"]["linear_log_prob"]["triton"] > 0
 
 
 def test_mistakes_are_one_line(

@@ -301,7 +301,7 @@ class _Training:
                 eval_every=settled.eval_every,
                 save_every=settled.save_every,
                 sample_every=config.run.sample_every,
-                flops_per_token=flops_per_token(prepared.model_config, settled.seq_len),
+                flops_per_token=self._flops_per_token(),
                 peak_flops=machine.peak_flops(
                     self.environment.device, settled.precision, config.machine.tf32
                 ),
@@ -321,6 +321,13 @@ class _Training:
             watch=self.watch,
             stop=stop,
         )
+
+    def _flops_per_token(self) -> int:
+        """Of a step: three forward passes' worth, and of DPO one of the reference."""
+        flops = flops_per_token(self.prepared.model_config, self.chosen.settled.seq_len)
+        config = self.chosen.config
+        has_reference = config.run.objective == "dpo" and not config.dpo.precompute
+        return flops * 4 // 3 if has_reference else flops
 
     def _ways(self) -> int:
         """Among how many ways a model that knows nothing chooses: its loss is ln of that."""
