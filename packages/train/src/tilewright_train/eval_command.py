@@ -184,7 +184,12 @@ def _measure_source(
     )
     if samples.targets is not None and (cut := int((samples.lengths > seq_len).sum())):
         say(f"cut off      {cut} records behind {seq_len} tokens")
-    rows = validation_rows([samples], row_options, options.max_tokens or _ALL)
+    rows = validation_rows([samples], row_options, _ALL)
+    if options.max_tokens is not None and rows.targets > options.max_tokens:
+        # As many rows as hold so many predictions on average; of conversations few a row.
+        ((_, numbers),) = rows.parts
+        full = options.max_tokens * (seq_len - 1) * len(numbers) // rows.targets
+        rows = validation_rows([samples], row_options, full)
     masked = packing == "best_fit" or (packing == "concat" and row_options.document_mask)
     together = _TOGETHER[trained.device.type]
     if masked and trained.device.type == "cpu":
