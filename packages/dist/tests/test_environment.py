@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from tilewright_dist import DistributedEnvironment, init_from_environment
+from tilewright_dist.environment import agree_on_name
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Port 0: the store of a single rank takes any free one.
@@ -145,3 +148,27 @@ def test_two_processes_of_torchrun(tmp_path):
     assert [s["world_size"] for s in seen] == [2, 2]
     assert [s["gradient"] for s in seen] == [[[1.5, 1.5]]] * 2
     assert seen[0]["weight"] == seen[1]["weight"]
+
+
+def test_ranks_that_start_again_in_the_same_store_agree_on_a_new_name():
+    """Of the start before, rank 1 had asked and was not answered, and rank 2 had been answered."""
+    store = dist.HashStore()
+    store.set("start/ask/1", "of the one that died")
+    seconds = timedelta(seconds=20)
+    names = []
+    with ThreadPoolExecutor(3) as ranks:
+        for _ in range(3):
+            starts = [ranks.submit(agree_on_name, store, rank, 3, seconds) for rank in (0, 2, 1)]
+            (name,) = {start.result() for start in starts}
+            names.append(name)
+    assert len(set(names)) == 3
+
+
+def test_a_rank_that_does_not_start_is_named():
+    store = dist.HashStore()
+    store.set("start/ask/2", "of the one that died")
+    with ThreadPoolExecutor(1) as ranks:
+        one = ranks.submit(agree_on_name, store, 1, 3, timedelta(seconds=20))
+        with pytest.raises(RuntimeError, match=r"rank\(s\) 2 did not start"):
+            agree_on_name(store, 0, 3, timedelta(seconds=0.5))
+        assert one.result()

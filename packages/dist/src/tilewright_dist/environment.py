@@ -5,6 +5,8 @@ whatever communicates. Nothing here is kept between calls.
 """
 
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -14,6 +16,8 @@ import torch.distributed as dist
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _ADDRESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
+_PATIENCE = timedelta(minutes=30)
+"""How long ranks of one start wait for each other: torch's own for gloo."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,7 @@ def init_from_environment(
     selected = _select_device(device, local_rank)
     dist.init_process_group(
         "nccl" if selected.type == "cuda" else "gloo",
+        store=_store_after_a_restart(rank, world_size, timeout),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
@@ -125,6 +130,54 @@ def init_from_environment(
         device=selected,
         distributed=True,
     )
+
+
+def _store_after_a_restart(
+    rank: int, world_size: int, timeout: timedelta | None
+) -> dist.Store | None:
+    """Where ranks find each other, without what ranks of an earlier start have left there.
+
+    torchrun keeps one store over its restarts: ranks that start again would read addresses of those
+    that died, and wait for them. So all keys of a start get a name before them that it alone has.
+
+    Returns:
+        None where nothing is kept, and torch may make the store.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout or _PATIENCE))
+    return dist.PrefixStore(agree_on_name(store, rank, world_size, timeout or _PATIENCE), store)
+
+
+def agree_on_name(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name that rank 0 draws and all ranks of this start learn, whatever the store holds.
+
+    Every other rank asks under a key with its rank, which one that died may have done before it; it
+    is answered, and says that it knows, under keys that nobody has had.
+
+    Raises:
+        RuntimeError: A rank does not come in time.
+    """
+    mine = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"start/ask/{rank}", mine)
+        store.wait([f"start/answer/{mine}"], timeout)
+        name = store.get(f"start/answer/{mine}").decode()
+        store.set(f"start/known/{name}/{rank}", "")
+        return name
+    absent = set(range(1, world_size))
+    deadline = time.monotonic() + timeout.total_seconds()
+    while absent:
+        for other in sorted(absent):
+            if store.check([f"start/known/{mine}/{other}"]):
+                absent.remove(other)
+            elif store.check([f"start/ask/{other}"]):
+                asker = store.get(f"start/ask/{other}").decode()
+                store.set(f"start/answer/{asker}", mine)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank(s) {', '.join(map(str, sorted(absent)))} did not start")
+        time.sleep(0.01)
+    return mine
 
 
 def _read_places() -> tuple[int, int, int] | None:
