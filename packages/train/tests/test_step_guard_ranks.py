@@ -1,0 +1,51 @@
+"""What one process sees makes all of them leave the update out: two processes, gloo."""
+
+import pytest
+import torch
+from torch import nn
+
+from tilewright_dist import wrap
+from tilewright_dist.testing import run_ranks
+from tilewright_optim import AdamW
+from tilewright_train.step_guard import StepGuard
+
+
+def trained(rank: int, parallel: str) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Of four steps, the second with a NaN on rank 1 alone: codes and counts, weights after."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nn.Linear(300, 3)
+    module, optimizer = wrap(
+        model,
+        lambda m: AdamW(m.parameters(), 0.1),
+        parallel=parallel,
+        max_grad_norm=1.0 if parallel == "zero1" else None,
+    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    guard = StepGuard(
+        optimizer, parameters, max_grad_norm=1.0, device=torch.device("cpu"), scales_loss=True
+    )
+    told, weights = [], []
+    for number in range(4):
+        x = torch.full((2, 300), 1.0 + number + rank)
+        if (number, rank) == (1, 1):
+            x[0, 7] = torch.nan
+        guard.scaled(module(x).sum()).backward()
+        outcome = guard.clip_and_step(torch.tensor(1.0))  # the gradients alone tell
+        optimizer.zero_grad(set_to_none=True)
+        if parallel == "zero1":
+            optimizer.wait_for_parameters()
+        told.append([int(outcome.skipped), int(outcome.in_all), int(outcome.scale)])
+        weights.append(model.weight.detach().clone())
+    return told, weights
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "zero1"])
+def test_all_ranks_leave_out_what_one_cannot_make(parallel: str) -> None:
+    (first, mine), (second, theirs) = run_ranks(trained, parallel, world_size=2, timeout=200)
+    assert first == second == [[0, 0, 65536], [1, 1, 65536], [0, 1, 32768], [0, 1, 32768]]
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(mine[0], mine[1])
+    assert not torch.equal(mine[1], mine[2])
+    assert mine[3].isfinite().all()
