@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -246,40 +245,6 @@ def test_ctrl_c_says_how_to_go_on(
         r"stopped after step 3 of 12, which is saved; go on with: train-pretrain --resume \S+\n",
         error,
     )
-
-
-def test_killed_at_any_step_and_resumed_the_losses_are_equal_bit_for_bit(
-    tiny_flags: list[str], tmp_path: Path
-) -> None:
-    """SIGKILL in a process of its own, twice: before the first checkpoint, and after one."""
-    whole, _ = train(tiny_flags, "--name", "whole")
-    killed = tmp_path / "runs" / "killed"
-    metrics = killed / "metrics.jsonl"
-    slow = (
-        "import sys, time; from tilewright_train import cli, loop\n"
-        "start = loop.TrainingLoop._start_step\n"
-        "def slowly(self, step): time.sleep(0.1); start(self, step)\n"
-        "loop.TrainingLoop._start_step = slowly\n"
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
-    resume = ["--resume", str(killed)]
-    draw = int.from_bytes(os.urandom(2), "big")
-    for flags, low, high in (([*tiny_flags, "--name", "killed"], 1, 3), (resume, 5, 11)):
-        last = low + draw % (high - low + 1)
-        which = f"draw {draw}: killed after step {last}"
-        process = subprocess.Popen([sys.executable, "-c", slow, *flags], stdout=subprocess.DEVNULL)
-        try:
-            deadline = time.monotonic() + 120
-            while not metrics.exists() or metrics.read_text().count("\n") <= last:
-                assert time.monotonic() < deadline, f"{which}: the run does not get on"
-                assert process.poll() is None, f"{which}: ended with {process.returncode}"
-                time.sleep(0.01)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        assert not (killed / "summary.json").exists(), which
-    train(resume)
-    assert_same_run(whole, killed, f"draw {draw}")
 
 
 def test_a_damaged_checkpoint_stops_the_resume_until_told_otherwise(

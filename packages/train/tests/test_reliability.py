@@ -116,11 +116,13 @@ def assert_same(one: Path, other: Path, why: object = "") -> None:
         assert torch.equal(tensor, last_weights(other)[name]), f"{name} {why}"
 
 
-def assert_close(one: Path, other: Path) -> None:
+def assert_close(one: Path, other: Path, tolerance: float = 5e-5) -> None:
     """Up to the order of sums, which follows from how ranks divide a batch."""
     for mine, theirs in zip(curve(one), curve(other), strict=True):
         for value, expected in zip(mine, theirs, strict=True):
-            assert value == (expected if expected is None else pytest.approx(expected, rel=5e-5))
+            assert value == (
+                expected if expected is None else pytest.approx(expected, rel=tolerance)
+            )
 
 
 KILLS = """
@@ -218,9 +220,11 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.multigpu(2))])
 def test_a_rank_that_is_killed_is_named_and_the_run_restarted(
-    tiny_flags: list[str], tmp_path: Path
+    tiny_flags: list[str], tmp_path: Path, device: str
 ) -> None:
+    tiny_flags = [*tiny_flags, "--device", device, "--precision", "fp32"]
     whole, _ = train(tiny_flags, "--name", "whole")
     script = tmp_path / "lost.py"
     script.write_text(LOST)
@@ -236,12 +240,14 @@ def test_a_rank_that_is_killed_is_named_and_the_run_restarted(
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert "rank(s) 1 died or hang. Restart from the last checkpoint" in done.stderr
+    # On GPUs the others wait inside NCCL: torchrun, whose child it was, names it and ends them.
+    assert "failed (exitcode: -9) local_rank: 1" in done.stderr
     named = [line for line in done.stderr.splitlines() if line.startswith("error: rank 0: ")]
-    assert len(named) == 1
+    assert len(named) == (device == "cpu")
+    assert device != "cpu" or "rank(s) 1 died or hang. Restart from the last" in named[0]
     lost = tmp_path / "runs" / "lost"
     assert f"resume       {lost} after step 4" in done.stdout
-    assert_close(lost, whole)
+    assert_close(lost, whole, 5e-5 if device == "cpu" else 1e-3)
 
 
 def test_a_run_belongs_to_one_process(
