@@ -1,5 +1,7 @@
 """What one process sees makes all of them leave the update out: two processes, gloo."""
 
+from typing import Any, Literal
+
 import pytest
 import torch
 from torch import nn
@@ -9,12 +11,15 @@ from tilewright_dist.testing import run_ranks
 from tilewright_optim import AdamW
 from tilewright_train.step_guard import StepGuard
 
+Parallel = Literal["ddp", "zero1"]
 
-def trained(rank: int, parallel: str) -> tuple[list[list[int]], list[torch.Tensor]]:
+
+def trained(rank: int, parallel: Parallel) -> tuple[list[list[int]], list[torch.Tensor]]:
     """Of four steps, the second with a NaN on rank 1 alone: codes and counts, weights after."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Linear(300, 3)
+    optimizer: Any
     module, optimizer = wrap(
         model,
         lambda m: AdamW(m.parameters(), 0.1),
@@ -41,7 +46,7 @@ def trained(rank: int, parallel: str) -> tuple[list[list[int]], list[torch.Tenso
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "zero1"])
-def test_all_ranks_leave_out_what_one_cannot_make(parallel: str) -> None:
+def test_all_ranks_leave_out_what_one_cannot_make(parallel: Parallel) -> None:
     (first, mine), (second, theirs) = run_ranks(trained, parallel, world_size=2, timeout=200)
     assert first == second == [[0, 0, 65536], [1, 1, 65536], [0, 1, 32768], [0, 1, 32768]]
     for one, other in zip(mine, theirs, strict=True):
