@@ -107,6 +107,8 @@ def test_tf32_is_torchs_switch_and_put_back(tiny_flags: list[str]) -> None:
 
     before = torch.backends.cuda.matmul.allow_tf32
     options = {"threads": 1, "deterministic": False, "backend": "auto", "device": "cpu"}
-    with configured(**options, tf32=not before):
-        assert torch.backends.cuda.matmul.allow_tf32 is not before
+    with configured(**options, tf32=True):
+        assert torch.backends.cuda.matmul.allow_tf32 is True
+    with configured(**options, tf32=False):  # what a caller chose stays
+        assert torch.backends.cuda.matmul.allow_tf32 is before
     assert torch.backends.cuda.matmul.allow_tf32 is before

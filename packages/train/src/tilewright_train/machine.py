@@ -90,22 +90,30 @@ def configured(
     """
     former_threads = torch.get_num_threads()
     former_deterministic = torch.are_deterministic_algorithms_enabled()
-    former_tf32 = torch.backends.cuda.matmul.allow_tf32
     with backends(backend):
         _check_triton(device)
         try:
             torch.set_num_threads(threads)
-            torch.backends.cuda.matmul.allow_tf32 = tf32
             if deterministic:
                 # cuBLAS reads this when its first handle is made.
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
-            with _uninitialized_memory_as_it_is():
+            with _uninitialized_memory_as_it_is(), _tf32() if tf32 else contextlib.nullcontext():
                 yield
         finally:
             torch.set_num_threads(former_threads)
-            torch.backends.cuda.matmul.allow_tf32 = former_tf32
             torch.use_deterministic_algorithms(former_deterministic)
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """Products of float32 on the tensor cores, by the switch that torch and the kernels read."""
+    former = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = former
 
 
 @contextlib.contextmanager

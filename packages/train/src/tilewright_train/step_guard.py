@@ -68,6 +68,7 @@ class StepGuard:
         self._one = torch.ones((), device=device)
         # Losses and norms of the steps that were made, a ring.
         self._history = torch.zeros(2, HISTORY, dtype=torch.float64, device=device)
+        self._places = torch.arange(HISTORY, device=device)
         self._made = torch.zeros((), dtype=torch.int64, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # in a row, in all
         if isinstance(optimizer, ShardedOptimizer):
@@ -122,7 +123,7 @@ class StepGuard:
         broken = ~seen.isfinite().all()
         spike = torch.zeros_like(broken)
         if self._on_spike == "skip":
-            filled = torch.arange(HISTORY, device=seen.device) < self._made
+            filled = self._places < self._made
             count = filled.sum().clamp(min=1)
             mean = self._history.sum(dim=1) / count
             deviation = torch.where(filled, self._history - mean[:, None], 0.0)
@@ -130,9 +131,8 @@ class StepGuard:
             above = (seen > mean + SIGMAS * sigma).any()
             spike = above & (self._made >= _LEAST_HISTORY) & ~broken
         skip = broken | spike
-        place = (self._made % HISTORY).view(1, 1).expand(2, 1)
-        kept = torch.where(skip, self._history.gather(1, place), seen[:, None])
-        self._history.scatter_(1, place, kept)
+        written = (self._places == self._made % HISTORY) & ~skip
+        self._history = torch.where(written, seen[:, None], self._history)
         self._made += ~skip
         self._counts[0] = torch.where(skip, self._counts[0] + 1, 0)
         self._counts[1] += skip
