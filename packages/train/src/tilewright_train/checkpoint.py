@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ TRAINING = "training.json"
 _EXPECTED = {"config.json", "tokenizer.json", RANDOM, TRAINING}
 _IN_PARTS = ("model", "optimizer")
 _PART = re.compile(r"(.+?)(?:-(\d{5})-of-(\d{5}))?\.safetensors")
+_HASHED_TOGETHER = 4
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -183,7 +185,12 @@ def seal(folder: Path) -> None:
     """Flush all files, write the manifest over them, flush it and the folder."""
     manifest = folder / MANIFEST
     files = sorted(file for file in folder.iterdir() if file.is_file() and file != manifest)
-    listed = {file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+    with ThreadPoolExecutor(_HASHED_TOGETHER) as threads:  # SHA-256 runs outside Python's lock
+        sums = list(threads.map(_sha256, files))
+    listed = {
+        file.name: {"size": file.stat().st_size, "sha256": sha256}
+        for file, sha256 in zip(files, sums, strict=True)
+    }
     manifest.write_text(json.dumps({"files": listed}, indent=1))
     for path in (*files, manifest, folder):
         flush(path)
