@@ -3,10 +3,12 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from tilewright_model import CausalLM, ModelConfig
 from tilewright_train.layers import parse
@@ -78,6 +80,34 @@ def test_recomputation_changes_no_bit(tiny_flags: list[str]) -> None:
         for mode in ("none", "selective", "full")
     ]
     assert losses[0] == losses[1] == losses[2]
+
+
+# Of the hidden states, as torch's own tracing looks at them.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("more", [[], ["--document-mask", "on", "--recompute", "full"]])
+def test_compiled_blocks_learn_alike(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    """As traced; what the compiler makes of it is torch's, and takes a minute on a CPU."""
+    compile_module, compiled = nn.Module.compile, []
+
+    def traced(self: nn.Module, **options: Any) -> None:
+        compiled.append(type(self).__name__)
+        compile_module(self, **options, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    flags = [*tiny_flags, *more]
+    exact, traced_loss = (last_loss(train(flags, *flag)) for flag in ([], ["--compile"]))
+    assert compiled == ["Block"]
+    assert traced_loss == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_blocks_learn_alike_on_a_gpu(tiny_flags: list[str]) -> None:
+    flags = [*tiny_flags, "--device", "cuda", "--hidden-size", "64"]
+    exact, compiled = (last_loss(train(flags, *flag)) for flag in ([], ["--compile"]))
+    assert compiled == pytest.approx(exact, rel=0.01)
 
 
 def test_weights_are_cast_and_tables_are_not() -> None:

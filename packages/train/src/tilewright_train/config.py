@@ -236,6 +236,8 @@ class MachineOptions:
     """With fp32: products of GPUs take the tensor cores, which read 10 bits of each mantissa."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping it: the inside of every MLP, every block."""
+    compile: bool = False
+    """Compile each block with torch.compile; the first steps take longer."""
     backend: str | None = None
     """«auto», «triton» or «torch» for the operators of tilewright_kernels; single ones differently
     as in «triton,rms_norm=torch». Default: what TILEWRIGHT_BACKEND says, else auto."""

@@ -229,6 +229,9 @@ def build(
         load_start(start, model)
     cast_weights(model, settled.precision)
     model.recompute = chosen.config.machine.recompute
+    if chosen.config.machine.compile:
+        for block in model.layers:  # one by one, so that gradient hooks fire between them
+            block.compile(fullgraph=True)
     called: nn.Module = model
     if chosen.config.run.objective == "dpo":
         called = SequenceLogProbs(model).eval()  # dropout would not be the reference's
