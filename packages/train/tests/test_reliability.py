@@ -324,6 +324,19 @@ def test_a_save_that_fails_is_left_out_as_told(
     assert json.loads((folder / "summary.json").read_text())["checkpoints_not_saved"] == 1
 
 
+def test_a_save_that_fails_ends_the_run_before_the_next_one(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full_disk_at(monkeypatch, 8)
+    flags = [*tiny_flags, "--steps", "4000", "--save-every", "8", "--eval-every", "4000"]
+    assert main([*flags, "--name", "full"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no space left on device): make room, then go on with" in line
+    folder = Path(tiny_flags[tiny_flags.index("--out") + 1]) / "full"
+    assert not checkpoint.all_checkpoints(folder / "checkpoints")
+    assert 8 <= read_metrics(folder / "metrics.jsonl")[-1].step <= 16
+
+
 def test_without_its_last_checkpoint_no_run_ends_well(
     tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

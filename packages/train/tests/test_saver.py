@@ -63,10 +63,12 @@ def test_a_failure_is_raised_where_somebody_waits(
     monkeypatch.setattr(saver, "save", full)
     said: list[str] = []
     saves = a_saver(tmp_path, said, background=background)
+    saves.on_failure = lambda: said.append("asked to stop")
     saves.start(a_snapshot(4))
     with pytest.raises(OSError, match="No space left"):
         saves.wait()
     saves.wait()  # said once
+    assert said == ["metrics", "asked to stop"]
     going_on = a_saver(tmp_path, said, background=background, go_on=True)
     going_on.start(a_snapshot(4))
     going_on.wait()

@@ -19,6 +19,13 @@ def test_the_first_signal_asks_to_stop(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
+def test_the_run_itself_may_ask_to_stop() -> None:
+    with StopRequest() as stop:
+        stop.ask()
+        assert stop.requested
+        assert stop.signal is None
+
+
 def test_signals_of_one_second_count_once_and_a_later_one_acts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -231,6 +231,7 @@ class _Training:
         backend_report(reset=True)
         self.reporter.begin(prepared.done, steps, self._ways())
         with StopRequest() as stop:
+            self.saver.on_failure = stop.ask
             try:
                 done = self._loop(stop).run(prepared.done, prepared.seconds)
                 self._wait_for_saver(last=True)

@@ -48,6 +48,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._step = 0
         self._failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called by the thread where the run is not to go on: nobody need wait until it asks."""
         self.failed = 0
         """Checkpoints that could not be written."""
 
@@ -96,3 +98,5 @@ class Saver:
             save(self._root, snapshot, keep=self._keep, keep_every=self._keep_every)
         except BaseException as error:  # raised where somebody waits
             self._failure = error
+            if not self._go_on:
+                self.on_failure()

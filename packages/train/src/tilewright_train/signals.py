@@ -22,13 +22,18 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._asked = False
         self._former: dict[signal.Signals, object] = {}
         self._since = 0.0
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came."""
-        return self.signal is not None
+        """Whether a signal came, or the run itself asked to stop."""
+        return self._asked or self.signal is not None
+
+    def ask(self) -> None:
+        """Ask to stop, as a signal does; from any thread."""
+        self._asked = True
 
     def __enter__(self) -> "StopRequest":
         # Python delivers signals to the main thread alone; elsewhere there is nothing to listen to.
