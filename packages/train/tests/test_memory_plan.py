@@ -137,6 +137,14 @@ def test_zero1_divides_the_states_alone() -> None:
     assert zero1.total == ddp.total - ddp.optimizer + zero1.optimizer
 
 
+def test_pairs_are_two_sequences_and_a_reference_is_a_second_model() -> None:
+    config, step = preset("0.5b"), StepShape(rows=4, seq_len=2048)
+    pairs = plan_memory(config, dataclasses.replace(step, rows=2, sequences=2))
+    assert pairs == plan_memory(config, step)
+    compared = plan_memory(config, dataclasses.replace(step, has_reference=True))
+    assert compared.weights == 2 * plan_memory(config, step).weights
+
+
 def test_the_largest_micro_batch_divides_the_rows_and_fits() -> None:
     config, step = preset("0.5b"), StepShape(rows=1, seq_len=2048)
     memory = 40 * 2**30

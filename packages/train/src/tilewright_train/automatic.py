@@ -137,6 +137,7 @@ class Chosen:
             parts=max(1, settled.batch_size // world_size // rows),
             parallel=self.config.machine.parallel,
             world_size=world_size,
+            **_of_pairs(self.config),
         )
 
     @property
@@ -221,6 +222,7 @@ def choose(
             recompute=config.machine.recompute,
             parallel=config.machine.parallel,
             world_size=local_processes,
+            **_of_pairs(config),
         )
         together = _rows_that_fit(model, step, gpu)
     fill("micro_batch_size", "training", *together)
@@ -345,6 +347,13 @@ def _micro_batch(rows: int, seq_len: int, masked_by_torch: bool) -> tuple[int, s
         return rows, "all rows of a process"
     divisors = [n for n in range(1, rows + 1) if rows % n == 0 and n * seq_len <= _MASKED]
     return max(divisors, default=1), "plain torch's masks cost the square of the tokens"
+
+
+def _of_pairs(config: PretrainConfig) -> dict[str, Any]:
+    """What DPO adds to a step: a row is two sequences, and there is a reference to compute."""
+    if config.run.objective != "dpo":
+        return {}
+    return {"sequences": 2, "has_reference": not config.dpo.precompute}
 
 
 def _rows_that_fit(model: ModelConfig, step: StepShape, gpu: Accelerator) -> tuple[int, str]:

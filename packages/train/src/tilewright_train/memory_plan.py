@@ -39,7 +39,7 @@ class MemoryPlan:
     """Bytes of one process at the highest moment of a step."""
 
     weights: int
-    """Parameters as they are stored."""
+    """Parameters as they are stored, and those of a reference in float32."""
     optimizer: int
     """States and masters: what this process holds of them."""
     gradients: int
@@ -89,6 +89,15 @@ class StepShape:
     """Processes."""
     fused_mlp: bool | None = None
     """Whether the gated MLP is the fused operator; None asks its own rule, `_fuses_mlp`."""
+    sequences: int = 1
+    """Of a row: two where rows are pairs."""
+    has_reference: bool = False
+    """Whether a second model of the same size, which is not trained, is held."""
+
+    @property
+    def tokens(self) -> int:
+        """That are computed together."""
+        return self.rows * self.sequences * self.seq_len
 
 
 def plan_memory(config: ModelConfig, step: StepShape) -> MemoryPlan:
@@ -135,12 +144,15 @@ def _moments(config: ModelConfig, step: StepShape) -> Iterator[MemoryPlan]:
     """
     dtypes = arithmetic(step.precision)
     weight, product = dtypes.weights.itemsize, dtypes.products.itemsize
-    layers, tokens = config.num_hidden_layers, step.rows * step.seq_len
+    layers, tokens = config.num_hidden_layers, step.tokens
     count = count_parameters(config)
     head = config.vocab_size * config.hidden_size
     block = _BlockBytes.of(config, step)
     sharded = step.world_size if step.parallel == "zero1" else 1
-    base = {"weights": count.total * weight, "optimizer": _state_bytes(config, step) // sharded}
+    base = {
+        "weights": count.total * (weight + 4 * step.has_reference),
+        "optimizer": _state_bytes(config, step) // sharded,
+    }
     # Buckets of gradients stay; without them backward makes gradients and the update forgets them.
     stay = step.parts > 1 or step.world_size > 1
     whole = count.total * weight
@@ -194,7 +206,7 @@ class _BlockBytes:
         stream = config.hidden_size * dtypes.weights.itemsize
         narrow = config.hidden_size * dtypes.products.itemsize
         count, layers = count_parameters(config), config.num_hidden_layers
-        tokens = step.rows * step.seq_len
+        tokens = step.tokens
         whole = _a_block(config, dtypes.products, "none")
         again, mlp = 0, whole - _a_block(config, dtypes.products, "selective")
         # The stream stays wide before attention and before the MLP.
@@ -229,7 +241,7 @@ def _fuses_mlp(config: ModelConfig, step: StepShape) -> bool:
         return True
     whole = config.hidden_size % 8 == 0 and config.intermediate_size % 8 == 0
     two_bytes = arithmetic(step.precision).products.itemsize == 2
-    return two_bytes and whole and step.rows * step.seq_len >= _LEAST_FUSED_TOKENS
+    return two_bytes and whole and step.tokens >= _LEAST_FUSED_TOKENS
 
 
 def _a_block(config: ModelConfig, dtype: torch.dtype, recompute: Recompute) -> int:

@@ -56,7 +56,7 @@ class Plan:
     def tokens_a_step(self) -> int:
         """All GPUs together."""
         step = self.step
-        return step.rows * step.parts * step.seq_len * step.world_size
+        return step.tokens * step.parts * step.world_size
 
     @property
     def tokens_per_second(self) -> float | None:

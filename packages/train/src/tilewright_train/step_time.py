@@ -66,9 +66,10 @@ def predict_step(
         gpu: What computes it; all GPUs are equal, eight a host.
         tf32: Whether float32 products take the tensor cores.
     """
-    tokens = step.rows * step.seq_len * step.parts
+    tokens = step.tokens * step.parts
     again = {"none": 0.0, "selective": 2 / 9, "full": 1 / 3}[step.recompute]
-    flops = flops_per_token(config, step.seq_len) * (1 + again)
+    # A reference takes a forward: a third of what training takes.
+    flops = flops_per_token(config, step.seq_len) * (1 + again + step.has_reference / 3)
     products = tokens * flops / (gpu.peak(step.precision, tf32) * REACHED_FLOPS)
     bandwidth = gpu.bandwidth * REACHED_BANDWIDTH
     passes = _PASSES * (1 + again) * _activations(config, step) * step.parts / bandwidth
@@ -82,7 +83,7 @@ def predict_step(
 def _activations(config: ModelConfig, step: StepShape) -> int:
     """Activations of one part's forward, all of which some pass reads or writes."""
     return activation_bytes(
-        config, step.rows, step.seq_len, dtype=arithmetic(step.precision).products
+        config, step.rows * step.sequences, step.seq_len, dtype=arithmetic(step.precision).products
     )
 
 
