@@ -10,6 +10,7 @@ import pytest
 
 from tilewright_train.errors import InputError
 from tilewright_train.run_directory import check_room, create
+from tilewright_train.whole_files import write_whole
 
 
 def test_new_runs_are_numbered(tmp_path: Path) -> None:
@@ -23,6 +24,35 @@ def test_a_name_that_is_taken_is_an_error(tmp_path: Path) -> None:
     run.metrics.touch()
     with pytest.raises(InputError, match=r"mine is not empty: give another --name, or .*--resume"):
         create(tmp_path, "mine", "x")
+
+
+def test_what_a_run_was_killed_over_at_its_start_is_in_nobodys_way(tmp_path: Path) -> None:
+    run = create(tmp_path, "mine", "x")
+    run.facts.touch()
+    (run.root / "config.toml.partial").touch()
+    assert create(tmp_path, "mine", "x") == run
+    run.config.touch()
+    with pytest.raises(InputError, match="mine is not empty"):
+        create(tmp_path, "mine", "x")
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "config.toml"
+    write_whole(file, "before")
+
+    def killed(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(file, "after")
+    assert file.read_text() == "before"
+    monkeypatch.undo()
+    write_whole(file, "after")
+    assert file.read_text() == "after"
+    assert sorted(tmp_path.iterdir()) == [file]
 
 
 def test_a_full_disk_is_noticed_before_training(

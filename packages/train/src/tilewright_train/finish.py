@@ -29,6 +29,7 @@ from tilewright_train.preference_report import (
 )
 from tilewright_train.preparation import Prepared
 from tilewright_train.progress import Reporter, format_seconds
+from tilewright_train.whole_files import write_whole
 
 # 16 M pairs are counted in about two seconds; a bigram of 4,096² entries gains little from more.
 _BIGRAM_TOKENS = 1 << 24
@@ -73,7 +74,7 @@ def finish(
     summary |= saving
     if matches:
         summary["exact_match"] = matches
-    run.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(run.summary, json.dumps(summary, indent=2) + "\n")
 
     if prefers:
         told = preference_lines(records, prepared.validation.targets)

@@ -28,6 +28,7 @@ from tilewright_train.config import (
 )
 from tilewright_train.errors import InputError, suggest
 from tilewright_train.flags import flag, parse_flags
+from tilewright_train.whole_files import write_whole
 
 CONFIG_FILE = "config.toml"
 SUMMARY_FILE = "summary.json"
@@ -303,7 +304,7 @@ def write_toml(config: PretrainConfig, path: Path, reasons: Mapping[str, str]) -
                 continue
             why = f"  # {reasons[field.name]}" if field.name in reasons else ""
             lines.append(f"{field.name} = {_toml_value(field.name, value)}{why}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def _parse_flags(arguments: Sequence[str], default: _CommandLine) -> _CommandLine:

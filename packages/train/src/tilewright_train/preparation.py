@@ -75,6 +75,7 @@ from tilewright_train.tokenizer import (
     vocabulary_rows,
 )
 from tilewright_train.tokens import Encoding
+from tilewright_train.whole_files import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,7 +375,7 @@ def _prepare_files(
         if config.run.objective == "dpo":
             assert start is not None
             record["reference"] = reference_facts(config.dpo, start)
-        run.facts.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_whole(run.facts, json.dumps(record, indent=2) + "\n")
         write_toml(config, run.config, chosen.reasons)
         run.checkpoints.mkdir()  # so that its absence later says that it was removed
     return corpus, run
@@ -482,9 +483,7 @@ def _check_same_tokens(run: RunDirectory, corpus: Corpus, accept: bool, reporter
         )
     reporter.say(f"data         have changed since {run.root} began: it goes on with other tokens")
     facts |= {"tokens": corpus_facts(corpus), "tokens_before": facts["tokens"]}
-    beside = run.facts.with_suffix(".partial")
-    beside.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    beside.replace(run.facts)
+    write_whole(run.facts, json.dumps(facts, indent=2) + "\n")
 
 
 def _find_checkpoint(

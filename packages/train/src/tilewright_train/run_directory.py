@@ -95,6 +95,11 @@ def check_room(out: Path, needed: int) -> None:
         )
 
 
+def _is_begun(file: Path) -> bool:
+    """Whether a file is one of those that a run has before its config.toml."""
+    return file.name == RunDirectory(file.parent).facts.name or file.suffix == ".partial"
+
+
 def create(out: Path, name: str | None, stem: str) -> RunDirectory:
     """Make the folder of a new run.
 
@@ -108,7 +113,11 @@ def create(out: Path, name: str | None, stem: str) -> RunDirectory:
     """
     if name is not None:
         root = out / name
-        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        # What a run was killed over before it had begun is in nobody's way.
+        taken = root.exists() and (
+            not root.is_dir() or any(not _is_begun(f) for f in root.iterdir())
+        )
+        if taken:
             raise InputError(
                 f"{root} is not empty: give another --name, or go on with it by --resume {root}"
             )
