@@ -103,15 +103,17 @@ def run(config: PretrainConfig, stream: TextIO | None = None) -> Path:
 
         _import_optimizers_meanwhile()
         _say_choices(chosen, environment, reporter)
-        with out_of_memory.explained(chosen, environment.world_size):
+        with (
+            out_of_memory.explained(chosen, environment.world_size),
+            _lost_ranks_are_named(environment),
+        ):
             if config.run.resume != "never":
                 hold(Path(config.run.resume))
             with _as_input_errors():
                 prepared = prepare(chosen, environment, reporter)
             if config.run.resume == "never":
                 hold(prepared.run.root)
-            with _lost_ranks_are_named(environment):
-                _Training(chosen, prepared, environment, reporter).run()
+            _Training(chosen, prepared, environment, reporter).run()
         return prepared.run.root
 
 
