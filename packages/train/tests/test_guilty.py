@@ -53,9 +53,7 @@ def test_the_first_broken_parameter_is_named(model: CausalLM) -> None:
     with torch.no_grad():
         model.get_parameter("layers.1.mlp.down_proj.weight")[0, :3] = NAN
         model.get_parameter("norm.weight")[0] = NAN
-    assert guilty(model) == (
-        "parameter layers.1.mlp.down_proj.weight (3 of 256 values not finite)"
-    )
+    assert guilty(model) == ("parameter layers.1.mlp.down_proj.weight (3 of 256 values not finite)")
 
 
 def test_the_first_module_that_returns_it_is_named(model: CausalLM) -> None:

@@ -19,13 +19,13 @@ def trained(rank: int, parallel: Parallel) -> tuple[list[list[int]], list[torch.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Linear(300, 3)
-    optimizer: Any
-    module, optimizer = wrap(
+    module, made = wrap(
         model,
         lambda m: AdamW(m.parameters(), 0.1),
         parallel=parallel,
         max_grad_norm=1.0 if parallel == "zero1" else None,
     )
+    optimizer: Any = made
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     guard = StepGuard(
         optimizer, parameters, max_grad_norm=1.0, device=torch.device("cpu"), scales_loss=True

@@ -316,32 +316,17 @@ class RunOptions:
         ):
             _check_range(self, name, at_least=1)
         _check_range(self, "eval_tokens", at_least=2)
-        if self.profile is not None:
-            self.profiled_steps  # noqa: B018
+        _range_of_steps(self.profile)
         if self.name is not None and not re.fullmatch(r"[^/\\.][^/\\]*", self.name):
             raise InputError(
                 f"name {self.name!r} is not the name of a folder: use --out for a path, and no dot"
                 " at the beginning"
             )
 
-
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
-        """The first step to profile, and the one behind the last.
-
-        Raises:
-            InputError: `profile` is no such range.
-        """
-        if self.profile is None:
-            return None
-        match = re.fullmatch(r"(\d+):(\d+)", self.profile)
-        first, end = map(int, match.groups()) if match else (0, 0)
-        if not 0 < first < end:
-            raise InputError(
-                f"profile {self.profile!r} is no range of steps: give it as in 10:13 for the steps"
-                " 10, 11 and 12"
-            )
-        return first, end
+        """The first step to profile, and the one behind the last."""
+        return _range_of_steps(self.profile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,6 +416,20 @@ def with_options(config: PretrainConfig, **values: Any) -> PretrainConfig:
         groups.setdefault(sections[name], {})[name] = value
     changed = {s: dataclasses.replace(getattr(config, s), **v) for s, v in groups.items()}
     return dataclasses.replace(config, **changed)
+
+
+def _range_of_steps(text: str | None) -> tuple[int, int] | None:
+    """10 and 13 of «10:13»."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    first, end = map(int, match.groups()) if match else (0, 0)
+    if not 0 < first < end:
+        raise InputError(
+            f"profile {text!r} is no range of steps: give it as in 10:13 for the steps 10, 11 and"
+            " 12"
+        )
+    return first, end
 
 
 def _check_choices(options: Any) -> None:
