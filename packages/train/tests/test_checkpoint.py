@@ -150,6 +150,25 @@ def test_a_snapshot_holds_still_while_the_training_goes_on(tmp_path: Path) -> No
     assert again.weights["embed_tokens.weight"].data_ptr() == first
 
 
+def test_without_page_locked_memory_copies_go_to_plain_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    allocate, asked = torch.empty, []
+
+    def empty(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        asked.append(pin_memory)
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return allocate(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    memory = HostMemory(torch.device("cuda"))
+    first, second = torch.arange(3), torch.arange(4)
+    assert torch.equal(memory.copy("first", first), first)
+    assert torch.equal(memory.copy("second", second), second)
+    assert asked == [True, False, False]
+
+
 def test_generators_go_on_where_they_were() -> None:
     import random
 

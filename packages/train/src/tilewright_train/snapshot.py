@@ -69,9 +69,17 @@ class HostMemory:
         """Start copying `tensor` over what was copied under this name before."""
         held = self._held.get(name)
         if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pin)
-            self._held[name] = held
+            held = self._held[name] = self._empty(tensor)
         return held.copy_(tensor.detach(), non_blocking=True)
+
+    def _empty(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Memory for a copy: page-locked while the system gives any, then plain."""
+        if self._pin:
+            try:
+                return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            except RuntimeError:  # the host keeps waiting for the copies to plain memory
+                self._pin = False
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 def take(
