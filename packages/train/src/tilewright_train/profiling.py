@@ -171,5 +171,7 @@ def _total(row: Row, on_gpu: bool) -> float:
 
 
 def _is_kernel(row: Row, on_gpu: bool) -> bool:
-    """On a GPU, operators of the host have the time of their kernels as well: those are left."""
+    """Neither a range nor, on a GPU, an operator of the host, which has its kernels' time too."""
+    if getattr(row, "is_user_annotation", False) or row.key.startswith("Optimizer."):
+        return False
     return not on_gpu or row.self_cpu_time_total == 0
