@@ -13,6 +13,7 @@ from tilewright_train.stories import (
     TASKS,
     Instruction,
     instruction,
+    is_consistent,
     preference,
     story,
     story_to_finish,
@@ -152,3 +153,23 @@ def test_the_source_gives_all_three_kinds(
     assert all(type(record) is cls for _, record in records)
     assert len({text_of(record) for _, record in records}) == 50
     assert records == list(open_source("stories").records(kind, READING))
+
+
+def test_an_ending_is_judged_by_what_its_story_says() -> None:
+    """Whoever wrote it: the grammar's own endings, and what a model may write instead."""
+    for number in range(200):
+        pair = preference("instances", number)
+        (asked,), (chosen,), (rejected,) = pair.prompt, pair.chosen, pair.rejected
+        assert is_consistent(asked.content, chosen.content)  # pyrefly: ignore
+        assert not is_consistent(asked.content, rejected.content)  # pyrefly: ignore
+    told = "Ann met Ben. Ann found a red cup. Ben got a blue hat."
+    assert is_consistent(told, " They kept the cup and had no key.\n")
+    for ending in (
+        "They kept the cup and had no hat.",  # both are in the story
+        "They kept the cup and had no cup.",
+        "They kept the key and had no key.",
+        "They kept the cup and had no idea.",  # no thing of the grammar
+        "They kept the cup and had no key. The end.",
+        "",
+    ):
+        assert not is_consistent(told, ending), ending
