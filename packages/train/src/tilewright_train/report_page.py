@@ -28,6 +28,8 @@ from tilewright_train.run_directory import RunDirectory
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 _POINTS = 2000  # of a curve; longer ones are thinned
 _SAMPLE = 1200  # characters
+_MANY_TIMES = 30  # between values, from which on an axis is logarithmic
+_FROM_ZERO = ("learning rate", "tokens/s", "share of the peak (MFU)", "peak memory, GiB")
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ddd; --faint: #777; }
@@ -221,7 +223,10 @@ def _plots(runs: Sequence[Run]) -> Iterator[Figure]:
             for run, (xs, ys) in lines:
                 marker = "o" if len(xs) < 40 and label.startswith("validation") else ""
                 axes.plot(xs, ys, color=run.colour, linewidth=1.2, marker=marker, markersize=3)
-            if label in ("loss scale", "gradient norm before clipping"):
+            values = [y for _, (_, ys) in lines for y in ys]
+            if label in _FROM_ZERO:
+                axes.set_ylim(bottom=0)
+            elif min(values) > 0 and max(values) > _MANY_TIMES * min(values):
                 axes.set_yscale("log")
             yield figure
 
