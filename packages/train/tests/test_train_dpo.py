@@ -176,6 +176,59 @@ def test_known_log_probabilities_give_the_loss_of_the_model(
         train(flags, "--precompute", "--seq-len", "40")
 
 
+def precomputed(folder_and_printed: tuple[Path, str]) -> tuple[Path, bool]:
+    """Where a run keeps log-probabilities, and whether an earlier one had computed them."""
+    said = folder_and_printed[1].split("log-probabilities in ")[1].splitlines()[0]
+    return Path(said.removesuffix(" since an earlier run")), said.endswith("since an earlier run")
+
+
+def test_a_configuration_that_was_edited_makes_another_reference(
+    pretrained: Path, dpo_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights are the same bytes; log-probabilities kept of it before are not its own."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(pretrained / "checkpoints" / "step-000012", elsewhere)
+    (elsewhere / "MANIFEST.json").unlink()
+    flags = [*dpo_flags, "--steps", "2", "--reference", str(elsewhere)]
+    assert not precomputed(train(flags, "--precompute"))[1]
+    begun, _ = train(flags)
+    described = json.loads((elsewhere / "config.json").read_text())
+    (elsewhere / "config.json").write_text(json.dumps({**described, "rms_norm_eps": 100.0}))
+    expected, _ = train(flags)
+    after = train(flags, "--precompute")
+    assert not precomputed(after)[1]
+    assert numbers(after[0]) == pytest.approx(numbers(expected), rel=1e-5, abs=1e-6)
+    assert abs((records(after[0])[0].val_loss or 0) - 0.6931) > 1e-3
+    # And a run that has begun with the one does not go on with the other.
+    (begun / "summary.json").unlink()
+    assert main(["--resume", str(begun)], "dpo") == 2
+    assert "has changed since it began" in capsys.readouterr().err
+
+
+def test_log_probabilities_are_kept_for_one_backend(pretrained: Path, dpo_flags: list[str]) -> None:
+    flags = [*dpo_flags, "--steps", "1", "--precompute"]
+    (one, _), (other, was_there) = (precomputed(train(flags, "--backend", b))
+                                    for b in ("auto", "torch"))  # fmt: skip
+    assert one != other
+    assert not was_there
+    assert precomputed(train(flags, "--backend", "torch")) == (other, True)
+
+
+@pytest.mark.parametrize("file", ["train.log_probs.float32", "facts.json"])
+def test_kept_log_probabilities_that_are_damaged_are_computed_again(
+    file: str, pretrained: Path, dpo_flags: list[str]
+) -> None:
+    flags = [*dpo_flags, "--steps", "2", "--precompute"]
+    first = train(flags)
+    folder, _ = precomputed(first)
+    kept = (folder / file).read_bytes()
+    (folder / file).write_bytes(bytes(len(kept)))  # as long as it was
+    again = train(flags)
+    assert precomputed(again) == (folder, False)
+    assert numbers(again[0]) == numbers(first[0])
+    assert (folder / file).read_bytes() == kept
+
+
 def test_the_reference_never_changes(
     pretrained: Path, dpo_flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

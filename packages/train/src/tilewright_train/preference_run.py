@@ -31,8 +31,8 @@ from tilewright_train.reference import (
     check_same_tokens,
     load_precomputed,
     load_reference,
+    model_sha256,
     precompute,
-    weights_sha256,
 )
 from tilewright_train.run_directory import RunDirectory
 from tilewright_train.samples import SPLITS
@@ -64,14 +64,14 @@ def find_reference(options: DpoOptions, start: Start) -> Start:
 def reference_facts(options: DpoOptions, start: Start) -> dict[str, Any]:
     """What run.json says of the reference."""
     found = find_reference(options, start)
-    return {"folder": str(found.folder), "sha256": weights_sha256(found)}
+    return {"folder": str(found.folder), "sha256": model_sha256(found)}
 
 
 def check_same_reference(run: RunDirectory, options: DpoOptions, start: Start) -> None:
     """A resumed run compares with what it compared with before.
 
     Raises:
-        InputError: The weights have changed since.
+        InputError: Its weights or its configuration have changed since.
     """
     before = json.loads(run.facts.read_text(encoding="utf-8")).get("reference")
     now = reference_facts(options, start)
@@ -185,10 +185,13 @@ def _known(
     found = find_reference(chosen.config.dpo, start)
     positions, precision = chosen.settled.seq_len, chosen.settled.precision
     depends_on = {
-        "model": weights_sha256(found),
+        "model": model_sha256(found),
         "tokenizer": corpus.tokenizer.to_str(),
         "seq_len": positions,
         "precision": precision,
+        # Other devices and kernels round otherwise: step 0 would not be ln 2 to the last digit.
+        "device": environment.device.type,
+        "backend": chosen.settled.backend,
     }
     models: list[CausalLM] = []
 

@@ -4,12 +4,13 @@
 - an exponential moving average of the policy's weights (TR-DPO's soft update, Gorbatovski et al.
   2024, arXiv:2404.09656), which checkpoints hold;
 - log-probabilities of every pair under either frozen model, computed once and kept in the cache by
-  the hashes of the weights, the tokenizer and the pairs: the model is not in memory then.
+  the hashes of the model, the tokenizer and the pairs: the model is not in memory then.
 """
 
 import hashlib
+import json
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ from typing import Protocol
 import torch
 
 from tilewright_model import CausalLM
+from tilewright_model.checkpoint import CONFIG_NAME
 from tilewright_train import cache as caching
 from tilewright_train.dpo import SequenceLogProbs
 from tilewright_train.errors import InputError, writing
@@ -27,6 +29,7 @@ from tilewright_train.start import Start, grown_vocabulary, load_start
 from tilewright_train.tokenizer import load_tokenizer
 
 _TOGETHER = 32  # pairs
+_FACTS = "facts.json"
 
 
 class Reference(Protocol):
@@ -141,14 +144,13 @@ class KnownReference:
         """Nothing to load."""
 
 
-def weights_sha256(start: Start) -> str:
-    """Of the names and bytes of a checkpoint's weights."""
-    digest = hashlib.sha256()
-    for file in sorted(start.folder.glob("model*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}\0".encode())
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def model_sha256(start: Start) -> str:
+    """Of the names and bytes of a checkpoint's configuration and weights.
+
+    The same weights with another rope_theta or rms_norm_eps are another model.
+    """
+    weights = sorted(start.folder.glob("model*.safetensors"))
+    return _sha256([start.folder / CONFIG_NAME, *weights])
 
 
 def check_same_tokens(start: Start, tokenizer_file: Path) -> None:
@@ -245,10 +247,18 @@ def precompute(
                 values[numbers] = log_probs.float().cpu().view(2, -1).T
             with writing(folder.parent, caching.REMEDY), _file(folder, split).open("wb") as stream:
                 array("f", values.flatten().tolist()).tofile(stream)
+        with writing(folder.parent, caching.REMEDY):
+            facts = {"sha256": _sha256([_file(folder, split) for split in SPLITS])}
+            (folder / _FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
     def is_whole(folder: Path) -> bool:
-        files = {_file(folder, split): size for split, size in sizes.items()}
-        return all(file.is_file() and file.stat().st_size == files[file] for file in files)
+        try:
+            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            files = {_file(folder, split): size for split, size in sizes.items()}
+            fit = all(file.stat().st_size == size for file, size in files.items())
+            return fit and facts["sha256"] == _sha256(files)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     key = {**depends_on, "pairs": wanted.sha256}
     return caching.entry(cache, "reference", key, build, is_whole)
@@ -262,3 +272,13 @@ def load_precomputed(folder: Path, split: str) -> torch.Tensor:
 
 def _file(folder: Path, split: str) -> Path:
     return folder / f"{split}.log_probs.float32"
+
+
+def _sha256(files: Iterable[Path]) -> str:
+    """Of the names and bytes of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(f"{file.name}\0".encode())
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
