@@ -248,6 +248,35 @@ def test_matches_float64_at_real_sizes(lengths, heads, width, dtype):
     check(args, options | {"cos": angles.cos(), "sin": angles.sin(), "prefetch_cache": True})
 
 
+# So many key heads in all that no sequence is split on a Hopper; the tiles have 64 keys: none, one,
+# a whole tile, more than are fetched ahead, a cache that the new key fills.
+UNSPLIT = [0, 1, 63, 64, 65, 128, 200, 299, *range(7, 287, 10)] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "norm", "rotary", "option"),
+    [
+        ((4, 4), False, 128, {}),
+        ((12, 4), True, 128, {"scale": 0.05}),
+        ((32, 4), False, 0, {"window_size": (70, 0)}),
+        ((36, 4), False, 128, {}),
+        ((4, 4), False, 64, {}),
+        ((4, 4), False, 128, {"softcap": 5.0}),
+    ],
+    ids=str,
+)
+def test_many_sequences(heads, norm, rotary, option, dtype):
+    cuda = torch.device("cuda")
+    args, options = make(UNSPLIT, heads, 128, dtype, cuda, rotary=rotary, capacity=300, norm=norm)
+    if rotary:  # as many positions as there are
+        angles = randn(300, rotary // 2, dtype=torch.float32, device=cuda, seed=3)
+        options |= {"cos": angles.cos(), "sin": angles.sin()}
+    out = check(args, options | option | {"prefetch_cache": True})
+    assert out.isfinite().all()
+
+
 @pytest.mark.gpu
 def test_one_graph_serves_every_length():
     cuda = torch.device("cuda")

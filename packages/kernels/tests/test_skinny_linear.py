@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from tilewright_kernels import skinny_linear, use_backend
 from tilewright_kernels.skinny_linear import (
+    HopperTile,
     RowsTile,
     RowTile,
+    hopper_tile,
     row_tile,
     rows_tile,
     skinny_linear_reference,
@@ -180,6 +182,17 @@ def test_tiles_fill_the_device():
             assert rows * tile.BLOCK_K * 2 <= 256 * 32 * tile.num_warps
 
 
+def test_rings_leave_room_for_the_next_launch():
+    # Of the same products: two programs on a multiprocessor, 227 KiB, and work for most of them.
+    for n, k, gated in ((4608, 1536, False), (1536, 1536, False), (4096, 1536, True)):
+        for block_m in (16, 32, 64):
+            tile = hopper_tile(n, k, gated, block_m)
+            assert tile.STAGES * tile.PIECES * 64 * (64 + block_m) * 2 <= 112 * 1024
+            assert -(-n * (2 if gated else 1) // 64) * tile.SPLITS >= 72
+    # Nobody gets nothing: a program takes at least the columns of one step.
+    assert hopper_tile(1536, 128, False, 16).SPLITS == 1
+
+
 def test_opcheck(device):
     x, weight, options = make("norm residual", 3, 16, 24, torch.float32, device)
     norm_weight, residual = options["norm_weight"], options["residual"]
@@ -216,7 +229,8 @@ def test_one_by_one_is_the_same(form, device):
 @pytest.mark.gpu
 def test_auto_takes_the_faster_way():
     cuda = torch.device("cuda")
-    for rows, launches_expected in ((1, 1), (3, 0), (70, 0)):
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    for rows, launches_expected in ((1, 1), (3, int(hopper)), (70, 0)):
         x, weight, options = make("norm gated", rows, 64, 128, torch.bfloat16, cuda)
         with use_backend("auto"), count_launches() as launches:
             ours = skinny_linear(x, weight, **options)
@@ -279,11 +293,32 @@ def test_matches_float64_at_real_sizes(rows, n, k, form, dtype):
     check(x, weight, options)
 
 
+# Fewer steps than the ring has buffers, as many and more; the last program has less to do.
+RINGS = [HopperTile(1, 4, 2), HopperTile(1, 2, 1), HopperTile(4, 2, 2), HopperTile(3, 2, 4)]
+
+
 @pytest.mark.gpu
-def test_one_graph_of_launches_that_overlap():
+@pytest.mark.parametrize("ring", RINGS, ids=str)
+@pytest.mark.parametrize("form", ["norm gated residual", "plain"])
+def test_rings_of_hopper(form, ring, monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(module, "hopper_tile", lambda *_: ring)
+    x, weight, options = make(form, 19, 200, 832, torch.bfloat16, cuda)
+    counters = torch.zeros(13, dtype=torch.int32, device=cuda)
+    ours = check(x, weight, options | {"counters": counters})
+    assert not counters.any()
+    assert torch.equal(ours, check(x, weight, options))
+    with use_backend("triton"):
+        fewer = {k: v[:17] if k == "residual" else v for k, v in options.items()}
+        assert torch.equal(skinny_linear(x[:17], weight, **fewer), ours[:17])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 32])
+def test_one_graph_of_launches_that_overlap(rows):
     # Each product reads what the one before has written, in a graph where launches overlap.
     cuda = torch.device("cuda")
-    x, weight, options = make("norm residual", 1, 1536, 1536, torch.bfloat16, cuda)
+    x, weight, options = make("norm residual", rows, 1536, 1536, torch.bfloat16, cuda)
     x = options.pop("residual")
 
     def chain(backend):

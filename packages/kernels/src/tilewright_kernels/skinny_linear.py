@@ -34,6 +34,7 @@ from tilewright_kernels._skinny_linear_kernels import (
     skinny_linear_rows_kernel,
 )
 from tilewright_kernels.gated_activations import swiglu, swiglu_reference
+from tilewright_kernels.linear import linear
 from tilewright_kernels.rms_norm import rms_norm, rms_norm_reference
 
 _OP = Operator("skinny_linear")
@@ -59,6 +60,14 @@ class RowsTile(NamedTuple):
     BLOCK_K: int
     SPLITS: int
     num_warps: int
+
+
+class HopperTile(NamedTuple):
+    """How many programs share K on Hopper, and the ring that each of them fills."""
+
+    SPLITS: int
+    STAGES: int
+    PIECES: int
 
 
 def skinny_linear_reference(
@@ -123,14 +132,54 @@ def rows_tile(n: int, k: int, element_size: int, gated: bool, programs: int) -> 
     )
 
 
+# Hopper, several rows: rows of W at most (both halves counted), K at most -> programs that share K.
+# Microseconds of a whole step of a 0.5 B decoder, 32 sequences of 256 tokens, H200 (16 layers, of
+# which each has one such product): 4608, 1536 by 1, 2, 3 programs 837, 812, 799, and with the
+# kernel for all GPUs 801; 2 · 4096, 1536 by 1 and 2 799 and 800.
+HOPPER_SPLITS: dict[int, dict[int, int]] = {
+    2048: {2048: 4, 2**31: 8},
+    6144: {2**31: 3},
+    2**31: {2**31: 1},
+}
+
+
+@cache
+def hopper_tile(n: int, k: int, gated: bool, block_m: int) -> HopperTile:
+    """For several rows in 16 bits: a ring of 96 KiB or less, two on a multiprocessor.
+
+    A step of 256 columns costs one wait and one copy each of W and x; steps of 128 are for what is
+    shared by four, so that each has as many, and for more rows than 32.
+    """
+    rows = n * (2 if gated else 1)
+    by_k = HOPPER_SPLITS[min(most for most in HOPPER_SPLITS if most >= rows)]
+    splits = by_k[min(most for most in by_k if most >= k)]
+    if block_m <= 32 and splits != 4:
+        return HopperTile(min(splits, cdiv(k, 256)), 2, 4)
+    return HopperTile(min(splits, cdiv(k, 128)), 3, 2)
+
+
+def hopper_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether `skinny_linear_hopper_kernel` is for these: several rows that TMA can read."""
+    return (
+        is_hopper(x.device)
+        and x.element_size() == 2
+        and len(x) > 1
+        and x.shape[1] % 64 == 0
+        and all(
+            t.stride(1) == 1 and t.stride(0) * 2 % 16 == 0 and t.data_ptr() % 16 == 0
+            for t in (x, weight)
+        )
+    )
+
+
 def by_parts(
     x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None,
     residual: Tensor | None, gated: bool,
 ) -> Tensor:  # fmt: skip
-    """The same by operators one by one, the product torch's."""
+    """The same by operators one by one."""
     if norm_weight is not None:
         x = rms_norm(x, norm_weight.shape, norm_weight, eps)
-    y = F.linear(x, weight)
+    y = linear(x, weight)
     if gated:
         y = swiglu(y)
     return y if residual is None else y + residual
@@ -182,8 +231,12 @@ def skinny_linear_forward(
             **known, **tile._asdict(), **options,
         )  # fmt: skip
         return out
+    block_m = max(16, next_power_of_2(len(x)))
+    if hopper_takes(x, weight):
+        _launch_hopper(x, weight, norm_weight, residual, counters, out, block_m, prefetch, known)
+        return out
     tile = rows_tile(width, k, size, gated, num_programs(x.device, per_sm=1))
-    blocks, block_m = cdiv(width, tile.BLOCK_N), max(16, next_power_of_2(len(x)))
+    blocks = cdiv(width, tile.BLOCK_N)
     parts = None
     if tile.SPLITS > 1:
         split_size = blocks * (tile.BLOCK_N * (2 if gated else 1) + 1) * block_m
@@ -199,6 +252,37 @@ def skinny_linear_forward(
         **known, BLOCK_M=block_m, **tile._asdict(), num_stages=1, **options,
     )  # fmt: skip
     return out
+
+
+def _launch_hopper(
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, residual: Tensor | None,
+    counters: Tensor | None, out: Tensor, block_m: int, prefetch: bool, known: dict[str, Any],
+) -> None:  # fmt: skip
+    """Several rows on Hopper, by the kernel in Gluon."""
+    from tilewright_kernels import _skinny_linear_hopper as hopper
+
+    gated, width = known["GATED"], out.shape[-1]
+    tile = hopper_tile(width, x.shape[1], gated, block_m)
+    height = hopper.BLOCK_N // 2 if gated else hopper.BLOCK_N
+    if gated:
+        w_desc = hopper.describe_gated(weight, tile.PIECES)
+    else:
+        w_desc = hopper.describe_rows(weight, height, tile.PIECES)
+    blocks, parts = cdiv(width, height), None
+    if tile.SPLITS > 1:
+        split_size = blocks * (hopper.BLOCK_N + 1) * block_m
+        parts = torch.empty(tile.SPLITS * split_size, dtype=torch.float32, device=x.device)
+        if counters is None:
+            counters = torch.zeros(blocks, dtype=torch.int32, device=x.device)
+    _OP.launch(
+        hopper.skinny_linear_hopper_kernel, (blocks, tile.SPLITS),
+        hopper.describe_rows(x, block_m, tile.PIECES), w_desc, norm_weight, residual, out,
+        parts, counters if tile.SPLITS > 1 else None,
+        0 if residual is None else residual.stride(0), len(x), width,
+        EPS=known["EPS"], K=known["K"], GATED=gated, PREFETCH=prefetch,
+        **tile._asdict(), BLOCK_M=block_m, BLOCK_N=hopper.BLOCK_N, BLOCK_K=hopper.BLOCK_K,
+        num_warps=4, launch_pdl=True,
+    )  # fmt: skip
 
 
 def skinny_linear(
@@ -230,8 +314,9 @@ def skinny_linear(
         counters: int32 zeros on x's device, one for each 16 of N at least. They are zero again
             after the call. Without them some shapes clear some of their own, which is a launch.
             Calls that may run at the same time need counters of their own.
-        prefetch_weight: the launch before this one writes neither weight nor norm_weight, so the
-            weight may be read while that one still runs (Hopper; elsewhere nothing changes).
+        prefetch_weight: neither weight nor norm_weight is written by the launches before this one,
+            back to the last that is neither this function nor `flash_attn_with_kvcache`, nor by
+            that one: they may be read while those still run (Hopper; elsewhere nothing changes).
 
     Returns:
         [..., N] like x, contiguous, without a gradient.
@@ -246,8 +331,8 @@ def skinny_linear(
         unsupported = f"x has {rows} rows, more than {MAX_ROWS}"
     elif x.dtype == torch.float64 and x.is_cuda:
         unsupported = "float64 is for the interpreter"
-    elif gated and rows > 1:
-        # 14.1 µs against 12.6 at 32 rows, 1536 to 2 · 4096 (H200).
+    elif gated and rows > 1 and not (is_hopper(x.device) and x.element_size() == 2):
+        # 14.1 µs against 12.6 at 32 rows, 1536 to 2 · 4096 (H200, the kernel for all GPUs).
         better = "norm, cuBLAS's product and swiglu are faster for several rows"
     if not _OP.uses_triton(x, unsupported, better):
         if x.is_cuda and _OP.setting == "auto":

@@ -6,7 +6,7 @@ Five launches in one: norm and rotation, two writes to the cache, attention of e
 of the splits. The new key is not read back: split 0 starts its softmax with it.
 """
 
-from tilewright_kernels._overlap import await_previous_launch, fetch_to_l2
+from tilewright_kernels._overlap import allow_next_launch, await_previous_launch, fetch_rows_to_l2
 from tilewright_kernels._triton import tl, triton
 from tilewright_kernels.flash_attention.online_softmax import finish_rows, scores, take_piece
 from tilewright_kernels.flash_attention.sequence_rows import load_rows
@@ -23,13 +23,14 @@ def attention_with_kvcache_kernel(
     EPS: tl.constexpr, BEFORE: tl.constexpr, FACTOR: tl.constexpr, CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-    OVERLAP: tl.constexpr, PREFETCH: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr, EARLY: tl.constexpr, PREFETCH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All query heads of one key head over one split of its keys; grid (SPLITS · heads · batch).
 
     parts is [SPLITS, batch, heads, D], part_lse the same without D. The program that arrives last
     joins them, in the order of the splits.
     """
+    allow_next_launch(EARLY)
     split = tl.program_id(0) % SPLITS
     kv_head = tl.program_id(0) // SPLITS % kv_heads
     batch = tl.program_id(0) // SPLITS // kv_heads
@@ -45,37 +46,34 @@ def attention_with_kvcache_kernel(
     stretch = tl.cdiv(tl.cdiv(held - begin, BLOCK_N), SPLITS) * BLOCK_N
     begin += split * stretch
     end = tl.minimum(begin + stretch, held)
-    if PREFETCH:
-        # The first block. More would push out of L2 what the launches before still read.
-        key = tl.minimum(begin + tl.arange(0, BLOCK_N), capacity - 1).to(tl.int64)[:, None]
-        LINE: tl.constexpr = min(
-            BLOCK_D, 1024 // k_cache_ptr.dtype.element_ty.primitive_bitwidth
-        )  # fmt: skip
-        line = tl.minimum(tl.arange(0, BLOCK_D // LINE) * LINE, D - 1)[None, :]
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    cos, sin = _rotation(
+        cos_ptr, sin_ptr, length, cols, cos_row_stride, sin_row_stride, table_rows, ROTARY, ACC
+    )
+    if PREFETCH > 0:
+        # Past the end the last row again, which costs nothing.
+        key = tl.minimum(begin + tl.arange(0, PREFETCH), tl.maximum(end - 1, 0)).to(tl.int64)
         of_batch = tl.cast(batch, tl.int64)
-        head_at = of_batch * k_cache_batch_stride + kv_head * k_cache_head_stride
-        fetch_to_l2(k_cache_ptr + head_at + key * k_cache_row_stride + line)
-        head_at = of_batch * v_cache_batch_stride + kv_head * v_cache_head_stride
-        fetch_to_l2(v_cache_ptr + head_at + key * v_cache_row_stride + line)
+        k_at = k_cache_ptr + of_batch * k_cache_batch_stride + kv_head * k_cache_head_stride
+        v_at = v_cache_ptr + of_batch * v_cache_batch_stride + kv_head * v_cache_head_stride
+        fetch_rows_to_l2(k_at + key * k_cache_row_stride, D)
+        fetch_rows_to_l2(v_at + key * v_cache_row_stride, D)
         await_previous_launch(OVERLAP)
 
     row = tl.arange(0, ROWS)
     head = kv_head * GROUP + row
     there = (row < GROUP)[:, None]
-    cols = tl.arange(0, BLOCK_D)[None, :]
     inside = cols < D
     wide = tl.cast(batch, tl.int64)
-    q = _turned(
-        q_ptr + wide * q_batch_stride + head[:, None] * q_head_stride, there, length, q_norm_ptr,
-        cos_ptr, sin_ptr, cos_row_stride, sin_row_stride, table_rows, EPS, D, ROTARY, BLOCK_D, ACC,
-    )  # fmt: skip
+    q_rows = q_ptr + wide * q_batch_stride + head[:, None] * q_head_stride
     one = tl.zeros((1, 1), dtype=tl.int32)
-    k = _turned(
-        k_ptr + wide * k_batch_stride + (kv_head + one) * k_head_stride, one == 0, length,
-        k_norm_ptr, cos_ptr, sin_ptr, cos_row_stride, sin_row_stride, table_rows, EPS,
-        D, ROTARY, BLOCK_D, ACC,
-    )  # fmt: skip
+    k_rows = k_ptr + wide * k_batch_stride + (kv_head + one) * k_head_stride
+    # All of the new token at once: each wait is as long as that for a whole block of the cache.
+    q, q_partner = _with_partner(q_rows, there, cols, D, ROTARY)
+    k, k_partner = _with_partner(k_rows, one == 0, cols, D, ROTARY)
     v = tl.load(v_ptr + wide * v_batch_stride + kv_head * v_head_stride + cols, mask=inside)
+    q = _turned(q, q_partner, q_norm_ptr, cos, sin, cols, EPS, D, ROTARY, ACC)
+    k = _turned(k, k_partner, k_norm_ptr, cos, sin, cols, EPS, D, ROTARY, ACC)
     is_first = split == 0
     new_row = inside & is_first & (length < capacity)
     at = wide * k_cache_batch_stride + kv_head * k_cache_head_stride
@@ -128,31 +126,22 @@ def attention_with_kvcache_kernel(
 
 
 @triton.jit
-def _turned(
-    rows, there, position, norm_ptr, cos_ptr, sin_ptr, cos_row_stride, sin_row_stride, table_rows,
-    EPS: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """Heads at `rows` [R, 1], normalized and rotated: [R, BLOCK_D], zeros past D.
+def _partner(cols, ROTARY: tl.constexpr):
+    """The column that each one is turned with."""
+    HALF: tl.constexpr = ROTARY // 2
+    return tl.where(cols < HALF, cols + HALF, cols - HALF)
 
-    Rounded after the norm and after the rotation, where operators of their own would round.
-    """
-    cols = tl.arange(0, BLOCK_D)[None, :]
-    raw = tl.load(rows + cols, mask=there & (cols < D), other=0.0)
-    x = raw.to(ACC)
-    r = x
-    if norm_ptr is not None:
-        r = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]
-        weight = tl.load(norm_ptr + cols, mask=cols < D, other=0.0).to(ACC)
-        x = (x * r * weight).to(raw.dtype).to(ACC)
+
+@triton.jit
+def _rotation(
+    cos_ptr, sin_ptr, position, cols, cos_row_stride, sin_row_stride, table_rows,
+    ROTARY: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What each column, and its partner, is multiplied by; columns past ROTARY stay."""
+    cos, sin = 1.0, 0.0
     if ROTARY > 0:
         HALF: tl.constexpr = ROTARY // 2
         turning = cols < ROTARY
-        partner = tl.where(cols < HALF, cols + HALF, cols - HALF)
-        y = tl.load(rows + partner, mask=there & turning, other=0.0).to(ACC)
-        if norm_ptr is not None:
-            weight = tl.load(norm_ptr + partner, mask=turning, other=0.0).to(ACC)
-            y = (y * r * weight).to(raw.dtype).to(ACC)
         # A position outside the tables cannot raise here: it gives NaN, as in apply_rotary_emb.
         known = turning & (position < table_rows)
         at = position.to(tl.int64)
@@ -160,6 +149,39 @@ def _turned(
         sin = tl.load(sin_ptr + at * sin_row_stride + cols % HALF, mask=known, other=float("nan"))
         cos = tl.where(turning, cos.to(ACC), 1.0)
         sin = tl.where(turning, tl.where(cols < HALF, -sin.to(ACC), sin.to(ACC)), 0.0)
+    return cos, sin
+
+
+@triton.jit
+def _with_partner(rows, there, cols, D: tl.constexpr, ROTARY: tl.constexpr):
+    """Heads at `rows` [R, 1] as they are, zeros past D, and with the columns' partners."""
+    x = tl.load(rows + cols, mask=there & (cols < D), other=0.0)
+    partner = x
+    if ROTARY > 0:
+        partner = tl.load(
+            rows + _partner(cols, ROTARY), mask=there & (cols < ROTARY), other=0.0
+        )  # fmt: skip
+    return x, partner
+
+
+@triton.jit
+def _turned(
+    raw, raw_partner, norm_ptr, cos, sin, cols,
+    EPS: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Heads [R, BLOCK_D], normalized and rotated.
+
+    Rounded after the norm and after the rotation, where operators of their own would round.
+    """
+    x, y = raw.to(ACC), raw_partner.to(ACC)
+    if norm_ptr is not None:
+        r = tl.rsqrt(tl.sum(x * x, 1) / D + EPS)[:, None]
+        weight = tl.load(norm_ptr + cols, mask=cols < D, other=0.0).to(ACC)
+        x = (x * r * weight).to(raw.dtype).to(ACC)
+        if ROTARY > 0:
+            weight = tl.load(norm_ptr + _partner(cols, ROTARY), mask=cols < ROTARY, other=0.0)
+            y = (y * r * weight.to(ACC)).to(raw.dtype).to(ACC)
+    if ROTARY > 0:
         x = x * cos + y * sin
     return x.to(raw.dtype)
 

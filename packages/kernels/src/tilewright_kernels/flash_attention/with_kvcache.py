@@ -34,6 +34,8 @@ _OP = Operator("flash_attn_with_kvcache")
 
 PROGRAMS_PER_SM = 2
 MAX_SPLITS = 32
+PREFETCHED_KEYS = 128
+"""Of each program, a power of two; more pushes out of L2 what launches before still read."""
 
 
 class Tile(NamedTuple):
@@ -103,6 +105,12 @@ def _fake(
     return q.new_empty(q.shape)
 
 
+def _whole_words(cache: Tensor) -> bool:
+    """Whether rows begin and end at multiples of 16 bytes."""
+    distances = (cache.shape[-1], *cache.stride()[:-1])
+    return cache.data_ptr() % 16 == 0 and all(n * cache.element_size() % 16 == 0 for n in distances)
+
+
 @_OP.function(fake=_fake, mutates=("k_cache", "v_cache"))
 def attention_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor,
@@ -129,6 +137,7 @@ def attention_with_kvcache(
             counters = torch.zeros(groups, dtype=torch.int32, device=q.device)
     overlap = is_hopper(q.device)
     options = {"launch_pdl": True} if overlap else {}  # unknown to Triton's interpreter
+    fetches = overlap and prefetch and _whole_words(k_cache) and _whole_words(v_cache)
     before, factor = score_factors(scale, softcap)
     _OP.launch(
         attention_with_kvcache_kernel, (splits * groups,),
@@ -141,7 +150,8 @@ def attention_with_kvcache(
         EPS=eps, BEFORE=before, FACTOR=factor, CAP=cap_of(softcap, q), HAS_WINDOW=left >= 0,
         GROUP=group, D=width, ROTARY=0 if cos is None else 2 * cos.shape[1], BLOCK_D=block_d,
         ACC=accumulator(q.dtype), SPLITS=splits, ROWS=max(16, next_power_of_2(group)),
-        OVERLAP=overlap, PREFETCH=overlap and prefetch, **tile._asdict(), **options,
+        OVERLAP=overlap, EARLY=overlap and splits == 1,
+        PREFETCH=PREFETCHED_KEYS if fetches else 0, **tile._asdict(), **options,
     )  # fmt: skip
     return out
 
@@ -193,8 +203,10 @@ def flash_attn_with_kvcache(
         counters: [B · K] int32 zeros or more on q's device, zero again after the call. Without them
             the call may clear some of its own, which is a launch. Calls that may run at the same
             time need counters of their own.
-        prefetch_cache: the launch before this one writes neither the caches nor cache_seqlens, so
-            they may be read while that one still runs (Hopper; elsewhere nothing changes).
+        prefetch_cache: neither the caches, cache_seqlens nor the tables are written by the launches
+            before this one, back to the last that is neither this function nor `skinny_linear`,
+            nor by that one: they may be read while those still run (Hopper; elsewhere nothing
+            changes).
 
     Returns:
         [B, 1, H, D], contiguous, without a gradient.
