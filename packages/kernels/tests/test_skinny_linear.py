@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tilewright_kernels import skinny_linear, use_backend
-from tilewright_kernels.skinny_linear import (
+from tilewright_kernels._skinny_linear_tiles import (
     HopperTile,
     RowsTile,
     RowTile,
     hopper_tile,
     row_tile,
     rows_tile,
-    skinny_linear_reference,
 )
+from tilewright_kernels.skinny_linear import skinny_linear_reference
 from tilewright_kernels.testing import (
     assert_as_accurate,
     check_deterministic,
