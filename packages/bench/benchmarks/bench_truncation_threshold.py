@@ -2,13 +2,18 @@
 
 Logits are read once, which is what is counted; ours walks them again for every bit, in cache.
 torch's functions sort, or select where no row's top_k is larger than 64.
+Ours is the bisection, which backend auto does not take before it is known to be faster.
 """
 
 import pytest
 import torch
 
 from tilewright_bench import Case, Variant, Work, by_device, run, usual_providers, variants
-from tilewright_kernels import truncation_threshold, truncation_threshold_reference
+from tilewright_kernels import (
+    truncation_threshold,
+    truncation_threshold_reference,
+    use_backend,
+)
 
 # Rows, vocabulary, top_k (0: none), at temperature 0.8 and top_p 0.95.
 SHAPES = by_device(
@@ -25,6 +30,11 @@ def of(function):
         )  # fmt: skip
 
     return call
+
+
+def bisection(logits, **options):
+    with use_backend(truncation_threshold="triton"):
+        return truncation_threshold(logits, **options)
 
 
 def case(rows: int, size: int, top_k: int, dtype: torch.dtype = torch.bfloat16) -> Case:
@@ -47,7 +57,7 @@ def case(rows: int, size: int, top_k: int, dtype: torch.dtype = torch.bfloat16) 
     )
 
 
-PROVIDERS = usual_providers(of(truncation_threshold), of(truncation_threshold_reference))
+PROVIDERS = usual_providers(of(bisection), of(truncation_threshold_reference))
 
 
 @pytest.mark.parametrize("variant", variants(PROVIDERS, ("fwd",)), ids=str)

@@ -25,6 +25,9 @@ _OP = Operator("truncation_threshold")
 BLOCK_V = 16384
 """Logits of a row that a program takes at a time."""
 
+UNMEASURED = "the time of the bisection on a GPU is not known yet"
+"""Why backend auto sorts; backend triton bisects."""
+
 
 def truncation_threshold_reference(
     logits: Tensor,
@@ -200,7 +203,7 @@ def truncation_threshold(
     """The smallest logit of each row that top-k, top-p and min-p leave, for `sample_categorical`.
 
     Top-k first; top-p on what it leaves, renormalized; min-p beside. The likeliest is always left.
-    Logits that equal the threshold are all left.
+    Logits that equal the threshold are all left. Backend auto sorts or selects, triton bisects.
 
     Args:
         logits: [B, V] in float16, bfloat16 or float32; rows at any distance. Not a number anywhere
@@ -221,7 +224,7 @@ def truncation_threshold(
     """
     _check(logits, temperature, top_k, top_p, min_p)
     unsupported = "V is 2³¹ or more" if logits.shape[1] >= 2**31 else None
-    if not _OP.uses_triton(logits, unsupported):
+    if not _OP.uses_triton(logits, unsupported, UNMEASURED):
         return truncation_threshold_reference(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             candidates=candidates,
