@@ -2,10 +2,13 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
 
 from tilewright_model import CausalLM, preset
 from tilewright_train.chat_template import CHATML
@@ -58,3 +61,51 @@ def model_folder(tmp_path: Path) -> Path:
     described = {"eos_token": {"content": "<|im_end|>"}, "chat_template": named}
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     return folder
+
+
+@pytest.fixture
+def make_elsewhere() -> Callable[[str], Tokenizer]:
+    """Makes tokenizers as other models have them: with a prefix before a text or parts of it."""
+
+    def make(prefix: str) -> Tokenizer:
+        """A BPE of a few hundred entries.
+
+        Args:
+            prefix: «prepend» is Llama 2's normalizer, «first», «always» and «never» are the
+                schemes of Metaspace, «byte level» puts a space before each part, and «stripping»
+                has special tokens that take the spaces behind them, as those of Phi 3.
+        """
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        if prefix == "prepend":
+            tokenizer.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+            )
+            tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+        elif prefix in ("first", "always", "never"):
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Metaspace(prepend_scheme=prefix),
+                    pre_tokenizers.Split("\n", "isolated"),
+                ]
+            )
+        else:
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+                add_prefix_space=prefix == "byte level"
+            )
+            tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+        added = [
+            AddedToken(text, special=True, normalized=False, rstrip=prefix == "stripping")
+            for text in ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+        ]
+        texts = [
+            "def f(x):\n    return x + 1\n",
+            "the cat sat on the mat. The cat sat.\n",
+            "[INST] user assistant system [/INST]<>|_/",
+        ]
+        tokenizer.train_from_iterator(
+            texts * 20, BpeTrainer(vocab_size=200, special_tokens=added, show_progress=False)
+        )
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    return make

@@ -1,6 +1,8 @@
 """Conversations as tokens against encodings that are written out by hand."""
 
+import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,11 @@ from tilewright_train.conversations import (
     chat_encoding,
     chat_tokenizer,
     end_of_turn,
-    special_tokens,
     tokenize,
 )
 from tilewright_train.errors import InputError
 from tilewright_train.records import Conversation, Message
+from tilewright_train.stand_ins import special_tokens
 from tilewright_train.tokenizer import decode, load_tokenizer, train_tokenizer
 
 TEMPLATE = ChatTemplate(CHATML)
@@ -145,3 +147,72 @@ def test_conversations_without_the_assistant_are_skipped_and_counted(
         (True, tuple(whole.tokens), tuple(whole.targets))
     }
     assert encoding.settings == {"template": CHATML}
+
+
+PREFIXES = ("prepend", "first", "always", "never", "byte level", "stripping")
+LLAMA = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+    "{% else %}{% generation %} {{ m.content }} </s>{% endgeneration %}{% endif %}{% endfor %}"
+)
+WITHOUT_SPACES = (
+    LLAMA.replace("] {", "]{").replace("} [", "}[").replace("%} ", "%}").replace(" </s>", "</s>")
+)
+
+
+@pytest.mark.parametrize("source", [CHATML, LLAMA, WITHOUT_SPACES])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_tokens_and_targets_are_those_of_transformers(
+    make_elsewhere: Callable[[str], Tokenizer], prefix: str, source: str
+) -> None:
+    """Of tokenizers that put a space before a text, or take one away behind a special token."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = make_elsewhere(prefix)
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.post_processor = None  # with trimmed offsets it misses answers that begin with a space
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=copy)
+    talks = [TALK, [Message("user", " two  cats"), Message("assistant", "sat\n on a mat ")]]
+    for talk in talks:
+        expected = theirs.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in talk],
+            chat_template=source,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ((tokens, targets),) = tokenize(tokenizer, ChatTemplate(source), [talk])
+        assert tokens == expected["input_ids"]
+        assert targets == expected["assistant_masks"]
+        prompt = theirs.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in talk[:1]],
+            chat_template=source,
+            return_dict=True,
+            add_generation_prompt=True,
+        )
+        ((tokens, _),) = tokenize(
+            tokenizer, ChatTemplate(source), [talk[:1]], add_generation_prompt=True
+        )
+        assert tokens == prompt["input_ids"]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_message_that_spells_special_tokens_changes_no_other_token(
+    make_elsewhere: Callable[[str], Tokenizer], prefix: str
+) -> None:
+    """It is text, as if the tokenizer had no such special token."""
+    tokenizer = make_elsewhere(prefix)
+    described = json.loads(tokenizer.to_str())
+    described["added_tokens"] = [t for t in described["added_tokens"] if t["content"] != "<s>"]
+    ignorant = Tokenizer.from_str(json.dumps(described))
+    template = ChatTemplate(WITHOUT_SPACES.replace("<s>", ""))
+    talk = [Message("user", "the<s> cat"), Message("assistant", "sat <s>on")]
+    ((tokens, _),) = tokenize(tokenizer, template, [talk])
+    text = "[INST]the<s> cat[/INST]sat <s>on</s>"
+    assert tokens == ignorant.encode(text, add_special_tokens=False).ids
+    assert tokenizer.token_to_id("<s>") not in tokens
+
+
+def test_characters_for_private_use_are_text(tokenizer: Tokenizer) -> None:
+    content = "".join(map(chr, range(0x100000, 0x100009)))
+    talk = [Message("user", content), Message("assistant", content)]
+    ((tokens, _),) = tokenize(tokenizer, TEMPLATE, [talk])
+    written = f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n{content}<|im_end|>\n"
+    assert decode(tokenizer, tokens) == written

@@ -1,10 +1,12 @@
 """A byte-level BPE: every text comes back, the same sample gives the same bytes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from tilewright_train.errors import InputError
 from tilewright_train.tokenizer import (
@@ -63,6 +65,23 @@ def test_a_long_document_has_one_end(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = [token for _, part, _ in encode(TOKENIZER, [(False, text)]) for token in part]
     assert tokens.count(0) == 1
     assert decode(TOKENIZER, tokens[:-1]) == text
+
+
+@pytest.mark.parametrize("prefix", ["prepend", "first", "always", "never", "byte level"])
+def test_a_long_document_is_cut_without_a_trace(
+    make_elsewhere: Callable[[str], Tokenizer], prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenizers made elsewhere put a space before a text, but not before each piece of one."""
+    tokenizer = make_elsewhere(prefix)
+    text = "".join(TEXTS)
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    monkeypatch.setattr("tilewright_train.tokenizer._PIECE", 100)
+    parts = list(encode(tokenizer, [(True, text)]))
+    assert len(parts) > 5
+    assert [token for _, part, _ in parts for token in part] == [
+        *whole,
+        tokenizer.token_to_id("</s>"),
+    ]
 
 
 def test_pieces_end_behind_lines_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:

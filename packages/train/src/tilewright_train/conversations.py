@@ -1,14 +1,14 @@
 """Conversations as tokens, and which of them are to be predicted: the encoding of SFT.
 
-The template's pieces are encoded one by one, so that a token is the assistant's or not, and an
-answer begins behind the very tokens that a prompt ends with. Special tokens are single tokens where
-the template writes them; where a message spells one it stays text.
+A conversation is encoded whole, so its tokens are those that `transformers` gives; the template's
+pieces say which of them are the assistant's. Special tokens are single tokens where the template
+writes them; where a message spells one it stays text.
 """
 
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,12 @@ from tilewright_train.chat_template import IM_END, IM_START, ChatTemplate
 from tilewright_train.errors import InputError, writing
 from tilewright_train.records import Conversation, Message, Record
 from tilewright_train.samples import Encoded
+from tilewright_train.stand_ins import (
+    encode_whole,
+    special_tokens,
+    stand_ins,
+    unused_characters,
+)
 from tilewright_train.tokenizer import TOKENIZER_FILE, load_tokenizer
 from tilewright_train.tokens import Encoding
 
@@ -57,34 +63,30 @@ def tokenize(
     Raises:
         InputError: The template raises; the message quotes the conversation's beginning.
     """
-    special = special_tokens(tokenizer)
+    contents = (message.content for messages in conversations for message in messages)
+    unused = unused_characters((template.source, *contents))
+    guard = next(unused)
+    known = stand_ins(tokenizer, unused)
+    special = known.characters
     split = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-    parts: list[tuple[int, int, int | str]] = []  # conversation, target, special token or text
-    for number, messages in enumerate(conversations):
-        guard = _absent(messages)
+    texts, kinds = [], []
+    for messages in conversations:
         guarded = [Message(m.role, _guarded(m.content, special, guard)) for m in messages]
         try:
             pieces = template.render(guarded, add_generation_prompt=add_generation_prompt)
         except InputError as error:
             raise InputError(f"{error} (in {_quoted(messages)})") from None
+        text, marks = "", bytearray()
         for piece in pieces:
-            kind, end = int(piece.is_generated), 0
-            for match in split.finditer(piece.text):
-                parts.append((number, kind, piece.text[end : match.start()].replace(guard, "")))
-                parts.append((number, kind, special[match.group()]))
-                end = match.end()
-            rest = piece.text[end:].replace(guard, "")
-            if end and not template.marks and not rest.strip():
-                kind = 0  # behind the end of a turn stands what separates it from the next
-            parts.append((number, kind, rest))
-    texts = [part for _, _, part in parts if isinstance(part, str)]
-    encoded = iter(tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-    made = [Tokenized([], []) for _ in conversations]
-    for number, kind, part in parts:
-        ids = next(encoded).ids if isinstance(part, str) else [part]
-        made[number].tokens.extend(ids)
-        made[number].targets.extend([kind] * len(ids))
-    return made
+            part = split.sub(lambda match: special[match.group()], piece.text).replace(guard, "")
+            text += part
+            answer = len(part)
+            if piece.is_generated and not template.marks:
+                answer = _end_of_answer(part, special)
+            marks += bytes([piece.is_generated]) * answer + bytes(len(part) - answer)
+        texts.append(text)
+        kinds.append(marks)
+    return [Tokenized(*made) for made in encode_whole(known, texts, kinds)]
 
 
 def chat_encoding(template: ChatTemplate, *, skip_refused: bool = False) -> Encoding:
@@ -155,12 +157,6 @@ def add_chat_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in texts])
 
 
-def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """Numbers of the special tokens by their text."""
-    added = tokenizer.get_added_tokens_decoder().items()
-    return {token.content: number for number, token in added if token.special}
-
-
 def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> int:
     """The special token with which the assistant's turns end.
 
@@ -196,14 +192,17 @@ def _quoted(messages: Sequence[Message]) -> str:
     return f"the conversation that begins {role}: {start[:40]!r}{'…' * (len(start) > 40)}"
 
 
-def _guarded(content: str, special: dict[str, int], guard: str) -> str:
+def _guarded(content: str, special: Iterable[str], guard: str) -> str:
     """`content` with every special token that it spells broken up by `guard`."""
     for text in special:
         content = content.replace(text, text[0] + guard + text[1:])
     return content
 
 
-def _absent(messages: Sequence[Message]) -> str:
-    """A character that no message has: one of Unicode's private ones."""
-    used = set("".join(message.content for message in messages))
-    return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
+def _end_of_answer(text: str, special: dict[str, str]) -> int:
+    """Where a turn ends: with its last special token, if spaces are all that stands behind it.
+
+    Those separate it from the next.
+    """
+    end = len(text.rstrip())
+    return end if text[end - 1 : end] in special.values() else len(text)

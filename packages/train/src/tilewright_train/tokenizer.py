@@ -6,6 +6,7 @@ Training is deterministic: the same sample and size give the same bytes of `toke
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -21,6 +22,7 @@ calls its eos_token: where a model chats, that may be the end of a turn."""
 TOKENIZER_FILE = "tokenizer.json"
 
 _PIECE = 1 << 16  # characters; a longer document is sampled and encoded piece by piece
+_LINE = "a\n"  # the end of a piece
 _BATCH = 1 << 22  # characters that are encoded together, so that all cores have work
 
 
@@ -133,25 +135,57 @@ def encode(
         (mark, tokens of a document or of a piece of a long one, whether the document ends).
     """
     end = [end_token(tokenizer)]
-    waiting: list[tuple[bool, str, bool]] = []
+    before = _before_rest(tokenizer)
+    waiting: list[_Part] = []
     characters = 0
     for mark, document in documents:
         parts = list(pieces(document))
-        waiting += [(mark, part, i == len(parts) - 1) for i, part in enumerate(parts)]
+        waiting += [_Part(mark, p, i > 0, i == len(parts) - 1) for i, p in enumerate(parts)]
         characters += len(document)
         if characters >= _BATCH:
-            yield from _encode_parts(tokenizer, waiting, end)
+            yield from _encode_parts(tokenizer, waiting, end, before)
             waiting, characters = [], 0
-    yield from _encode_parts(tokenizer, waiting, end)
+    yield from _encode_parts(tokenizer, waiting, end, before)
+
+
+class _Part(NamedTuple):
+    """A document, or a piece of a long one."""
+
+    mark: bool
+    text: str
+    goes_on: bool
+    """Whether the document has begun before it."""
+    is_last: bool
+
+
+def _before_rest(tokenizer: Tokenizer) -> str:
+    """What a piece that goes on is encoded behind; empty where that makes no difference.
+
+    Many tokenizers made elsewhere put a space before every text, which does not belong there.
+    """
+    whole, first, rest = (_plain(tokenizer, text) for text in (f"{_LINE}b", _LINE, "b"))
+    return "" if whole == first + rest else _LINE
 
 
 def _encode_parts(
-    tokenizer: Tokenizer, parts: list[tuple[bool, str, bool]], end: list[int]
+    tokenizer: Tokenizer, parts: list[_Part], end: list[int], before: str
 ) -> Iterator[tuple[bool, list[int], bool]]:
-    """Encode (mark, text, is last of its document) on all cores."""
-    encoded = tokenizer.encode_batch_fast([text for _, text, _ in parts], add_special_tokens=False)
-    for (mark, _, is_last), part in zip(parts, encoded, strict=True):
-        yield mark, part.ids + end if is_last else part.ids, is_last
+    """Encode on all cores."""
+    texts = [before + part.text if part.goes_on else part.text for part in parts]
+    known = _plain(tokenizer, before)
+    for part, made in zip(
+        parts, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True
+    ):
+        ids = made.ids
+        if part.goes_on and before:
+            # Where a token reaches into the piece, its prefix is the lesser evil.
+            is_apart = ids[: len(known)] == known
+            ids = ids[len(known) :] if is_apart else _plain(tokenizer, part.text)
+        yield part.mark, ids + end if part.is_last else ids, part.is_last
+
+
+def _plain(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def decode(tokenizer: Tokenizer, tokens: list[int]) -> str:
