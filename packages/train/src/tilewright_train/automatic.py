@@ -69,9 +69,9 @@ RECIPES: Mapping[str, Recipe] = {
 # writing whole sentences under DPO. Other rates and other presets have not been measured.
 _SFT_STEPS, _SFT_RATE = 600, 0.6
 
-# DPO: so many steps of so many pairs, this share of the rate. With nano, 600 steps of SFT before it,
-# the chosen side is the likelier one in 98.7 % of the held-out pairs, in 47.4 % before; after 500
-# steps of SFT half the rate gets 97.0 % and a fifth of it 94.4 % (docs/notes/alignment.md).
+# DPO: so many steps of so many pairs, this share of the rate. With nano and 600 steps of SFT before
+# it the chosen side is the likelier one in 98.7 % of the held-out pairs, in 47.4 % before; after
+# 500 steps of SFT half the rate gets 97.0 % and a fifth of it 94.4 % (docs/notes/alignment.md).
 _DPO_STEPS, _DPO_PAIRS, _DPO_RATE, _DPO_WARMUP = 100, 32, 0.1, 10
 
 # Tokens of packed rows that are computed together where plain torch masks them. nano on two cores:
