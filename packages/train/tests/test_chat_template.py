@@ -108,6 +108,44 @@ def test_spans_are_those_of_transformers(tmp_path: Path) -> None:
     assert [text[a:b] for a, b in spans] == [p.text for p in pieces if p.is_generated]
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if true %}" * 200 + "x" + "{% endif %}" * 200,  # Python's indentation ends at 100
+        "{% for m in messages %}" * 21 + "x" + "{% endfor %}" * 21,  # its loops at 20
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",  # Jinja's parser calls itself
+    ],
+)
+def test_a_template_that_is_nested_too_deeply_is_named(source: str) -> None:
+    with pytest.raises(InputError) as error:
+        ChatTemplate(source)
+    assert "the chat template cannot be compiled (" in str(error.value)
+    assert "nest its blocks and expressions less deeply" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ strftime_now('%d %b %Y') }} ",
+        "{% macro today() %}{{ strftime_now('%Y') }}{% endmacro %}{{ today() }}",
+        "{% if tools is not none %}{{ tools | length }}{% endif %}",
+        "{% if documents %}none{% endif %}",
+        "{{ messages[0].content | tojson(ensure_ascii=true) }}",
+        "{{ {'b': 1, 'a': 2} | tojson(indent=2) }}",
+        "{{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':')) }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+        "{{ ns.n }}",
+    ],
+)
+def test_what_transformers_gives_templates_is_there(source: str) -> None:
+    processing = pytest.importorskip("transformers.utils.chat_template_utils")
+    turns = [{"role": m.role, "content": m.content} for m in TALK]
+    (text,), _ = processing.render_jinja_template([turns], chat_template=source + CHATML)
+    pieces = ChatTemplate(source + CHATML).render(TALK)
+    assert "".join(piece.text for piece in pieces) == text
+
+
 def test_json_in_a_template_is_json() -> None:
     source = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
     pieces = ChatTemplate(source).render([Message("user", "<é>"), Message("assistant", '"')])

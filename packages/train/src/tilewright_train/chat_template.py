@@ -9,6 +9,7 @@ is searched for, so no message can pass for a turn. It is kept beside the tokeni
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,12 +71,18 @@ class ChatTemplate:
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         environment.filters["tojson"] = _to_json
+        known = {"raise_exception": _raise, "strftime_now": _strftime_now}
         try:
             parsed = environment.parse(source)
-            self._template = environment.from_string(source, globals={"raise_exception": _raise})
+            self._template = environment.from_string(source, globals=known)
         except TemplateSyntaxError as error:
             raise InputError(
                 f"the chat template is no Jinja: line {error.lineno}: {one_line(error)}"
+            ) from None
+        except Exception as error:  # of Python's compiler, or of Jinja's own recursion
+            raise InputError(
+                f"the chat template cannot be compiled ({type(error).__name__}: {one_line(error)}):"
+                " nest its blocks and expressions less deeply"
             ) from None
         used = parsed.find_all(nodes.ExtensionAttribute)
         self.marks = any(attribute.name == _Generation._mark.__name__ for attribute in used)
@@ -111,7 +118,12 @@ class ChatTemplate:
         turns = [{"role": role, "content": content} for role, content in messages]
         try:
             return list(
-                self._template.generate(messages=turns, add_generation_prompt=add_generation_prompt)
+                self._template.generate(
+                    messages=turns,
+                    add_generation_prompt=add_generation_prompt,
+                    tools=None,  # templates ask whether they are none, not whether they are defined
+                    documents=None,
+                )
             )
         except Exception as error:  # whatever the template's expressions do
             raise InputError(
@@ -191,6 +203,23 @@ def _raise(message: Any) -> None:
     raise TemplateError(str(message))
 
 
-def _to_json(value: Any, **options: Any) -> str:
+def _strftime_now(format: str) -> str:  # templates may name it
+    """Today, or the time, as templates ask for it."""
+    return datetime.now().strftime(format)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """The filter `tojson` as templates for models mean it: Jinja's own escapes HTML."""
-    return json.dumps(value, ensure_ascii=False, **options)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
