@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tilewright_optim import Adam, AdamW, Muon, MuonW
-from tilewright_optim._snapshot import Snapshot
+from tilewright_optim._plan import States
 from tilewright_optim.testing import random_parameters, set_random_grads
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -169,10 +169,10 @@ def test_states_that_were_read_long_ago_may_still_move(keep, change, read_at, de
 def looks(optimizer, params, steps, monkeypatch):
     """At which of these steps every state was looked at."""
     found = []
-    holds = Snapshot.holds
+    fit = States._fit
     for step in range(steps):
         with monkeypatch.context() as patch:
-            patch.setattr(Snapshot, "holds", lambda self: found.append(step) or holds(self))  # noqa: B023
+            patch.setattr(States, "_fit", lambda self: found.append(step) or fit(self))  # noqa: B023
             set_random_grads(params, step)
             optimizer.step()
     return found
@@ -183,14 +183,18 @@ def test_states_that_nobody_else_has_are_not_looked_at(capturable, device, monke
     params = make(device)
     optimizer = AdamW(params, capturable=capturable)
     assert looks(optimizer, params, 5, monkeypatch) == [1]
+    AdamW(make(device))  # others' states are none of its concern
     torch.save(optimizer.state_dict(), io.BytesIO())
     # A look because of the reading, then one with the proof that nothing of it is left.
     assert looks(optimizer, params, 5, monkeypatch) == [0, 1]
     kept = average(params, optimizer)
-    assert looks(optimizer, params, 5, monkeypatch) == [0, 1, 2, 3, 4]
+    assert looks(optimizer, params, 10, monkeypatch) == list(range(10))
     del kept
-    # Tried again in powers of two since the reading, of which the fourth step was one.
-    assert looks(optimizer, params, 5, monkeypatch) == [0, 1, 2, 3]
+    # Proofs take longer than looks: the third is due 16 steps after the second.
+    assert looks(optimizer, params, 5, monkeypatch) == [0, 1, 2]
+    kept = average(params, optimizer)
+    assert looks(optimizer, params, 20, monkeypatch) == list(range(20))
+    del kept
 
 
 def test_a_walk_over_all_objects_is_seen(device):

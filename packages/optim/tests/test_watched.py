@@ -10,12 +10,11 @@ import torch
 
 from tilewright_optim import Adam, Muon, MuonW
 from tilewright_optim._watched import (
+    Clock,
     WatchedState,
     WatchedStates,
     entry,
     is_watched,
-    last_change,
-    last_reading,
     watched,
 )
 from tilewright_optim.testing import random_parameters, set_random_grads
@@ -32,15 +31,17 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("make", [lambda d: WatchedState(d), lambda d: WatchedStates(None, d)])
+@pytest.mark.parametrize(
+    "make", [lambda d: WatchedState(d, Clock()), lambda d: WatchedStates(None, d)]
+)
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_are_noticed(name, make):
     plain = {"a": 1}
     kept = make(plain)
-    before = last_change()
+    before = kept.clock.changes
     CHANGES[name](plain)
     CHANGES[name](kept)
-    assert last_change() != before
+    assert kept.clock.changes != before
     assert kept == plain
 
 
@@ -58,11 +59,11 @@ def test_every_method_that_changes_a_dict_is_overridden():
 
 def test_reading_is_no_change():
     states = watched({1: {"a": 2}})
-    before = last_change()
+    before = states.clock.changes
     assert states[1]["a"] == 2
     assert states.get(3) is None
     assert dict(states[1]) == {"a": 2}
-    assert last_change() == before
+    assert states.clock.changes == before
 
 
 READINGS = {
@@ -106,20 +107,21 @@ def matched(state):
 
 @pytest.mark.parametrize("name", READINGS)
 def test_readings_of_a_state_are_noticed(name):
-    state = WatchedState(a=1)
-    before, change = last_reading(), last_change()
+    clock = Clock()
+    state = WatchedState({"a": 1}, clock)
     assert READINGS[name](state) == [1]
-    assert last_reading() != before
-    assert last_change() == change
+    assert clock.readings > 0
+    assert clock.changes == 0
 
 
 @pytest.mark.parametrize("view", ["values", "items"])
 def test_views_tell_of_each_reading(view):
-    iterator = iter(getattr(WatchedState(a=1, b=2), view)())
+    clock = Clock()
+    iterator = iter(getattr(WatchedState({"a": 1, "b": 2}, clock), view)())
     next(iterator)
-    before = last_reading()
+    before = clock.readings
     assert next(iterator) in (2, ("b", 2))
-    assert last_reading() != before
+    assert clock.readings != before
 
 
 def test_every_method_that_gives_values_is_overridden():
@@ -137,21 +139,24 @@ def test_every_method_that_gives_values_is_overridden():
 
 def test_looking_at_states_from_outside_is_no_reading():
     states = watched({1: {"a": 2}})
-    before = last_reading()
     state = states[1]
+    before = states.clock.now
     assert states.get(1) is state
     assert "a" in state
     assert len(state) == 1
     assert entry(state, "a") == 2
     assert list(states) == [1]
-    assert last_reading() == before
+    assert states.clock.now == before
 
 
 def test_a_missing_state_is_made_watched():
     states = watched({})
-    before = last_change()
+    before = states.clock.changes
     assert type(states["new"]) is WatchedState
-    assert last_change() != before
+    assert states.clock.changes != before
+    before = states.clock.changes
+    states["new"]["a"] = 1
+    assert states.clock.changes != before
 
 
 def test_what_is_watched_stays():
@@ -163,6 +168,17 @@ def test_what_is_watched_stays():
     second = states[2]
     assert is_watched(watched(states))
     assert watched(states)[2] is second
+
+
+def test_a_state_of_two_optimizers_tells_one_of_them():
+    ours, theirs = watched({1: {"a": 2}}), watched({})
+    theirs[1] = ours[1]
+    assert is_watched(ours)
+    assert not is_watched(theirs)
+    again = watched(theirs)
+    assert is_watched(again)
+    assert again[1] == {"a": 2}
+    assert ours[1].clock is ours.clock
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])

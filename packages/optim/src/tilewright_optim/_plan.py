@@ -26,12 +26,12 @@ from tilewright_optim._arguments import obstacle
 from tilewright_optim._checks import check_rows
 from tilewright_optim._kinds import Kind
 from tilewright_optim._layout import lies_plain
-from tilewright_optim._snapshot import Snapshot, lie_at, like
+from tilewright_optim._snapshot import Check, lie_at, like
 from tilewright_optim._sole_owner import held_by
 from tilewright_optim._states import as_one
 from tilewright_optim._tables import addresses
 
-_GRAD = attrgetter("grad")
+_GRAD, _DTYPE = map(attrgetter, ("grad", "dtype"))
 
 KEPT = 2**25
 """Elements of a group whose plan is kept: 128 MiB of float32 gradients."""
@@ -89,7 +89,7 @@ class Launch:
         sizes: elements of each parameter.
         places: addresses of parameters, then of the lists of states that are not empty.
         grad_places: addresses of gradients.
-        step_places: addresses of step counts, if they are on the device.
+        step_places: addresses of step counts.
         flat_steps: the tensor whose elements the step counts are, or None.
     """
 
@@ -105,34 +105,55 @@ class Launch:
         self._range = min(self.sizes), max(self.sizes)
         self.places = [addresses(tensors) for tensors in (columns.params, *columns[2:8]) if tensors]
         self.grad_places = addresses(columns.grads)
-        self.step_places = addresses(columns.steps) if capturable else []
+        self.step_places = addresses(columns.steps)
         self.flat_steps = as_one(columns.steps)
         self._zeros = [0] * len(self.sizes)
-
-    def keep(self) -> None:
-        """Make ready for `refresh`."""
         self._indices = list(range(len(self.sizes)))
-        self._like = like(self.columns.params + self.columns.grads)
-        self._states = States(self.columns, self.flat_steps)
+        self._dtypes = columns.params[0].dtype, columns.grads[0].dtype
+        self._like: Check | None = None
+        self._states = States(columns, [*self.places[1:], self.step_places], self.flat_steps)
 
-    def refresh(self, unread: bool) -> bool:
+    def refresh(self, unread: bool, may_prove: bool) -> bool:
         """Take up the present gradients; False if anything else has changed.
 
         Args:
             unread: whether nobody has been given a state since the last step.
+            may_prove: whether to prove, if need be, that states need no look from now on.
         """
         params = self.columns.params
         grads = list(map(_GRAD, params))
         try:
-            # A gradient of None is not like the one before.
-            if not self._like(params + grads) or not lie_at(params, self.places[0], self._indices):
+            if not self._fit(params, grads) or not lie_at(params, self.places[0], self._indices):
                 return False
             if not lie_at(grads, self.grad_places, self._indices):
                 self.grad_places = addresses(grads)  # a list that stays is not sent again
-            self.columns = self.columns._replace(grads=grads)
-            return self._states.hold(unread)
-        except (TypeError, RuntimeError):  # one without an address
+        except (TypeError, RuntimeError):  # a gradient of None, or one without an address
             return False
+        self.columns = self.columns._replace(grads=grads)
+        return self._states.hold(unread, may_prove)
+
+    def _fit(self, params: list[Any], grads: list[Any]) -> bool:
+        """Whether they are of the sizes and dtypes they were of, without gaps.
+
+        One call answers that from the third step on, so that plans of one step do not pay for it.
+        """
+        if self._like is not None:
+            return self._like(params + grads)
+        result = set(map(type, grads)) == {Tensor} and all(
+            list(map(Tensor.numel, column)) == self.sizes
+            and all(map(Tensor.is_contiguous, column))
+            and set(map(_DTYPE, column)) == {dtype}
+            for column, dtype in zip((params, grads), self._dtypes, strict=True)
+        )
+        if result and not any(map(Tensor.is_neg, grads)):
+            self._like = like(params + grads)
+            return True
+        return False
+
+    @property
+    def states_proved(self) -> bool:
+        """`States.proved`."""
+        return self._states.proved
 
     def forget_gradients(self) -> None:
         """Keep none of them alive."""
@@ -178,50 +199,95 @@ class Launch:
         torch.autograd.graph.increment_version(steps)  # views of one tensor have one version
 
 
+class Allowance:
+    """When proofs are due, which take as long as some looks: two, then one in 16 steps at most."""
+
+    def __init__(self) -> None:
+        self._proofs = self._waited = 0
+
+    def step(self, wanted: bool) -> bool:
+        """Count a step; whether it may prove, if that is wanted."""
+        self._waited += 1
+        if not wanted or (self._proofs > 1 and self._waited < 16):
+            return False
+        self._proofs += 1
+        self._waited = 0
+        return True
+
+
 class States:
     """A launch's states, and whether they are where they were and as they were.
 
     Args:
         columns: of the launch.
+        places: of its states, the step counts last.
         flat_steps: of the launch.
+
+    Attributes:
+        proved: whether nobody else could get at them when they were last looked at.
     """
 
-    def __init__(self, columns: Columns, flat_steps: Tensor | None) -> None:
-        tensors = [tensor for tensors in columns[2:9] for tensor in tensors]
-        self._averages = len(tensors) - len(columns.steps)
-        self._tensors = tensors
-        self._snapshot = Snapshot(tensors)
+    def __init__(
+        self, columns: Columns, places: list[list[int]], flat_steps: Tensor | None
+    ) -> None:
+        self._columns = [column for column in columns[2:8] if column]
+        self._places = places
+        self._sizes = [list(map(Tensor.numel, column)) for column in self._columns]
+        self._dtypes = [column[0].dtype for column in self._columns]
+        self._steps = columns.steps
+        self._indices = list(range(len(columns.steps)))
         self._flat_steps = flat_steps
         self._flat_memory = _memory(flat_steps)
-        self._are_ours = False
-        self._unread = 0
+        self._like: Check | None = None
+        self._looks = 0
+        self.proved = False
 
-    def hold(self, unread: bool) -> bool:
+    def hold(self, unread: bool, may_prove: bool) -> bool:
         """Whether they do; `unread`: nobody has been given one of them since the last call."""
-        if unread and self._are_ours:
-            return (
-                self._snapshot.sample_lies(_SAMPLE)
-                and _memory(self._flat_steps) == self._flat_memory
-            )
-        if not self._snapshot.holds():
+        if unread and self.proved:
+            return self._lie(self._indices[::_SAMPLE])
+        self.proved = False
+        if not self._lie(self._indices) or not self._fit():
             return False
-        self._unread = self._unread + 1 if unread else 0
-        # A proof takes longer than some looks: it is tried after 1, 2, 4, 8 … such steps.
-        due = unread and self._unread & (self._unread - 1) == 0
-        self._are_ours = due and self._prove()
+        self.proved = unread and may_prove and self._prove()
         return True
+
+    def _lie(self, indices: list[int]) -> bool:
+        """Whether those of these indices are where they were."""
+        columns = zip((*self._columns, self._steps), self._places, strict=True)
+        return _memory(self._flat_steps) == self._flat_memory and all(
+            lie_at(column, places, indices) for column, places in columns
+        )
+
+    def _fit(self) -> bool:
+        """Whether they are of the sizes and dtypes they were of, without gaps.
+
+        One call answers that if it is asked again and again.
+        """
+        tensors = [tensor for column in self._columns for tensor in column]
+        if self._like is not None:
+            return self._like(tensors)
+        result = all(
+            list(map(Tensor.numel, column)) == sizes
+            and all(map(Tensor.is_contiguous, column))
+            and set(map(_DTYPE, column)) == {dtype}
+            for column, sizes, dtype in zip(self._columns, self._sizes, self._dtypes, strict=True)
+        )
+        self._looks += 1
+        if result and self._looks == 3:
+            self._like = like(tensors)
+        return result
 
     def _prove(self) -> bool:
         """Whether nobody else can get at them.
 
-        Each is in a state, a column, the list of all and the one here. Counts of steps share their
-        memory, and its size and place are looked at each time.
+        Each is in a state and a column. Counts of steps share their memory, and its size and place
+        are looked at each time.
         """
-        averages, steps = self._tensors[: self._averages], self._tensors[self._averages :]
         return (
             self._flat_steps is not None
-            and held_by(4, averages)
-            and held_by(4, steps, with_memory=False)
+            and all(held_by(2, column) for column in self._columns)
+            and held_by(2, self._steps, with_memory=False)
         )
 
 
@@ -247,17 +313,15 @@ class Plan:
         self._options = _options(group)
         self.small = sum(sum(launch.sizes) for launch in launches) <= KEPT
 
-    def keep(self) -> None:
-        """Make ready for `refresh`; `Launch.keep` for each."""
-        for launch in self.launches:
-            launch.keep()
-
-    def refresh(self, group: dict[str, Any], unread: bool) -> bool:
+    def refresh(self, group: dict[str, Any], unread: bool, proofs: Allowance) -> bool:
         """Whether it still holds; `Launch.refresh` for each."""
         members = group["params"]
+        may_prove = proofs.step(unread and not all(x.states_proved for x in self.launches))
         return (
             _options(group) == self._options
-            and all(launch.contiguous and launch.refresh(unread) for launch in self.launches)
+            and all(
+                launch.contiguous and launch.refresh(unread, may_prove) for launch in self.launches
+            )
             and are_same(members, self._members)
             and all(map(is_, map(_GRAD, self._without), repeat(None)))
         )

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewright_optim._tables import addresses
-
 _POINTERS_EQUAL = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
 """`lie_at` in one call, half its time with cold caches; in torch built with CUDA."""
 
@@ -61,21 +59,3 @@ def _traits(tensor: Any) -> tuple[Any, ...]:
         return type(tensor), tensor.layout
     strides, negative = tensor.stride(), tensor.is_neg()
     return type(tensor), tensor.dtype, tensor.device, tensor.shape, strides, negative
-
-
-class Snapshot:
-    """Addresses and layouts of tensors, at least one, which are kept alive."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors
-        self._places = addresses(tensors)
-        self._indices = list(range(len(tensors)))
-        self._like = like(tensors)
-
-    def holds(self) -> bool:
-        """Whether they still have them."""
-        return lie_at(self._tensors, self._places, self._indices) and self._like(self._tensors)
-
-    def sample_lies(self, every: int) -> bool:
-        """Whether one of so many is where it was."""
-        return lie_at(self._tensors, self._places, self._indices[::every])

@@ -3,8 +3,8 @@
 Before a kernel is given the addresses of the step before, it must be certain that nobody has put
 other tensors into the states since, nor moved those that are there. To look at a thousand dicts and
 all that is in them would take longer than all the rest of a step on the host. These say it of
-themselves: every change of any of them moves one clock, and another is moved whenever somebody is
-given what is in a state, without which nobody can move it (`_sole_owner`).
+themselves: every change of any of them moves a clock, and so does every reading of what is in one,
+without which nobody can move it (`_sole_owner`).
 
 Copies and pickles of them are plain dicts. What goes past a dict's own methods,
 `dict.__setitem__(state, …)` or C's PyDict_SetItem, stays unknown; who does so must keep the old
@@ -14,22 +14,21 @@ tensors or call `load_state_dict`.
 from collections import defaultdict
 from collections.abc import Callable, ItemsView, Mapping, ValuesView
 from functools import wraps
-from itertools import count
 from typing import Any
 
-_TICKS = count(1)
 
+class Clock:
+    """How often the dicts of one optimizer were changed, and its states read."""
 
-class _Clock:
-    """When a watched dict was last changed or read, as numbers that never come twice."""
+    __slots__ = ("changes", "readings")
 
-    change = 0
-    reading = 0
+    def __init__(self) -> None:
+        self.changes = self.readings = 0
 
-
-def last_change() -> int:
-    """A number that is another after every change of any watched dict."""
-    return _Clock.change
+    @property
+    def now(self) -> tuple[int, int]:
+        """(changes, readings)."""
+        return self.changes, self.readings
 
 
 def _noted(name: str) -> Callable[..., Any]:
@@ -37,15 +36,10 @@ def _noted(name: str) -> Callable[..., Any]:
 
     @wraps(method)
     def change(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _Clock.change = next(_TICKS)
+        self.clock.changes += 1
         return method(self, *args, **kwargs)
 
     return change
-
-
-def last_reading() -> int:
-    """A number that is another after anybody was given anything out of a `WatchedState`."""
-    return _Clock.reading
 
 
 def _told(name: str) -> Callable[..., Any]:
@@ -53,7 +47,7 @@ def _told(name: str) -> Callable[..., Any]:
 
     @wraps(method)
     def read(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _Clock.reading = next(_TICKS)
+        self.clock.readings += 1
         return method(self, *args, **kwargs)
 
     return read
@@ -83,11 +77,14 @@ class WatchedState(_Watched, dict[str, Any]):
     It also overrides all methods that give what is in it. With an `__iter__` of its own it is
     copied into other dicts through them, too; and views ask it anew for each value, when it is
     needed.
+
+    Attributes:
+        clock: of the optimizer.
     """
 
-    __slots__ = ()
-    __getitem__: Any = _told("__getitem__")
+    __slots__ = ("clock",)
     __iter__: Any = _told("__iter__")
+    __getitem__: Any = _told("__getitem__")
     __or__: Any = _told("__or__")
     __ror__: Any = _told("__ror__")
     __eq__: Any = _told("__eq__")
@@ -95,6 +92,10 @@ class WatchedState(_Watched, dict[str, Any]):
     __hash__: Any = None
     copy: Any = _told("copy")
     get: Any = _told("get")
+
+    def __init__(self, content: Mapping[str, Any], clock: Clock) -> None:
+        self.clock = clock
+        super().__init__(content)
 
     def items(self) -> Any:
         """Pairs of keys and values."""
@@ -109,9 +110,21 @@ class WatchedState(_Watched, dict[str, Any]):
 
 
 class WatchedStates(_Watched, defaultdict[Any, Any]):
-    """The states of all parameters, `Optimizer.state`; those it makes itself are watched."""
+    """The states of all parameters, `Optimizer.state`; those it makes itself are watched.
 
-    __slots__ = ()
+    Attributes:
+        clock: moved by these dicts.
+    """
+
+    __slots__ = ("clock",)
+
+    def __init__(self, *args: Any) -> None:
+        self.clock = Clock()
+        super().__init__(*args)
+
+    def __missing__(self, key: Any) -> WatchedState:
+        self[key] = state = WatchedState({}, self.clock)
+        return state
 
     def __reduce__(self) -> Any:
         return defaultdict, (dict, dict(self))
@@ -121,13 +134,22 @@ def watched(states: Mapping[Any, Any]) -> WatchedStates:
     """The same states, watched; those that are stay the objects that they are."""
     if isinstance(states, WatchedStates) and is_watched(states):
         return states
-    inner = {p: WatchedState(s) if type(s) is dict else s for p, s in states.items()}
-    return WatchedStates(WatchedState, inner)
+    made = WatchedStates(dict)
+    if isinstance(states, WatchedStates):
+        made.clock = states.clock
+    for param, state in states.items():
+        plain = type(state) is dict or (
+            type(state) is WatchedState and state.clock is not made.clock
+        )
+        made[param] = WatchedState(state, made.clock) if plain else state
+    return made
 
 
 def is_watched(states: Mapping[Any, Any]) -> bool:
     """Whether no change of these states can stay unknown.
 
-    It can if a user has put a dict of another kind among them.
+    It can if a user has put a dict of another kind, or of another optimizer, among them.
     """
-    return type(states) is WatchedStates and set(map(type, states.values())) <= {WatchedState}
+    return type(states) is WatchedStates and all(
+        type(state) is WatchedState and state.clock is states.clock for state in states.values()
+    )

@@ -19,17 +19,10 @@ from tilewright_optim._arguments import evaluate, is_capturing, number, on, with
 from tilewright_optim._checks import check_max_grad_norm, check_options, check_tensors
 from tilewright_optim._kinds import Kind, by_kind
 from tilewright_optim._named_states import NamedStates
-from tilewright_optim._plan import STATES, Columns, Launch, Plan
+from tilewright_optim._plan import STATES, Allowance, Columns, Launch, Plan
 from tilewright_optim._states import Master, State, StateDtype, Storage, pack_steps
 from tilewright_optim._tables import PointerTables
-from tilewright_optim._watched import (
-    WatchedState,
-    entry,
-    is_watched,
-    last_change,
-    last_reading,
-    watched,
-)
+from tilewright_optim._watched import WatchedStates, entry, is_watched, watched
 from tilewright_optim.clip_grad import GradientNorms
 from tilewright_optim.functional import adam_reference
 
@@ -170,7 +163,8 @@ class Adam(NamedStates, Optimizer):
         """Forget what was derived from the state."""
         self._tables: dict[tuple[int, Kind], PointerTables] = {}
         self._plans: dict[int, Plan] = {}
-        self._planned: tuple[object, int, int] = None, 0, 0
+        self._planned: tuple[object, tuple[int, int]] = None, (0, 0)
+        self._proofs: dict[int, Allowance] = {}
         self._numbers: dict[int, int] = {}
         self._norms = GradientNorms()
         self.grad_norm = None
@@ -210,14 +204,18 @@ class Adam(NamedStates, Optimizer):
             plan.forget_gradients()
 
     def _step_groups(self, found_inf: Tensor | None, norm: Tensor | None) -> None:
-        states, change, reading = self._planned
-        if states is not self.state or change != last_change():
+        states, (changes, readings) = self._planned
+        now = self._now()
+        if states is not self.state or changes != now[0]:
             self._plans.clear()
-        unread = reading == last_reading()
+        unread = readings == now[1]
         self._numbers = {}
         for index, group in enumerate(self.param_groups):
             self._step_group(index, group, found_inf, norm, unread)
-        self._planned = self.state, last_change(), last_reading()
+        self._planned = self.state, self._now()
+
+    def _now(self) -> tuple[int, int]:
+        return self.state.clock.now if isinstance(self.state, WatchedStates) else (0, 0)
 
     def _total_norm(self) -> Tensor | None:
         norm = self._norms.of(self._all_params())
@@ -235,11 +233,11 @@ class Adam(NamedStates, Optimizer):
         unread: bool,
     ) -> None:
         plan = self._plans.get(index)
-        if plan is None or not plan.refresh(group, unread):
+        proofs = self._proofs.setdefault(index, Allowance())
+        if plan is None or not plan.refresh(group, unread, proofs):
             self._plans.pop(index, None)
             plan = Plan(group, list(self._launches(group)))
             if plan.small and is_watched(self.state):
-                plan.keep()
                 self._plans[index] = plan
         for launch in plan.launches:
             self._update(index, group, launch, found_inf, norm)
@@ -357,5 +355,5 @@ class Adam(NamedStates, Optimizer):
             place = param.device if group["capturable"] else "cpu"
             dtype = torch.float64 if double else torch.float32
             step = torch.zeros((), dtype=dtype, device=place)
-            self.state[param] = WatchedState(step=step, **state)
+            self.state[param].update(step=step, **state)
         pack_steps(self.state[param] for param in new)
