@@ -186,6 +186,9 @@ def test_an_ending_is_judged_by_what_its_story_says() -> None:
         "They kept the cup and had no cup.",
         "They kept the key and had no key.",
         "They kept the cup and had no idea.",  # no thing of the grammar
+        "They kept the red and had no key.",  # words of the story, but no things
+        "They kept the Ann and had no key.",
+        "They went home with the blue, not with the key.",
         "They kept the cup and had no key. The end.",
         "",
     ):

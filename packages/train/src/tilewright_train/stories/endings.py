@@ -72,7 +72,8 @@ def is_consistent(beginning: str, ending: str) -> bool:
         pattern = re.escape(template).replace(re.escape("{}"), r"(\w+)")
         if match := re.fullmatch(pattern, ending.strip()):
             there, absent = match.groups()
-            return there in told and absent in THINGS and absent not in told
+            are_things = there in THINGS and absent in THINGS
+            return are_things and there in told and absent not in told
     return False
 
 
