@@ -151,8 +151,8 @@ def test_sides_are_cut_off_and_pairs_without_a_completion_left_out() -> None:
     batch = PairRows(samples, plan, seed=None, padding=0).read([1])
     assert batch.lengths.tolist() == [3, 5]
     assert batch.input_ids.shape == (2, 8)
-    with pytest.raises(InputError, match="no pair has a completion within 3 tokens"):
-        plan_pairs(samples, 3)
+    with pytest.raises(InputError, match="within 3 tokens on both sides, of the 3 for validation"):
+        plan_pairs(samples, 3, "validation")
 
 
 def test_equal_sides_are_trained_on_with_a_margin_of_zero(model: CausalLM) -> None:

@@ -137,6 +137,9 @@ def test_all_of_json_is_read(tmp_path: Path) -> None:
 
 def test_line_ends_and_byte_order_marks_are_no_text(tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n"))[0] == ["one\ntwo\n"]
+    for blank in (b"", b"\r\n", b" \n\n"):
+        path = write(tmp_path / "b.jsonl", b"\xef\xbb\xbf" + blank + b'{"text": "one"}\n')
+        assert read(path)[0] == ["one"]
     lines = b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two\\r\\n"}\r\n'
     assert read(write(tmp_path / "a.jsonl", lines))[0] == ["one", "two\r\n"]
 

@@ -106,7 +106,7 @@ class PairPlan:
         return self.numbers.numel()
 
 
-def plan_pairs(samples: Samples, seq_len: int) -> PairPlan:
+def plan_pairs(samples: Samples, seq_len: int, side: str = "training") -> PairPlan:
     """Cut both sides of every pair off behind `seq_len` tokens.
 
     A pair of which that leaves one side nothing to predict is dropped: no margin can be told.
@@ -114,6 +114,7 @@ def plan_pairs(samples: Samples, seq_len: int) -> PairPlan:
     Args:
         samples: Of one split, two for each pair.
         seq_len: Tokens of a side, the prompt included.
+        side: What the split is for, as a message names it.
 
     Raises:
         InputError: No pair is left.
@@ -127,8 +128,8 @@ def plan_pairs(samples: Samples, seq_len: int) -> PairPlan:
     kept = (predicted > 0).all(dim=1)
     if not kept.any():
         raise InputError(
-            f"no pair has a completion within {seq_len} tokens on both sides: give --data more, or"
-            " a larger --seq-len"
+            f"no pair has a completion within {seq_len} tokens on both sides, of the {kept.numel()}"
+            f" for {side}: give --data more, or a larger --seq-len"
         )
     cut = (samples.lengths > seq_len).view(-1, 2).any(dim=1)
     return PairPlan(

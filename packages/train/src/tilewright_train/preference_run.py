@@ -107,7 +107,10 @@ def prepare_pairs(
     config, settled = chosen.config, chosen.settled
     check_same_tokens(find_reference(config.dpo, start), corpus.tokenizer_file)
     plans = [
-        [plan_pairs(samples, settled.seq_len) for samples in (source.train, source.validation)]
+        [
+            plan_pairs(source.train, settled.seq_len, "training"),
+            plan_pairs(source.validation, settled.seq_len, "validation"),
+        ]
         for source in corpus.sources
     ]
     _say_pairs(corpus, plans, settled.seq_len, reporter)

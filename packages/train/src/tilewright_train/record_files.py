@@ -5,6 +5,7 @@ a line, or a batch of rows, at a time. Whatever cannot be read is an `InputError
 file and the line; lines and rows that are no record may be skipped and counted instead.
 """
 
+import codecs
 import gzip
 import json
 import zlib
@@ -146,7 +147,7 @@ def _plain_text(file: Path) -> str:
 def _json_lines(file: Path) -> Iterator[tuple[str, bytes]]:
     """(place, line) of every line that is not blank."""
     for number, line in enumerate(_lines(file), start=1):
-        if line.strip():
+        if line.removeprefix(codecs.BOM_UTF8).strip():
             yield f"{file}:{number}", line
 
 
