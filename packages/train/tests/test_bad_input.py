@@ -178,6 +178,17 @@ def test_conversations_of_which_nothing_can_be_predicted_are_refused(
     assert "no sample has a token to predict within 64 tokens: give --data more, or a" in said
 
 
+def test_plain_text_in_a_folder_of_conversations_is_left_out_and_counted(
+    flags: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", GOOD)
+    (folder / "README.md").write_text("What this is.")
+    _, printed = train([*flags, "--data", str(folder)])
+    assert f"corpus       {folder}, 1 file, 0.0 MB, 1 others left out" in printed
+
+
 def test_a_template_that_raises_on_the_data_names_them(
     flags: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -95,12 +95,18 @@ def test_the_latest_run_is_measured_on_what_it_left_out(
     tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All of the windows that the run itself validates on give its own validation loss."""
-    flags = [*tiny_flags, "--steps", "3", "--eval-tokens", "100000"]
+    corpus = Path(tiny_flags[tiny_flags.index("--data") + 1])
+    corpus.write_text("no record\n" + corpus.read_text())  # which the run skips
+    flags = [*tiny_flags, "--steps", "3", "--eval-tokens", "100000", "--on-bad-line", "skip"]
     folder = run(parse(flags), io.StringIO())
+    entries = sorted((tmp_path / "cache").iterdir())
     words = ["--out", str(folder.parent), "--cache-dir", str(tmp_path / "cache"), "--device", "cpu"]
     file = tmp_path / "figures.json"
     assert main([*words, "--json", str(file)]) == 0
+    assert sorted((tmp_path / "cache").iterdir()) == entries
+    assert main([*words, "--on-bad-line", "error"]) == 2
     printed = capsys.readouterr().out
+    assert f"skipped      1 lines: {corpus}:1 is not JSON" in printed
     assert f"model        {folder}/checkpoints/step-000003" in printed
     assert "bits per byte" in printed
     (source,) = json.loads(file.read_text())["sources"]
@@ -111,7 +117,7 @@ def test_the_latest_run_is_measured_on_what_it_left_out(
     saved = str(folder / "checkpoints" / "step-000003")
     (whole,) = measure(
         EvalOptions(
-            model=saved, data=(flags[flags.index("--data") + 1],), device="cpu",
+            model=saved, data=(str(corpus),), device="cpu", on_bad_line="skip",
             cache_dir=tmp_path / "cache", max_tokens=500,
         ),
         lambda line: None,

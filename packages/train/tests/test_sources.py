@@ -8,8 +8,15 @@ import pytest
 from tilewright_train.errors import InputError
 from tilewright_train.record_files import SkippedLines
 from tilewright_train.records import Conversation, Preference
-from tilewright_train.sources import FileSource, Reading, open_source, standard_library_files
+from tilewright_train.sources import (
+    FileSource,
+    Reading,
+    for_kind,
+    open_source,
+    standard_library_files,
+)
 from tilewright_train.split import is_validation
+from tilewright_train.whole_sources import kind_of
 
 
 def open_files(data: str) -> FileSource:
@@ -77,6 +84,37 @@ def test_conversations_and_pairs_are_read_where_they_are_asked_for(tmp_path: Pat
         records = list(source.records(kind, reading()))
         assert [type(record) for _, record in records] == [cls] * 4
         assert [side for side, _ in records] == [False, False, True, True]
+
+
+def test_the_kind_is_that_of_the_first_line_that_is_not_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{\n{"messages": [{"role": "user", "content": "a"}]}\n')
+    source = open_source(str(path))
+    assert kind_of(source, "text", "skip") == "conversation"
+    path.write_text("{\n")
+    for on_bad_line in ("error", "skip"):
+        with pytest.raises(InputError, match=r"a\.jsonl:1 is not JSON"):
+            kind_of(source, "text", on_bad_line)
+
+
+def test_plain_text_beside_records_is_left_out_of_a_folder(tmp_path: Path) -> None:
+    """A README.md lies beside most data sets."""
+    messages = '{"messages": [{"role": "user", "content": "%d"}]}\n'
+    (tmp_path / "train.jsonl").write_text("".join(messages % i for i in range(9)))
+    alone = open_source(str(tmp_path))
+    (tmp_path / "README.md").write_text("Nine conversations.")
+    whole = open_source(str(tmp_path))
+    assert for_kind(whole, "text") is whole
+    for kind in ("conversation", "preference"):
+        source = for_kind(whole, kind)
+        assert (source.sha256, source.size) == (alone.sha256, alone.size)
+        assert source.describe().endswith("1 file, 0.0 MB, 1 others left out")
+    assert len(list(for_kind(whole, "conversation").records("conversation", reading()))) == 9
+    assert kind_of(whole, "text") == "conversation"
+    (tmp_path / "train.jsonl").unlink()
+    only = for_kind(open_source(str(tmp_path)), "conversation")
+    with pytest.raises(InputError, match=r"README\.md is plain text, and a conversation is asked"):
+        list(only.records("conversation", reading()))
 
 
 def test_empty_files_are_an_error(tmp_path: Path) -> None:

@@ -55,8 +55,9 @@ class EvalOptions(ModelChoice):
     """How records become rows, as of train-pretrain. Default: the run's, else best_fit."""
     max_tokens: int | None = None
     """Predictions at most, spread evenly. Default: all."""
-    on_bad_line: Literal["error", "skip"] = "error"
-    """A line that is no record: stop there, or skip and count it."""
+    on_bad_line: Literal["auto", "error", "skip"] = "auto"
+    """A line that is no record, or a conversation that the template refuses: stop there, or skip
+    and count it. Default: as the run did of its own data, else stop."""
     cache_dir: Path | None = None
     """Where encoded data are kept, as of train-pretrain."""
     json: Path | None = None
@@ -123,7 +124,7 @@ def measure(options: EvalOptions, say: Callable[[str], None]) -> list[Figures]:
     Raises:
         InputError: A model, a device or data that cannot be used.
     """
-    from tilewright_train.sources import open_source
+    from tilewright_train.sources import for_kind, open_source
 
     if options.json is not None and not options.json.parent.is_dir():
         raise InputError(f"{options.json.parent} is no folder: give --json a file in one")
@@ -135,8 +136,10 @@ def measure(options: EvalOptions, say: Callable[[str], None]) -> list[Figures]:
         measured = []
         for name in data:
             source = open_source(name)
+            kind = _kind(options, trained, source)
+            source = for_kind(source, kind)
             say(f"data         {source.describe()}")
-            figures = _measure_source(options, trained, name, source, say)
+            figures = _measure_source(options, trained, name, source, kind, say)
             measured.append(figures)
             say(
                 f"{figures.kind:<12} loss {figures.loss:.4f}, perplexity {figures.perplexity:.2f},"
@@ -154,14 +157,18 @@ def measure(options: EvalOptions, say: Callable[[str], None]) -> list[Figures]:
 
 
 def _measure_source(
-    options: EvalOptions, trained: Trained, name: str, source: "Source", say: Callable[[str], None]
+    options: EvalOptions,
+    trained: Trained,
+    name: str,
+    source: "Source",
+    kind: "Kind",
+    say: Callable[[str], None],
 ) -> Figures:
     from tilewright_train.data import RowOptions, validation_rows
     from tilewright_train.tokenizer import end_token
 
     run = trained.config
     is_own = not options.data
-    kind = _kind(options, trained, source)
     whole = _takes_all(options, name, is_own)
     samples, facts = _encode(options, trained, source, kind, whole=whole)
     _say_left_out(facts, say)
@@ -202,11 +209,20 @@ def _kind(options: EvalOptions, trained: Trained, source: "Source") -> "Kind":
 
     if options.kind != "auto":
         return options.kind
-    is_chat = trained.config is not None and trained.config.run.objective != "pretrain"
-    kind = kind_of(source, "conversation" if is_chat else "text")
+    objective = trained.config.run.objective if trained.config else "pretrain"
+    preferred: Kind = "text" if objective == "pretrain" else "conversation"
+    if not options.data and objective != "dpo":
+        return preferred
+    kind = kind_of(source, preferred, _on_bad_line(options, trained))
     if kind == "preference":
         raise InputError(f"{source.name} holds pairs: train-eval reads texts and conversations")
     return kind
+
+
+def _on_bad_line(options: EvalOptions, trained: Trained) -> Literal["error", "skip"]:
+    if options.on_bad_line != "auto":
+        return options.on_bad_line
+    return trained.config.data.on_bad_line if trained.config and not options.data else "error"
 
 
 def _takes_all(options: EvalOptions, name: str, is_own: bool) -> bool:
@@ -224,17 +240,17 @@ def _encode(
     from tilewright_train.conversations import chat_encoding
     from tilewright_train.whole_sources import WholeSource
 
-    encoding = None
+    run, encoding = trained.config, None
+    on_bad_line = _on_bad_line(options, trained)
     if kind == "conversation":
         if trained.template is None:
             raise InputError(
                 f"{trained.start.folder} has no chat template: give --kind text, or a model that"
                 " train-sft has made"
             )
-        encoding = chat_encoding(trained.template, skip_refused=options.on_bad_line == "skip")
-    run = trained.config
+        encoding = chat_encoding(trained.template, skip_refused=on_bad_line == "skip")
     fraction = run.data.validation_fraction if run else DataOptions().validation_fraction
-    reading = DataOptions(validation_fraction=fraction, on_bad_line=options.on_bad_line)
+    reading = DataOptions(validation_fraction=fraction, on_bad_line=on_bad_line)
     cache = writable_cache(options.cache_dir or default_cache(), options.out / ".cache")
     read = WholeSource(source) if whole else source
     folder, _ = tokens.prepare(read, reading, trained.tokenizer, cache, encoding)

@@ -58,7 +58,7 @@ from tilewright_train.progress import Reporter
 from tilewright_train.random_states import set_random_states
 from tilewright_train.replicas import replicate, wait_for_parameters
 from tilewright_train.run_directory import RunDirectory, check_room, create
-from tilewright_train.sources import Source, open_source
+from tilewright_train.sources import Source, for_kind, open_source
 from tilewright_train.start import (
     Start,
     find_start,
@@ -323,7 +323,8 @@ def _prepare_files(
     there = len(checkpoint.all_checkpoints(RunDirectory(resumed).checkpoints)) if resumed else 0
     room = checkpoint_bytes(shape) * max(1, most - there)
     check_room(resumed or config.run.out, room)
-    sources = [open_source(data) for data in config.data.data]
+    encoding = _encoding(config, template)
+    sources = [for_kind(open_source(data), encoding.kind) for data in config.data.data]
     for source in sources:
         reporter.say(f"corpus       {source.describe()}")
     cache = _cache(config)
@@ -336,14 +337,13 @@ def _prepare_files(
     if template is not None and file is not None:
         file = chat_tokenizer(file, template, cache)
         end_of_turn(load_tokenizer(file), template)  # complains before anything is read
-    skips = config.data.on_bad_line == "skip"
     corpus = prepare_corpus(
         sources,
         config.data,
         shape.vocab_size,
         cache,
         tokenizer_file=file,
-        encoding=_encoding(config, template, skips),
+        encoding=encoding,
     )
     for encoded, was_there in zip(corpus.sources, corpus.were_there, strict=True):
         facts = encoded.facts
@@ -403,12 +403,11 @@ def _own_tokenizer(options: DataOptions) -> Path | None:
     return file
 
 
-def _encoding(
-    config: PretrainConfig, template: ChatTemplate | None, skips: bool
-) -> Encoding | None:
-    """How records become samples; None for texts."""
+def _encoding(config: PretrainConfig, template: ChatTemplate | None) -> Encoding:
+    """How records become samples."""
     if template is None:
-        return None
+        return Encoding()
+    skips = config.data.on_bad_line == "skip"
     if config.run.objective == "dpo":
         return pair_encoding(template, skip_refused=skips)
     return chat_encoding(template, skip_refused=skips)

@@ -72,6 +72,11 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     return read, [file for file in files if file not in set(read)]
 
 
+def is_plain_text(file: Path) -> bool:
+    """Whether `read_records` takes a file for one document."""
+    return _ending(file) not in (".jsonl", ".parquet")
+
+
 def read_records(
     file: Path, kind: Kind, on_bad_line: Literal["error", "skip"], skipped: SkippedLines
 ) -> Iterator[Record]:
@@ -88,15 +93,14 @@ def read_records(
         InputError: A bad line, text that is not UTF-8 or holds a NUL byte, a damaged archive, a
             module that reads the file is not installed.
     """
-    ending = _ending(file)
-    if ending not in (".jsonl", ".parquet"):
+    if is_plain_text(file):
         if kind != "text":
             raise InputError(f"{file} is plain text, and a {kind} is asked for: give --data jsonl")
         text = _plain_text(file)
         if text:
             yield text
         return
-    rows = _parquet_rows(file) if ending == ".parquet" else _json_lines(file)
+    rows = _parquet_rows(file) if _ending(file) == ".parquet" else _json_lines(file)
     for place, row in rows:
         try:
             record = _parse(row, kind, place)

@@ -6,6 +6,7 @@ versions, so the version is recorded and losses are compared only within one; th
 same on all of them.
 """
 
+import dataclasses
 import hashlib
 import platform
 import sysconfig
@@ -16,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 from tilewright_train.config import STDLIB, STORIES
 from tilewright_train.errors import InputError
-from tilewright_train.record_files import SkippedLines, find_files, read_records
+from tilewright_train.record_files import SkippedLines, find_files, is_plain_text, read_records
 from tilewright_train.records import Kind, Record
 from tilewright_train.split import split
 
@@ -83,12 +84,24 @@ class FileSource:
     """In the order in which they are read."""
     left_out: tuple[Path, ...]
     """Files of the folder that hold no records."""
-    size: int
-    """Bytes of all files together."""
-    sha256: str
-    """Of the names (relative to the root) and the bytes of all files."""
+    contents: tuple[tuple[int, str], ...]
+    """Of each file, its bytes and their SHA-256."""
     python_version: str | None
     """The interpreter's version if this is its library, for the library changes with it."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(size for size, _ in self.contents)
+
+    @property
+    def sha256(self) -> str:
+        """Of the names (relative to the root) and the bytes of all files."""
+        digest = hashlib.sha256()
+        for file, (_, content) in zip(self.files, self.contents, strict=True):
+            name = file.relative_to(self.root).as_posix() if file != self.root else file.name
+            digest.update(f"{name}\0{content}\n".encode())
+        return digest.hexdigest()
 
     def records(self, kind: Kind, reading: Reading) -> Iterator[tuple[bool, Record]]:
         """See `Source`; the split is that of `split`."""
@@ -124,6 +137,9 @@ def open_source(data: str) -> Source:
     Args:
         data: «stdlib», «stories», a file, or a folder.
 
+    Returns:
+        All that it holds; see `for_kind` for records of one kind.
+
     Raises:
         InputError: Nothing there, no file to read, or only empty files.
     """
@@ -138,26 +154,43 @@ def open_source(data: str) -> Source:
     else:
         root, version = Path(data), None
         files, left_out = find_files(root)
-    digest = hashlib.sha256()
-    size = 0
+    contents = []
     for file in files:
-        content = hashlib.sha256()
         with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                content.update(block)
-                size += len(block)
-        name = file.relative_to(root).as_posix() if file != root else file.name
-        digest.update(f"{name}\0{content.hexdigest()}\n".encode())
-    if size == 0:
-        raise InputError(f"{root} is empty: give --data something to read")
-    return FileSource(
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        contents.append((file.stat().st_size, content))
+    source = FileSource(
         name=STDLIB if data == STDLIB else root.name.split(".")[0] or "data",
         root=root,
         files=tuple(files),
         left_out=tuple(left_out),
-        size=size,
-        sha256=digest.hexdigest(),
+        contents=tuple(contents),
         python_version=version,
+    )
+    if source.size == 0:
+        raise InputError(f"{root} is empty: give --data something to read")
+    return source
+
+
+def for_kind(source: Source, kind: Kind) -> Source:
+    """A source without what cannot hold records of a kind.
+
+    Plain text holds neither conversations nor pairs. In a folder it is left out where other files
+    are there, for a README.md lies beside most data sets; a folder of plain text alone is kept, and
+    refused when it is read.
+    """
+    if not isinstance(source, FileSource) or kind == "text":
+        return source
+    both = list(zip(source.files, source.contents, strict=True))
+    read = [(file, content) for file, content in both if not is_plain_text(file)]
+    if not read or len(read) == len(both):
+        return source
+    plain = (file for file, _ in both if is_plain_text(file))
+    return dataclasses.replace(
+        source,
+        files=tuple(file for file, _ in read),
+        contents=tuple(content for _, content in read),
+        left_out=tuple(sorted((*source.left_out, *plain))),
     )
 
 

@@ -115,14 +115,16 @@ def make(options: TokenizerOptions, say: Callable[[str], None]) -> "dict[str, De
     from tilewright_train.chat_template import CHATML, ChatTemplate, read_template
     from tilewright_train.conversations import end_of_turn
     from tilewright_train.record_files import SkippedLines
-    from tilewright_train.sources import Reading, open_source
+    from tilewright_train.sources import Reading, for_kind, open_source
     from tilewright_train.tokenizer import TOKENIZER_FILE, vocabulary_rows
+    from tilewright_train.whole_sources import kind_of
 
     if (options.out / TOKENIZER_FILE).exists():
         raise InputError(f"{options.out} holds a tokenizer already: give another --out")
     given = options.chat_template
     template = ChatTemplate(read_template(given) if given else CHATML)
-    sources = [open_source(name) for name in options.data]
+    found = (open_source(name) for name in options.data)
+    sources = [for_kind(source, kind_of(source, "text", options.on_bad_line)) for source in found]
     for source in sources:
         say(f"corpus       {source.describe()}")
     reading = Reading(
@@ -174,7 +176,7 @@ def _texts(source: "Source", reading: "Reading", validation: bool) -> Iterator[s
     from tilewright_train.records import text_of
     from tilewright_train.whole_sources import kind_of
 
-    for side, record in source.records(kind_of(source, "text"), reading):
+    for side, record in source.records(kind_of(source, "text", reading.on_bad_line), reading):
         if side is validation:
             yield text_of(record)
 

@@ -2,12 +2,12 @@
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from tilewright_train.errors import InputError
 from tilewright_train.record_files import SkippedLines, read_records
 from tilewright_train.records import Kind, Record
-from tilewright_train.sources import FileSource, Reading, Source
+from tilewright_train.sources import FileSource, Reading, Source, for_kind
 
 _KINDS: tuple[Kind, ...] = ("text", "conversation", "preference")
 
@@ -42,25 +42,32 @@ class WholeSource:
         return self._source.facts()
 
 
-def kind_of(source: Source, preferred: Kind) -> Kind:
+def kind_of(
+    source: Source, preferred: Kind, on_bad_line: Literal["error", "skip"] = "error"
+) -> Kind:
     """What the first record of a source is.
 
     Args:
         source: Built-in ones hold all kinds, and are taken as the preferred one.
         preferred: Where a record is of several kinds.
+        on_bad_line: «skip» to look at the first record of any kind, «error» at the first line.
 
     Raises:
         InputError: It is of none; the message is that of the preferred kind.
     """
+    told = for_kind(source, "conversation")  # a text beside files of records says nothing of them
     refused: InputError | None = None
     for kind in (preferred, *(k for k in _KINDS if k != preferred)):
-        reading = Reading(validation_fraction=0.5, on_bad_line="error", skipped=SkippedLines())
+        skipped = SkippedLines()
+        reading = Reading(validation_fraction=0.5, on_bad_line=on_bad_line, skipped=skipped)
         try:
-            next(iter(_all_records(source, kind, reading)), None)
+            first = next(iter(_all_records(told, kind, reading)), None)
         except InputError as error:
             refused = refused or error
-        else:
+            continue
+        if first is not None or not skipped.count:
             return kind
+        refused = refused or InputError(skipped.examples[0])
     assert refused is not None
     raise refused
 
