@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tilewright_train.samples import Encoded, have_sizes, open_samples, sha256_of, write_samples
+from tilewright_train import samples
+from tilewright_train.samples import (
+    Encoded,
+    have_sizes,
+    open_samples,
+    sha256_of,
+    targets_before,
+    write_samples,
+)
 
 
 def test_samples_come_back_with_their_ends_and_targets(tmp_path: Path) -> None:
@@ -49,3 +57,13 @@ def test_a_file_of_another_size_or_content_is_noticed(tmp_path: Path, file: str)
     assert sha256_of(tmp_path) != before
     (tmp_path / file).write_bytes(data[:-1])
     assert not have_sizes(tmp_path, counts)
+
+
+def test_targets_are_counted_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    targets = torch.randint(2, (101,), dtype=torch.uint8)
+    places = torch.tensor([0, 0, 1, 9, 10, 11, 20, 20, 57, 100, 101, 101])
+    expected = [int(targets[:place].sum()) for place in places]
+    for at_once in (1, 10, 101, 1000):  # parts that end at a place, before it, with the split
+        monkeypatch.setattr(samples, "_COUNTED", at_once)
+        assert targets_before(targets, places).tolist() == expected

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from tilewright_train.errors import InputError
-from tilewright_train.samples import Samples
+from tilewright_train.samples import Samples, targets_before
 
 # Samples that are packed together: bounds the memory of the search, 2 s a million on one core.
 _TOGETHER = 1 << 18
@@ -160,5 +160,4 @@ def _targets_within(
     targets: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
 ) -> torch.Tensor:
     """[P]: targets of each piece but its first token, which nothing comes before."""
-    sums = torch.cat([torch.zeros(1, dtype=torch.int64), targets.cumsum(0, dtype=torch.int64)])
-    return sums[starts + lengths] - sums[starts + 1]
+    return targets_before(targets, starts + lengths) - targets_before(targets, starts + 1)

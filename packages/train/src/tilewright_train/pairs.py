@@ -13,7 +13,7 @@ import torch
 
 from tilewright_train.batches import Batch, epoch_order, ranges
 from tilewright_train.errors import InputError
-from tilewright_train.samples import Samples
+from tilewright_train.samples import Samples, targets_before
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,9 +122,9 @@ def plan_pairs(samples: Samples, seq_len: int, side: str = "training") -> PairPl
     assert samples.targets is not None
     starts = samples.ends - samples.lengths
     lengths = samples.lengths.clamp(max=seq_len)
-    sums = torch.cat([torch.zeros(1, dtype=torch.int64), samples.targets.cumsum(0)])
     # A token at place 0 has none before it to be predicted from.
-    predicted = (sums[starts + lengths] - sums[starts + 1]).view(-1, 2)
+    ends, seconds = (targets_before(samples.targets, t) for t in (starts + lengths, starts + 1))
+    predicted = (ends - seconds).view(-1, 2)
     kept = (predicted > 0).all(dim=1)
     if not kept.any():
         raise InputError(

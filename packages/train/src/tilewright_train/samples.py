@@ -22,6 +22,8 @@ from tilewright_train.errors import writing
 
 SPLITS = ("train", "validation")
 
+_COUNTED = 1 << 18  # targets that are in memory at once while they are counted
+
 # File ending: type of the elements, their code in `array`.
 _FORMATS = {
     "tokens.int32": (torch.int32, "i"),
@@ -75,6 +77,27 @@ def open_samples(folder: Path, split: str) -> Samples:
         if path.exists():
             parts[ending.split(".")[0]] = _map(path, dtype)
     return Samples(**parts, place=(folder, split))
+
+
+def targets_before(targets: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """How many tokens before each place are to be predicted, without a sum over the whole split.
+
+    Args:
+        targets: [N] uint8.
+        places: [P] int64, ascending, from 0 to N.
+
+    Returns:
+        [P] int64.
+    """
+    counts = torch.zeros_like(places)
+    before = 0
+    for first in range(0, targets.numel(), _COUNTED):
+        sums = targets[first : first + _COUNTED].cumsum(0, dtype=torch.int64)
+        bounds = torch.tensor([first, first + sums.numel()])
+        here = slice(*torch.searchsorted(places, bounds, right=True).tolist())
+        counts[here] = before + sums[places[here] - first - 1]
+        before += int(sums[-1])
+    return counts
 
 
 def _map(path: Path, dtype: torch.dtype) -> torch.Tensor:
