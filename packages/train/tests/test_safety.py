@@ -3,14 +3,16 @@
 import io
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tilewright_model import CausalLM
-from tilewright_train import preparation
+from tilewright_train import checkpoint, loop, preparation, pretraining
 from tilewright_train.cli import main
 from tilewright_train.layers import parse
 from tilewright_train.metrics import read_metrics
@@ -74,6 +76,71 @@ def test_too_many_in_a_row_stop_the_run(
     assert "allow more with --max-skipped" in line
     saved = [p.name for p in (folder_of(tiny_flags) / "checkpoints").iterdir()]
     assert saved == ["step-000004"]
+
+
+def break_a_weight_at(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> None:
+    """Change one weight of the second parameter just before a step."""
+    start = loop.TrainingLoop._start_step
+
+    def breaking(self: loop.TrainingLoop, number: int) -> None:
+        if number + 1 == step:
+            with torch.no_grad():
+                self.guard.parameters[1].view(-1)[3] = value
+        start(self, number)
+
+    monkeypatch.setattr(loop.TrainingLoop, "_start_step", breaking)
+
+
+def test_weights_that_are_not_finite_take_no_checkpoints_place(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_a_weight_at(monkeypatch, 7, math.nan)
+    flags = [*tiny_flags, "--steps", "40", "--save-every", "2", "--keep", "2", "--eval-every", "40"]
+    assert main(flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    newest = folder_of(tiny_flags) / "checkpoints" / "step-000006"
+    assert line.startswith("error: 10 updates in a row were left out, the last at step 16")
+    assert f"the newest checkpoint from before is {newest} (--init begins with its" in line
+    saved = checkpoint.all_checkpoints(newest.parent)
+    assert [folder.name for folder in saved] == ["step-000004", "step-000006"]
+    for folder in saved:
+        assert all(w.isfinite().all() for w in load_file(folder / "model.safetensors").values())
+
+
+def test_the_checkpoint_of_a_stopped_run_holds_finite_weights_or_is_none(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_a_weight_at(monkeypatch, 6, math.inf)
+    monkeypatch.setattr(pretraining._Training, "_left_out", lambda self, _: stop_now())
+    assert main([*tiny_flags, "--steps", "40", "--eval-every", "40"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: step 7 is not saved: parameter layers.0.")
+    assert "(1 of 2048 values not finite); start again with a smaller --lr" in line
+    assert [f.name for f in (folder_of(tiny_flags) / "checkpoints").iterdir()] == ["step-000004"]
+
+
+def stop_now() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_checkpoint_waits_for_an_update_that_is_made(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_at(monkeypatch, {4, 5, 12}, math.nan)
+    folder = run(parse([*tiny_flags, "--keep", "1"]), io.StringIO())
+    # That of the last step is of weights from before it, so the one it follows stays.
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "step-000008",
+        "step-000012",
+    ]
+    monkeypatch.undo()
+    broken_at(monkeypatch, {4, 5}, math.nan)
+    folder = run(parse([*tiny_flags, "--name", "other"]), io.StringIO())
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "step-000006",
+        "step-000008",
+        "step-000012",
+    ]
 
 
 def test_a_parameter_that_broke_is_named(

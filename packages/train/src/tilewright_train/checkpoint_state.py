@@ -31,7 +31,7 @@ def save(
     root: Path,
     snapshot: Snapshot,
     *,
-    keep: int,
+    keep: int | None,
     keep_every: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -40,7 +40,7 @@ def save(
     Args:
         root: The run's folder of checkpoints; made where it is missing.
         snapshot: What it holds.
-        keep: Newest checkpoints to leave, this one included.
+        keep: Newest checkpoints to leave, this one included; None leaves all.
         keep_every: Checkpoints of multiples of so many steps stay as well.
         max_shard_bytes: More tensors than that are spread over several files.
 
@@ -49,7 +49,8 @@ def save(
     """
     with new_checkpoint(root, snapshot.step) as folder:
         write_state(folder, snapshot, max_shard_bytes=max_shard_bytes)
-    prune(root, keep=keep, keep_every=keep_every)
+    if keep is not None:
+        prune(root, keep=keep, keep_every=keep_every)
 
 
 def write_state(folder: Path, snapshot: Snapshot, *, max_shard_bytes: int) -> None:

@@ -51,7 +51,10 @@ class LeftOut:
 @torch.no_grad()
 def broken_parameter(model: nn.Module) -> str | None:
     """The first parameter with a value that is not finite, and how many it has."""
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    if torch.stack([p.isfinite().all() for p in parameters.values()]).all():  # one wait for the GPU
+        return None
+    for name, parameter in parameters.items():
         finite = parameter.isfinite()
         if not finite.all():
             return f"{name} ({int((~finite).sum())} of {parameter.numel()} values not finite)"

@@ -82,7 +82,9 @@ class TrainingLoop:
         autocast: Precision of the forward pass.
         loading: Who reads the batches.
         evaluate: Measures on validation rows; called by all processes together.
-        save: Writes a checkpoint of (steps done, seconds so far); called by all together.
+        save: Writes a checkpoint of (steps done, seconds so far, whether it may take the place of
+            older ones); called by all together.
+        fallback: Names the checkpoint from before updates were left out; called by all together.
         emit: Takes every record, in order.
         sample: Draws a sample after a step; called by all processes together.
         watch: Looks at steps on demand.
@@ -104,7 +106,8 @@ class TrainingLoop:
         autocast: AbstractContextManager,
         loading: LoadingOptions,
         evaluate: Callable[[], Validation],
-        save: Callable[[int, float], None],
+        save: Callable[[int, float, bool], None],
+        fallback: Callable[[], str],
         emit: Callable[[Record], None],
         sample: Callable[[int], None],
         watch: Watch,
@@ -123,6 +126,7 @@ class TrainingLoop:
         self.loading = loading
         self.evaluate = evaluate
         self.save = save
+        self.fallback = fallback
         self.emit = emit
         self.sample = sample
         self.watch = watch
@@ -130,6 +134,7 @@ class TrainingLoop:
         self.stop = stop
         self._pending: deque[_Pending] = deque()
         self._stop_wanted = False
+        self._in_a_row = 0  # updates left out until now
         self._clock = _StepClock(environment.device)
 
     def run(self, done: int, seconds: float) -> int:
@@ -147,7 +152,7 @@ class TrainingLoop:
             OSError: A checkpoint or a record cannot be written.
         """
         self._began = time.perf_counter() - seconds
-        saved = done
+        saved, owed = done, False
         if done == 0:
             self.emit(self._measured(Record(step=0), self.evaluate()))
         self._parts = self.sampler.parts(self.options.micro_batch_size)
@@ -165,11 +170,12 @@ class TrainingLoop:
             done += 1
             last = done == self.options.steps
             evaluates = last or done % self.options.eval_every == 0
-            saves = last or done % self.options.save_every == 0
+            # Where updates are being left out, the checkpoint waits for one that is made.
+            owed |= done % self.options.save_every == 0
             ahead = 1 if self.environment.device.type == "cuda" else 0
             every = self.options.sample_every
             samples = every is not None and done % every == 0 and not last
-            if not (evaluates or saves or samples):
+            if not (evaluates or owed or samples or last):
                 self._finish_steps(keep=ahead)
                 continue
             record = self._finish_steps(keep=0, hold_last=True)
@@ -178,14 +184,14 @@ class TrainingLoop:
             self.emit(record)
             if samples:
                 self.sample(done)
-            if saves:
-                self.save(done, self._seconds())
-                saved = done
+            if owed and not self._in_a_row:
+                self.save(done, self._seconds(), True)
+                saved, owed = done, False
             self._clock.restart()
         self._batches.close()
         self._finish_steps(keep=0)
         if saved < done:
-            self.save(done, self._seconds())
+            self.save(done, self._seconds(), not self._in_a_row)
         return done
 
     def _start_step(self, step: int) -> None:
@@ -267,6 +273,7 @@ class TrainingLoop:
         sums = pending.numbers[7:].tolist()
         norm, skipped, in_a_row, in_all, scale = outcome
         self._stop_wanted |= wants_stop > 0
+        self._in_a_row = int(in_a_row)
         if skipped:
             why = "spike" if skipped > 1 else "not finite"
             self.left_out(LeftOut(pending.step, why, loss, norm, pending.lr, int(in_a_row), scale))
@@ -275,7 +282,7 @@ class TrainingLoop:
                 f"{int(in_a_row)} updates in a row were left out, the last at step {pending.step}"
                 f" with loss {loss:.4g} and gradient norm {norm:.4g}: start again with a smaller"
                 f" --lr (it was {pending.lr:.2e}) or a longer --warmup-steps, or allow more with"
-                " --max-skipped"
+                f" --max-skipped; {self.fallback()}"
             )
         a_step = self.sampler.batch_size * self.sampler.seq_len
         rate = a_step / self._clock.lap(pending.arrived)

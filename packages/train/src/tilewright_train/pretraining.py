@@ -23,7 +23,7 @@ from tilewright_dist.channel import CollectiveError
 from tilewright_dist.failure import naming_the_missing
 from tilewright_kernels import backend_report
 from tilewright_model import count_parameters, flops_per_token
-from tilewright_train import automatic, machine, out_of_memory, snapshot
+from tilewright_train import automatic, checkpoint, machine, out_of_memory, snapshot
 from tilewright_train.automatic import Chosen
 from tilewright_train.config import REFERENCE_EMA, REFERENCE_START, PretrainConfig
 from tilewright_train.dpo import loss_at_start
@@ -318,6 +318,7 @@ class _Training:
             ),
             evaluate=self._evaluate,
             save=self._save,
+            fallback=self._fallback,
             emit=self._emit,
             left_out=self._left_out,
             sample=self._sample,
@@ -347,7 +348,8 @@ class _Training:
             raise InputError(
                 f"the validation loss is {validation.loss}; first not finite: "
                 + (f"parameter {broken}" if broken else "an output of the model")
-                + ": begin again with a smaller --lr, or in another --precision"
+                + ": begin again with a smaller --lr, or in another --precision; "
+                + self._fallback()
             )
         return validation
 
@@ -425,10 +427,45 @@ class _Training:
         told = examine(left_out, self.chosen, self.prepared, self.environment, self.autocast)
         self.reporter.say(told)
 
-    def _save(self, step: int, seconds: float) -> None:
-        """Have a checkpoint written. All processes call this together; the first one writes."""
+    def _fallback(self) -> str:
+        """The newest checkpoint, for a person whose run has gone wrong since."""
+
+        def newest() -> str:
+            self.saver.finish()
+            there = checkpoint.all_checkpoints(self.prepared.run.checkpoints)
+            return (
+                f"the newest checkpoint from before is {there[-1]} (--init begins with its weights)"
+                if there
+                else "no checkpoint was saved before"
+            )
+
+        return on_first(self.environment, newest)
+
+    def _check_weights(self, step: int) -> None:
+        """Refuse to save weights that no later step can mend, in whatever process they are."""
+        wait_for_parameters(self.prepared.trainee.optimizer)
+        mine = {str(self.environment.rank): broken_parameter(self.prepared.trainee.model)}
+        broken = [name for name in gather(self.environment, mine).values() if name]
+        if broken:
+            raise InputError(
+                f"step {step} is not saved: parameter {broken[0]}; start again with a smaller --lr,"
+                f" or in another --precision; {self._fallback()}"
+            )
+
+    def _save(self, step: int, seconds: float, prune: bool) -> None:
+        """Have a checkpoint written. All processes call this together; the first one writes.
+
+        Args:
+            step: Steps that are done.
+            seconds: What they took.
+            prune: Whether older ones may go.
+
+        Raises:
+            InputError: A weight is not finite.
+        """
         began = time.perf_counter()
         self._wait_for_saver()  # its memory is taken anew
+        self._check_weights(step)
         environment, prepared = self.environment, self.prepared
         trainee = prepared.trainee
         optimizer_state = whole_state(trainee.optimizer)
@@ -455,7 +492,8 @@ class _Training:
                     },
                     memory=self.memory,
                     fresh=is_sharded(trainee.optimizer),
-                )
+                ),
+                prune=prune,
             )
         if self.memory is None:
             self._wait_for_saver()

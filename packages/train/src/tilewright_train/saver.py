@@ -53,15 +53,20 @@ class Saver:
         self.failed = 0
         """Checkpoints that could not be written."""
 
-    def start(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint. Its tensors stay as they are until `wait` returns."""
+    def start(self, snapshot: Snapshot, *, prune: bool = True) -> None:
+        """Write a checkpoint. Its tensors stay as they are until `wait` returns.
+
+        Args:
+            snapshot: What it holds.
+            prune: Whether older ones go; not where it may be worse than they are.
+        """
         assert self._thread is None, "the former checkpoint is waited for before its memory is used"
         self._step = snapshot.step
         if not self._background:
-            self._write(snapshot)
+            self._write(snapshot, prune)
             return
         # A daemon: a second Ctrl-C ends the process at once, with the checkpoint unnamed.
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(snapshot, prune), daemon=True)
         self._thread.start()
 
     def wait(self, *, last: bool = False) -> None:
@@ -92,10 +97,11 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, prune: bool) -> None:
         try:
             self._before()
-            save(self._root, snapshot, keep=self._keep, keep_every=self._keep_every)
+            keep = self._keep if prune else None
+            save(self._root, snapshot, keep=keep, keep_every=self._keep_every)
         except BaseException as error:  # raised where somebody waits
             self._failure = error
             if not self._go_on:
