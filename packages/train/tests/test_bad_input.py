@@ -67,7 +67,7 @@ def complaint(
     assert main(flags, objective) == 2
     (line,) = capsys.readouterr().err.splitlines()
     out = Path(flags[flags.index("--out") + 1])
-    assert not list(out.glob("*/metrics.jsonl"))
+    assert not list(out.glob("[!.]*"))
     return line
 
 
@@ -187,6 +187,53 @@ def test_plain_text_in_a_folder_of_conversations_is_left_out_and_counted(
     (folder / "README.md").write_text("What this is.")
     _, printed = train([*flags, "--data", str(folder)])
     assert f"corpus       {folder}, 1 file, 0.0 MB, 1 others left out" in printed
+
+
+def pair(chosen: Any, rejected: Any, prompt: str = "the cat", role: str = "assistant") -> Any:
+    sides = {"chosen": chosen, "rejected": rejected}
+    turns = {s: [{"role": role, "content": content}] for s, content in sides.items()}
+    return {"prompt": [{"role": "user", "content": prompt}], **turns}
+
+
+def test_pairs_of_which_one_side_of_the_split_is_left_out_are_refused(
+    flags: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A few are split by place: the first 28 of 40 are for training."""
+    good, silent, long = pair("sat", "on"), pair("a", "b", role="user"), pair("a", "b", "the " * 90)
+    for side, records in (
+        ("training", [silent] * 28 + [good] * 12),
+        ("validation", [good] * 28 + [silent] * 12),
+    ):
+        write(data, records)
+        said = complaint(flags, capsys, "dpo")
+        assert f"in no pair for {side} the assistant says something on both sides (" in said
+        assert "give --data more whose chosen and rejected end with turns of the role" in said
+    write(data, [good] * 28 + [long] * 12)
+    said = complaint(flags, capsys, "dpo")
+    assert "within 64 tokens on both sides, of the 12 for validation: give --data more" in said
+    picky = tmp_path / "picky.jinja"
+    refusal = "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}"
+    picky.write_text(refusal + CHATML)
+    skipping = ["--chat-template", str(picky), "--on-bad-line", "skip"]
+    write(data, [pair("sat", "on", "no")] * 40)
+    refused = "the chat template raises on all records for training (40 were skipped): mend the"
+    assert refused in complaint([*flags, *skipping], capsys, "dpo")
+    write(data, [turns("no", "sat")] * 40)
+    assert refused in complaint([*flags, *skipping], capsys)
+
+
+def test_a_run_that_cannot_begin_is_not_the_one_to_resume(
+    flags: list[str], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(data, GOOD)
+    begun, _ = train(flags)
+    (begun / "summary.json").unlink()
+    write(data, [turns(f"{n} the cat " * 60, "sat") for n in range(40)])
+    assert main([*flags, "--name", "late"], "sft") == 2
+    assert [folder.name for folder in begun.parent.glob("[!.]*")] == [begun.name]
+    write(data, GOOD)
+    again, _ = train(["--resume", "--out", str(begun.parent)])
+    assert again == begun
 
 
 def test_a_template_that_raises_on_the_data_names_them(

@@ -3,6 +3,7 @@
 A user's mistakes end here, before anything is trained: each is an `InputError`.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -52,12 +53,12 @@ from tilewright_train.preference_run import (
     prepare_pairs,
     reference_facts,
 )
-from tilewright_train.preferences import pair_encoding
+from tilewright_train.preferences import WITHOUT_COMPLETION, pair_encoding
 from tilewright_train.processes import on_first
 from tilewright_train.progress import Reporter
 from tilewright_train.random_states import set_random_states
 from tilewright_train.replicas import replicate, wait_for_parameters
-from tilewright_train.run_directory import RunDirectory, check_room, create
+from tilewright_train.run_directory import RunDirectory, check_room, create, removed_if_not_begun
 from tilewright_train.sources import Source, for_kind, open_source
 from tilewright_train.start import (
     Start,
@@ -130,7 +131,7 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
         ValueError: Something that the user gave cannot be used.
         OSError: A file cannot be read or written.
     """
-    config, settled = chosen.config, chosen.settled
+    config = chosen.config
     loaded: list[Corpus] = []  # of the first process, which need not check them twice
 
     start = None
@@ -146,6 +147,22 @@ def prepare(chosen: Chosen, environment: DistributedEnvironment, reporter: Repor
 
     (file, *entries), run = on_first(environment, prepare_files)
     corpus = loaded[0] if loaded else load_corpus(file, entries)
+    is_new = environment.is_main and config.run.resume == "never"
+    with removed_if_not_begun(run) if is_new else contextlib.nullcontext():
+        return _prepare_training(chosen, corpus, run, start, template, environment, reporter)
+
+
+def _prepare_training(
+    chosen: Chosen,
+    corpus: Corpus,
+    run: RunDirectory,
+    start: Start | None,
+    template: ChatTemplate | None,
+    environment: DistributedEnvironment,
+    reporter: Reporter,
+) -> Prepared:
+    """Every process's part: rows, model, objective, and the checkpoint to go on with."""
+    config, settled = chosen.config, chosen.settled
     options = RowOptions(
         packing=config.data.packing,
         document_mask=settled.document_mask == "on",
@@ -375,9 +392,10 @@ def _prepare_files(
         if config.run.objective == "dpo":
             assert start is not None
             record["reference"] = reference_facts(config.dpo, start)
-        write_whole(run.facts, json.dumps(record, indent=2) + "\n")
-        write_toml(config, run.config, chosen.reasons)
-        run.checkpoints.mkdir()  # so that its absence later says that it was removed
+        with removed_if_not_begun(run):
+            write_whole(run.facts, json.dumps(record, indent=2) + "\n")
+            write_toml(config, run.config, chosen.reasons)
+            run.checkpoints.mkdir()  # so that its absence later says that it was removed
     return corpus, run
 
 
@@ -413,18 +431,31 @@ def _encoding(config: PretrainConfig, template: ChatTemplate | None) -> Encoding
     return chat_encoding(template, skip_refused=skips)
 
 
+_LEFT_OUT = {
+    WITHOUT_ASSISTANT: (
+        "in no conversation for {side} the assistant says anything ({count} were skipped): give"
+        " --data more with turns of the role assistant"
+    ),
+    WITHOUT_COMPLETION: (
+        "in no pair for {side} the assistant says something on both sides ({count} were skipped):"
+        " give --data more whose chosen and rejected end with turns of the role assistant"
+    ),
+    REFUSED: (
+        "the chat template raises on all records for {side} ({count} were skipped): mend the data,"
+        " or give another --chat-template"
+    ),
+}
+
+
 def _check_spoken(corpus: Corpus) -> None:
-    """Refuse conversations in none of which the assistant speaks, before a run is begun."""
+    """Refuse data of which one side of the split is left out whole, before a run is begun."""
     for source in corpus.sources:
         facts = source.facts
-        silent = facts.counts.get(WITHOUT_ASSISTANT, 0)
-        spoken = {"training": facts.train_samples, "validation": facts.validation_samples}
-        for side, samples in spoken.items():
-            if silent and not samples:
-                raise InputError(
-                    f"in no conversation for {side} the assistant says anything ({silent} were"
-                    " skipped): give --data more with turns of the role assistant"
-                )
+        kept = {"training": facts.train_samples, "validation": facts.validation_samples}
+        count, reason = max((facts.counts.get(name, 0), name) for name in _LEFT_OUT)
+        for side, samples in kept.items():
+            if count and not samples:
+                raise InputError(_LEFT_OUT[reason].format(side=side, count=count))
 
 
 def _facts_of(

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +99,25 @@ def check_room(out: Path, needed: int) -> None:
 def _is_begun(file: Path) -> bool:
     """Whether a file is one of those that a run has before its config.toml."""
     return file.name == RunDirectory(file.parent).facts.name or file.suffix == ".partial"
+
+
+@contextlib.contextmanager
+def removed_if_not_begun(run: RunDirectory) -> Iterator[None]:
+    """Remove the folder of a new run where an error of the user's ends it before it has begun.
+
+    Otherwise it would be the latest one, which --resume takes. What it holds besides its options
+    stays.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError):
+        with contextlib.suppress(OSError):
+            for file in [*run.root.glob("*.partial"), run.facts, run.config]:
+                file.unlink(missing_ok=True)
+            if run.checkpoints.exists():
+                run.checkpoints.rmdir()
+            run.root.rmdir()
+        raise
 
 
 def create(out: Path, name: str | None, stem: str) -> RunDirectory:
