@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tilewright_model import CausalLM, preset
 from tilewright_optim import AdamW, WarmupCosine
@@ -53,7 +54,7 @@ def a_snapshot(step: int, trainee: dict[str, Any], memory: HostMemory | None = N
         **trainee,
         random_states=random_states.random_states(0, CPU),
         tokenizer="{}",
-        facts={"seconds": 1.5},
+        facts={"seconds": 1.5, "processes": 1},
         memory=memory,
     )
 
@@ -82,7 +83,7 @@ def test_what_is_loaded_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
     other = a_trainee(1)
     facts, random = checkpoint_state.load(folder, **other)
-    assert facts == {"seconds": 1.5}
+    assert facts == {"seconds": 1.5, "processes": 1}
     random_states.set_random_states(random, 0, CPU)
     assert torch.equal(torch.get_rng_state(), state)
     assert [train(other, seed) for seed in range(3, 6)] == expected
@@ -290,6 +291,39 @@ def test_another_optimizers_checkpoint_is_refused(three: Path) -> None:
     some = AdamW([{"params": norms}], lr=0.1)
     with pytest.raises(InputError, match=r"step-000010: .* other parameters or groups than"):
         checkpoint_state.load(three / "step-000010", **trainee | {"optimizer": some})
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({}, r"training.json has no 'facts': another version of tilewright-train wrote it; go on"),
+        ({"facts": {"seconds": 1.0}}, r"training.json has no 'facts.processes': .* --init .*10$"),
+        ({"optimizer": {"groups": []}}, r"training.json has no 'optimizer.plain'"),
+        ({"scheduler": None, "facts": 3}, r"training.json has no 'facts.seconds'"),
+    ],
+)
+def test_a_checkpoint_of_another_layout_is_refused(
+    three: Path, training: dict[str, Any], message: str
+) -> None:
+    file = three / "step-000010" / "training.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | training if training else {}))
+    with pytest.raises(InputError, match=message):
+        checkpoint_state.load(file.parent, **a_trainee(0))
+
+
+def test_an_optimizers_state_of_an_unknown_parameter_is_refused(three: Path) -> None:
+    file = three / "step-000010" / "optimizer.safetensors"
+    save_file({"elsewhere.weight.exp_avg": torch.zeros(1)}, file)
+    with pytest.raises(InputError, match=r"10: .* state 'elsewhere.weight.exp_avg', and no param"):
+        checkpoint_state.load(file.parent, **a_trainee(0))
+
+
+def test_without_a_ranks_random_states_nothing_goes_on_with_other_ones(three: Path) -> None:
+    file = three / "step-000010" / "random.safetensors"
+    save_file({"rank1.cpu": torch.zeros(1)}, file)
+    with pytest.raises(InputError, match=r"random.safetensors has no state rank0.cpu, and 1 proc"):
+        checkpoint_state.load(file.parent, **a_trainee(0))
 
 
 def test_another_models_checkpoint_is_refused(three: Path) -> None:

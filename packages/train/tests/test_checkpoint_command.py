@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> Path:
             scheduler=scheduler,
             random_states=random_states(0, torch.device("cpu")),
             tokenizer=tokenizer.to_str(),
-            facts={"seconds": step / 3, "rows": 2 * step},
+            facts={"seconds": step / 3, "rows": 2 * step, "processes": 1},
         )
         checkpoint_state.save(tmp_path / "run" / "checkpoints", snapshot, keep=2)
     return tmp_path / "run"

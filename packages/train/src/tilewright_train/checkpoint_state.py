@@ -26,6 +26,13 @@ from tilewright_train.tokenizer import TOKENIZER_FILE
 
 _REFERENCE = "reference.safetensors"
 
+# What a resumed run reads of training.json.
+_NEEDED = {
+    "facts": {"seconds": {}, "processes": {}},
+    "optimizer": {"groups": {}, "plain": {}},
+    "scheduler": {},
+}
+
 
 def save(
     root: Path,
@@ -99,13 +106,13 @@ def load(
             " checkpoints there, or start a new run"
         )
     model.load_state_dict(saved.state_dict())
-    training = read_training(folder)
+    training, random = read_training(folder), load_random(folder)
     try:
         optimizer_states.restore(optimizer, model, load_optimizer(folder), training["optimizer"])
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     scheduler.load_state_dict(training["scheduler"])
-    return training["facts"], load_random(folder)
+    return training["facts"], random
 
 
 def load_reference(folder: Path) -> dict[str, torch.Tensor]:
@@ -115,8 +122,20 @@ def load_reference(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_training(folder: Path) -> dict[str, Any]:
-    """training.json: step, facts, the optimizer's record, the schedule."""
-    return json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+    """training.json: step, facts, the optimizer's record, the schedule.
+
+    Raises:
+        InputError: Something that a resumed run needs is not in it.
+    """
+    file = folder / TRAINING
+    training = json.loads(file.read_text(encoding="utf-8"))
+    missing = _missing(training, _NEEDED)
+    if missing is not None:
+        raise InputError(
+            f"{file} has no {missing!r}: another version of tilewright-train wrote it; go on with"
+            f" that one, or begin a new run with --init {folder}"
+        )
+    return training
 
 
 def load_optimizer(folder: Path) -> dict[str, torch.Tensor]:
@@ -128,8 +147,31 @@ def load_optimizer(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load_random(folder: Path) -> dict[str, torch.Tensor]:
-    """States of random generators by rank and name."""
-    return load_file(folder / RANDOM)
+    """States of random generators by rank and name.
+
+    Raises:
+        InputError: Those of a process that wrote it are missing.
+    """
+    states = load_file(folder / RANDOM)
+    processes = read_training(folder)["facts"]["processes"]
+    for rank in range(processes):
+        if f"rank{rank}.cpu" not in states:
+            raise InputError(
+                f"{folder / RANDOM} has no state rank{rank}.cpu, and {processes} processes wrote"
+                f" it: the run would go on with other random numbers; begin a new run with --init"
+                f" {folder}"
+            )
+    return states
+
+
+def _missing(found: Any, needed: Mapping[str, Any], before: str = "") -> str | None:
+    """The first of the `needed` keys that is not there, or has none below it; «optimizer.groups»"""
+    for key, below in needed.items():
+        if not isinstance(found, Mapping) or key not in found:
+            return f"{before}{key}"
+        if below and (missing := _missing(found[key], below, f"{before}{key}.")):
+            return missing
+    return None
 
 
 def _differences(saved: ModelConfig, wanted: ModelConfig) -> str:

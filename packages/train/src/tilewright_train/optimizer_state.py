@@ -76,6 +76,11 @@ def restore(
     indices = {name: index for index, name in names.items()}
     for full_name, value in [*tensors.items(), *record["plain"].items()]:
         name, _, key = full_name.rpartition(".")
+        if name not in indices:
+            raise InputError(
+                f"the checkpoint's optimizer has a state {full_name!r}, and no parameter of this"
+                " run's has that name: start a new run, or --init it from this one"
+            )
         state[indices[name]][key] = value
     groups = [
         group | {"params": here["params"]}
