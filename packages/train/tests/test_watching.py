@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,39 @@ def test_a_profile_has_a_trace_ranges_and_a_table(tiny_flags: list[str]) -> None
     assert shares == sorted(shares, reverse=True)
     assert 50 < sum(shares) <= 100.1
     assert "profile      " in printed.getvalue()
+
+
+def test_a_profile_that_the_run_ends_within_counts_its_own_steps(tiny_flags: list[str]) -> None:
+    folder = run(parse([*tiny_flags, "--profile", "10:20"]), io.StringIO())
+    table = (folder / "profile" / "kernels.txt").read_text().splitlines()
+    assert table[0].startswith("steps 10 to 12: ")
+    (optimizer,) = [line for line in table if line.startswith("optimizer")]
+    assert optimizer.split()[1] == "1"  # a call a step
+    printed = io.StringIO()
+    (folder / "summary.json").unlink()
+    run(parse(["--resume", str(folder), "--profile", "3:5"]), printed)
+    assert "profile      none: the steps 3:5 are done already" in printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--profile", "13:15"], "profile 13:15 begins behind the last of the 12 steps: give"),
+        (["--memory-snapshot"], "memory_snapshot records a GPU's allocator: leave it out"),
+        (["--tensorboard"], "pip install 'tilewright-train[tensorboard]'"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused_before_the_run_has_its_name(
+    tiny_flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main([*tiny_flags, "--name", "mine", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (Path(tiny_flags[tiny_flags.index("--out") + 1]) / "mine").exists()
 
 
 def test_looking_changes_no_number(tiny_flags: list[str]) -> None:
@@ -175,16 +209,6 @@ def test_tensorboard_reads_what_a_run_wrote(tiny_flags: list[str]) -> None:
     losses = {r.step: r.loss for r in read_metrics(folder / "metrics.jsonl") if r.loss}
     written = {event.step: event.value for event in events.Scalars("loss/train")}
     assert written == pytest.approx(losses, rel=1e-6)
-
-
-def test_without_tensorboard_the_flag_says_what_to_install(
-    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert main([*tiny_flags, "--tensorboard"]) == 2
-    assert "pip install 'tilewright-train[tensorboard]'" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -47,7 +47,7 @@ from tilewright_train.run_directory import RunDirectory
 from tilewright_train.run_lock import locked
 from tilewright_train.saver import Saver
 from tilewright_train.signals import StopRequest
-from tilewright_train.tensorboard_log import TensorBoardLog
+from tilewright_train.tensorboard_log import TensorBoardLog, check_installed
 from tilewright_train.trial import try_first_batch
 from tilewright_train.watching import Watch, WatchOptions
 
@@ -92,6 +92,7 @@ def run(config: PretrainConfig, stream: TextIO | None = None) -> Path:
             environment = stack.enter_context(
                 init_from_environment(settled.device, timeout=_PATIENCE)
             )
+        _check_watching(chosen, environment)
         reporter = Reporter()
         if environment.is_main:
             reporter = make_reporter(stream or sys.stdout, settled.log_every)
@@ -126,6 +127,27 @@ def _import_optimizers_meanwhile() -> None:
     threading.Thread(
         target=importlib.import_module, args=("tilewright_optim",), daemon=True
     ).start()
+
+
+def _check_watching(chosen: Chosen, environment: DistributedEnvironment) -> None:
+    """Refuse to look at what is not there, before a run has its name."""
+    config, steps = chosen.config, chosen.settled.steps
+    options, profile = config.run, config.run.profiled_steps
+    divided = environment.process_group is not None and config.machine.parallel == "zero1"
+    if options.grad_norms_every and divided:
+        raise InputError(
+            "grad_norms_every needs whole gradients in every process: use --parallel ddp, or leave"
+            " it out"
+        )
+    if options.memory_snapshot and environment.device.type != "cuda":
+        raise InputError("memory_snapshot records a GPU's allocator: leave it out on a CPU")
+    if profile is not None and profile[0] > steps:
+        raise InputError(
+            f"profile {options.profile} begins behind the last of the {steps} steps: give steps"
+            f" from 1 to {steps}"
+        )
+    if options.tensorboard:
+        on_first(environment, check_installed)
 
 
 @contextlib.contextmanager
@@ -390,23 +412,23 @@ class _Training:
         self.reporter.record(record)
 
     def _watch(self) -> Watch:
-        options = self.chosen.config.run
+        options, done = self.chosen.config.run, self.prepared.done
         wants = options.profile or options.memory_snapshot or options.grad_norms_every
-        if options.grad_norms_every and is_sharded(self.prepared.trainee.optimizer):
-            raise InputError(
-                "grad_norms_every needs whole gradients in every process: use --parallel ddp, or"
-                " leave it out"
-            )
-        if options.memory_snapshot and self.environment.device.type != "cuda":
-            raise InputError("memory_snapshot records a GPU's allocator: leave it out on a CPU")
         if not wants or not self.environment.is_main:
             return Watch(self.prepared.trainee.model, None)
-        third = self.prepared.done + 3
+        third, profile = done + 3, options.profiled_steps
+        if profile is not None:  # of those that are still to come
+            profile = max(profile[0], done + 1), min(profile[1], self.chosen.settled.steps + 1)
+            if profile[0] >= profile[1]:
+                self.reporter.say(
+                    f"profile      none: the steps {options.profile} are done already"
+                )
+                profile = None
         return Watch(
             self.prepared.trainee.model,
             WatchOptions(
                 folder=self.prepared.run.root,
-                profile=options.profiled_steps,
+                profile=profile,
                 memory=(third, third + 2) if options.memory_snapshot else None,
                 norms_every=options.grad_norms_every,
                 say=self.reporter.say,

@@ -60,8 +60,12 @@ class StepProfiler:
         finally:
             self._end()
 
-    def close(self) -> list[str]:
-        """Write trace and tables; the lines that a person is told."""
+    def close(self, last: int) -> list[str]:
+        """Write trace and tables; the lines that a person is told.
+
+        Args:
+            last: Step that was done; a run may end before all were that it was asked for.
+        """
         if self._on_gpu:
             torch.cuda.synchronize()
         while self._open:  # what a hook opened and none closed
@@ -73,7 +77,8 @@ class StepProfiler:
         trace = self._folder / "trace.json.gz"
         self._profile.export_chrome_trace(str(trace))
         rows: Any = self._profile.key_averages()
-        text = tables(rows, self._steps, on_gpu=self._on_gpu)
+        steps = self._steps[0], max(self._steps[0], last) + 1
+        text = tables(rows, steps, on_gpu=self._on_gpu)
         (self._folder / "kernels.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
         return [f"profile      {trace}", *(f"  {line}" for line in text)]
 

@@ -21,6 +21,21 @@ _GROUPS = {
 }
 
 
+def check_installed() -> None:
+    """Ask for TensorBoard.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "--tensorboard needs the package: pip install 'tilewright-train[tensorboard]', or leave"
+            " the flag out"
+        ) from error
+
+
 class TensorBoardLog:
     """Writes one event file.
 
@@ -33,13 +48,9 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: Path, first: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError(
-                "--tensorboard needs the package: pip install 'tilewright-train[tensorboard]', or"
-                " leave the flag out"
-            ) from error
+        check_installed()
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(folder), purge_step=first + 1 if first else None)
 
     def write(self, record: Record) -> None:

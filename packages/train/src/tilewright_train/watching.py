@@ -46,6 +46,7 @@ class Watch:
         self._options = options
         self._profiler: StepProfiler | None = None
         self._recorder: MemoryRecorder | None = None
+        self._done = 0
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -59,6 +60,7 @@ class Watch:
         if options.memory and number == options.memory[0]:
             self._recorder = MemoryRecorder(options.folder / "memory", options.memory)
         yield
+        self._done = number
         if self._profiler is not None and options.profile and number + 1 == options.profile[1]:
             self.close_profile()
         if self._recorder is not None and options.memory and number + 1 == options.memory[1]:
@@ -86,7 +88,7 @@ class Watch:
         """Write the profile of the steps so far."""
         if self._profiler is not None and self._options is not None:
             profiler, self._profiler = self._profiler, None
-            for line in profiler.close():
+            for line in profiler.close(self._done):
                 self._options.say(line)
 
     def close_memory(self) -> None:
