@@ -165,7 +165,8 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from None
     number = 0
     try:
-        with parquet.ParquetFile(file) as table:
+        # Mapped: read, a group of rows would be in memory as a whole, and a file may be one group.
+        with parquet.ParquetFile(file, memory_map=True) as table:
             columns = [name for name in table.schema_arrow.names if name in _COLUMNS]
             for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
                 for row in batch.to_pylist():

@@ -22,7 +22,7 @@ from tilewright_train.errors import writing
 
 SPLITS = ("train", "validation")
 
-_COUNTED = 1 << 18  # targets that are in memory at once while they are counted
+_COUNTED = 1 << 16  # targets that are in memory at once while they are counted
 
 # File ending: type of the elements, their code in `array`.
 _FORMATS = {
