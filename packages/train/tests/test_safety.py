@@ -62,6 +62,7 @@ def test_an_injected_nan_is_left_out_and_named(
     facts = json.loads((kept / "step-000005" / "step.json").read_text())
     assert facts["why"] == "not finite"
     assert facts["guilty"].startswith("output of layers.0.")
+    assert facts["own_loss"] == "nan"
     assert "left out     the update of step 5 (not finite: loss nan" in printed.getvalue()
     assert "first not finite: output of layers.0." in printed.getvalue()
 

@@ -1,9 +1,11 @@
 """What a person is told of an update that was left out: what broke it, and where its batch is.
 
-All processes look at their own part of the step; the first of them that finds something counts.
+All processes look at their own part of the step; the first of them that finds something counts, or
+where the second computation is finite, the first whose loss was not in the step itself.
 """
 
 from contextlib import AbstractContextManager
+from math import isfinite
 
 from torch import Tensor
 
@@ -43,12 +45,15 @@ def examine(
             if guilty is not None:
                 part, batch = number, tried
                 break
-    found = gather(environment, {str(environment.rank): guilty})
-    first = min((int(rank) for rank, name in found.items() if name), default=0)
+    rank = environment.rank
+    found = gather(environment, {str(rank): guilty})
+    broke = gather(environment, {str(rank): not isfinite(left_out.own_loss)})
+    ranks = sorted(found, key=int)
+    first = next((int(r) for there in (found, broke) for r in ranks if there[r]), 0)
     place = None
-    if environment.rank == first:
+    if rank == first:
         place = keep_batch(prepared.run.left_out, left_out, guilty, part, batch)
-    kept = gather(environment, {str(environment.rank): place})[str(first)]
+    kept = gather(environment, {str(rank): place})[str(first)]
     name = found[str(first)]
     what = f"first not finite: {name}" if name else ""
     if left_out.why == "not finite" and not name:

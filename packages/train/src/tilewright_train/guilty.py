@@ -40,6 +40,8 @@ class LeftOut:
     """Updates left out one after another, this one included."""
     scale: float
     """What the loss was multiplied by."""
+    own_loss: float = 0.0
+    """This process's part of the loss, as it was in the step."""
 
     @property
     def is_overflow(self) -> bool:

@@ -62,7 +62,8 @@ class _Pending:
     lr: float
     items: int  # predictions or pairs
     waited: float  # seconds that the host waited for the batch
-    # [7 + K] on the host: the outcome's five, loss, processes that want to stop, objective's sums
+    # [8 + K] on the host: the outcome's five, this process's part of the loss, the loss, processes
+    # that want to stop, the objective's sums
     numbers: torch.Tensor
     arrived: torch.cuda.Event | None
 
@@ -212,7 +213,8 @@ class TrainingLoop:
         with self.watch.range("communication"):
             if isinstance(self.module, DistributedDataParallel):
                 self.module.finish_gradient_synchronization()
-            shared = self._shared(torch.stack(losses).sum(), torch.stack(sums).sum(dim=0))
+            own = torch.stack(losses).sum()
+            shared = self._shared(own, torch.stack(sums).sum(dim=0))
         lr = float(self.optimizer.param_groups[0]["lr"])
         scale = self.guard.loss_scale.scale if self.guard.loss_scale is not None else None
         self.watch.gradients(step + 1, scale)
@@ -222,7 +224,7 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.updated()
         waited = self._batches.take_waited()
-        numbers = self._on_the_way(shared, outcome)
+        numbers = self._on_the_way(torch.cat([own[None].to(shared), shared]), outcome)
         self._pending.append(_Pending(step + 1, lr, items, waited, *numbers))
 
     def _synchronized(self, last: bool) -> AbstractContextManager:
@@ -269,14 +271,16 @@ class TrainingLoop:
     def _finish_step(self, pending: _Pending) -> Record:
         if pending.arrived is not None:
             pending.arrived.synchronize()
-        *outcome, loss, wants_stop = pending.numbers[:7].tolist()
-        sums = pending.numbers[7:].tolist()
+        *outcome, own, loss, wants_stop = pending.numbers[:8].tolist()
+        sums = pending.numbers[8:].tolist()
         norm, skipped, in_a_row, in_all, scale = outcome
         self._stop_wanted |= wants_stop > 0
         self._in_a_row = int(in_a_row)
         if skipped:
             why = "spike" if skipped > 1 else "not finite"
-            self.left_out(LeftOut(pending.step, why, loss, norm, pending.lr, int(in_a_row), scale))
+            self.left_out(
+                LeftOut(pending.step, why, loss, norm, pending.lr, int(in_a_row), scale, own)
+            )
         if in_a_row >= self.options.max_skipped:
             raise InputError(
                 f"{int(in_a_row)} updates in a row were left out, the last at step {pending.step}"
