@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,18 @@ def test_what_cannot_be_looked_at_is_refused_before_the_run_has_its_name(
     assert main([*tiny_flags, "--name", "mine", *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (Path(tiny_flags[tiny_flags.index("--out") + 1]) / "mine").exists()
+
+
+def test_norms_of_steps_that_are_done_again_stand_once(tiny_flags: list[str]) -> None:
+    folder = run(parse([*tiny_flags, "--grad-norms-every", "2"]), io.StringIO())
+    file = folder / "grad_norms.jsonl"
+    whole = file.read_text()
+    with file.open("a") as stream:
+        stream.write('{"step": 14, "no')  # killed there
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-000012")
+    run(parse(["--resume", str(folder)]), io.StringIO())
+    assert file.read_text() == whole
 
 
 def test_looking_changes_no_number(tiny_flags: list[str]) -> None:

@@ -227,6 +227,7 @@ class _Training:
         self.reporter = reporter
         self.autocast = arithmetic(chosen.settled.precision).autocast(environment.device.type)
         self.watch = self._watch()
+        self.watch.resume(prepared.done)
         self.board = None
         if chosen.config.run.tensorboard and environment.is_main:
             self.board = TensorBoardLog(prepared.run.root / "tensorboard", prepared.done)

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from tilewright_train.memory_snapshot import MemoryRecorder
 from tilewright_train.profiling import StepProfiler
+from tilewright_train.whole_files import write_whole
+
+_NORMS = "grad_norms.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +84,13 @@ class Watch:
         if options is None or not options.norms_every or number % options.norms_every:
             return
         norms = norms_by_layer(self._model, scale)
-        with (options.folder / "grad_norms.jsonl").open("a", encoding="utf-8") as stream:
+        with (options.folder / _NORMS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": number, "norms": norms}) + "\n")
+
+    def resume(self, done: int) -> None:
+        """Drop the norms behind the step with which the run goes on; they come again."""
+        if self._options is not None:
+            truncate_norms(self._options.folder / _NORMS, done)
 
     def close_profile(self) -> None:
         """Write the profile of the steps so far."""
@@ -102,6 +110,16 @@ class Watch:
         """End what is under way; a run may be shorter than it was asked to be looked at."""
         self.close_profile()
         self.close_memory()
+
+
+def truncate_norms(file: Path, done: int) -> None:
+    """Keep the whole lines of steps up to `done`."""
+    if not file.exists():
+        return
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    if kept != lines:
+        write_whole(file, "".join(kept))
 
 
 def norms_by_layer(model: nn.Module, scale: Tensor | None = None) -> dict[str, float | None]:
