@@ -406,6 +406,20 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert "start a new run" in line
 
 
+def test_a_config_that_was_cut_short_is_refused(
+    tiny_flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = train(tiny_flags, "--weight-decay", "0.3")
+    (folder / "summary.json").unlink()
+    config = folder / "config.toml"
+    lines = [x for x in config.read_text().splitlines() if not x.startswith("weight_decay")]
+    config.write_text("\n".join(lines) + "\n")
+    assert main(["--resume", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "step-000012 was trained with weight_decay 0.3 and the run's config.toml" in line
+    assert line.endswith("gives 0.1: put 0.3 back, or start a new run")
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_a_resumed_run_is_the_same_run(tiny_flags: list[str]) -> None:
     flags = [*tiny_flags, "--device", "cuda"]

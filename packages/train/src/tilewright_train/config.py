@@ -397,6 +397,18 @@ FREE_AT_RESUME = frozenset(
 """Options that change what is written, not what is computed: a resumed run may set them anew."""
 
 
+def learned_with(config: PretrainConfig) -> dict[str, Any]:
+    """JSON: the options of model and training that no resumed run may set anew, by name."""
+    groups = config.model, config.training
+    values = {f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)}
+    plain = (int, float, str, bool, type(None))
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in FREE_AT_RESUME | {"init"} and isinstance(value, plain)
+    }
+
+
 def option_sections() -> dict[str, str]:
     """The section of every option, by the option's name; names are unique over all sections."""
     return {f.name: section for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}

@@ -24,7 +24,7 @@ from tilewright_train.automatic import Chosen, model_config
 from tilewright_train.batches import BatchSampler
 from tilewright_train.cache import default_cache, writable_cache
 from tilewright_train.chat_template import CHATML, ChatTemplate, read_template
-from tilewright_train.config import DataOptions, PretrainConfig
+from tilewright_train.config import DataOptions, PretrainConfig, learned_with
 from tilewright_train.conversations import (
     REFUSED,
     WITHOUT_ASSISTANT,
@@ -208,7 +208,7 @@ def _prepare_training(
         rows = done * settled.batch_size
         if found.folder is not None:
             _check_same_vocabulary(found.folder, corpus)
-        seconds = _load_checkpoint(found, rows, trainee, environment, reporter)
+        seconds = _load_checkpoint(found, config, rows, trainee, environment, reporter)
         if found.folder is not None:
             objective.load(checkpoint_state.load_reference(found.folder))
     return Prepared(
@@ -561,8 +561,19 @@ def _check_same_vocabulary(folder: Path, corpus: Corpus) -> None:
         )
 
 
+def _check_same_options(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """The run's config.toml is that with which the checkpoint was trained."""
+    for name, value in before.items():
+        if name in now and now[name] != value:
+            raise InputError(
+                f"{folder} was trained with {name} {value!r} and the run's config.toml gives"
+                f" {now[name]!r}: put {value!r} back, or start a new run"
+            )
+
+
 def _load_checkpoint(
     found: checkpoint.Found,
+    config: PretrainConfig,
     rows: int,
     trainee: Trainee,
     environment: DistributedEnvironment,
@@ -586,6 +597,7 @@ def _load_checkpoint(
             f"{found.folder} has read {facts['rows']} rows, which is not {found.step} steps of this"
             " run's batch_size: put its own config.toml back, or start a new run"
         )
+    _check_same_options(found.folder, facts.get("options", {}), learned_with(config))
     trainee.guard.load_state_dict(facts.get("guard", {}))
     set_random_states(states, environment.rank, environment.device)
     if facts["processes"] != environment.world_size:

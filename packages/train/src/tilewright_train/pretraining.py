@@ -25,7 +25,7 @@ from tilewright_kernels import backend_report
 from tilewright_model import count_parameters, flops_per_token
 from tilewright_train import automatic, checkpoint, machine, out_of_memory, snapshot
 from tilewright_train.automatic import Chosen
-from tilewright_train.config import REFERENCE_EMA, REFERENCE_START, PretrainConfig
+from tilewright_train.config import REFERENCE_EMA, REFERENCE_START, PretrainConfig, learned_with
 from tilewright_train.dpo import loss_at_start
 from tilewright_train.errors import InputError, RankLost, TrainingStopped
 from tilewright_train.evaluation import Validation, validate
@@ -509,6 +509,7 @@ class _Training:
                     facts={
                         "seconds": seconds,
                         "processes": environment.world_size,
+                        "options": learned_with(self.chosen.config),
                         "rows": rows,
                         "tokens": rows * prepared.sampler.seq_len,
                         "guard": trainee.guard.state_dict(),
