@@ -45,6 +45,22 @@ def test_a_profile_has_a_trace_ranges_and_a_table(tiny_flags: list[str]) -> None
     assert "profile      " in printed.getvalue()
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_what_is_computed_again_closes_its_ranges(tiny_flags: list[str], recompute: str) -> None:
+    folder = run(parse([*tiny_flags, "--profile", "3:5", "--recompute", recompute]), io.StringIO())
+    with gzip.open(folder / "profile" / "trace.json.gz", "rt") as stream:
+        events = json.load(stream)["traceEvents"]
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") == "user_annotation":
+            span = event["ts"], event["ts"] + event["dur"]
+            spans.setdefault(event["name"], []).append(span)
+    assert len(spans["mlp backward"]) == len(spans["optimizer"]) == 2
+    for name in ("mlp", "mlp backward", "attention", "attention backward"):
+        for first, end in spans[name]:
+            assert not any(first < at < end for at, _ in spans["optimizer"]), name
+
+
 def test_a_profile_that_the_run_ends_within_counts_its_own_steps(tiny_flags: list[str]) -> None:
     folder = run(parse([*tiny_flags, "--profile", "10:20"]), io.StringIO())
     table = (folder / "profile" / "kernels.txt").read_text().splitlines()

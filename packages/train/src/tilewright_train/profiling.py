@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 _TOP = 20
 RANGES = ("attention", "mlp", "loss", "optimizer", "communication")
@@ -50,6 +51,9 @@ class StepProfiler:
             activities.append(ProfilerActivity.CUDA)
         self._profile = profile(activities=activities, acc_events=True)
         self._profile.__enter__()
+        # What is computed again in backward otherwise ends before its hooks close their ranges.
+        self._whole = set_checkpoint_early_stop(False)
+        self._whole.__enter__()
 
     @contextlib.contextmanager
     def range(self, name: str) -> Iterator[None]:
@@ -71,6 +75,7 @@ class StepProfiler:
         while self._open:  # what a hook opened and none closed
             self._end()
         self._profile.__exit__(None, None, None)
+        self._whole.__exit__(None, None, None)
         for hook in self._hooks:
             hook.remove()
         self._folder.mkdir(parents=True, exist_ok=True)
