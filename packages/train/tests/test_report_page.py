@@ -116,3 +116,9 @@ def test_a_mistake_is_one_line(
     (begun / "metrics.jsonl").write_text('{"step": 0, "val_loss": 2.0}\n')
     assert main([str(begun), str(begun)]) == 2
     assert "is given twice" in capsys.readouterr().err
+    (begun / "run.json").write_text('{"parameters": "many"}')
+    assert main([str(begun)]) == 0
+    capsys.readouterr()
+    (begun / "config.toml").write_text("[run]\nname =")
+    assert main([str(begun)]) == 2
+    assert f"{begun / 'config.toml'} is not TOML" in capsys.readouterr().err

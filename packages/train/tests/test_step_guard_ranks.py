@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -76,10 +77,10 @@ def examined(rank: int, folder: str) -> str:
     chosen: Any = SimpleNamespace(settled=SimpleNamespace(micro_batch_size=1))
     group = dist.group.WORLD
     environment: Any = SimpleNamespace(rank=rank, world_size=2, process_group=group)
-    examination._guilty = lambda *_: None  # in a process of its own
     own = torch.nan if rank == 1 else 2.0
     left_out = LeftOut(5, "not finite", torch.nan, torch.nan, 0.1, 1, 1.0, own)
-    return examination.examine(left_out, chosen, prepared, environment, torch.no_grad())
+    with mock.patch.object(examination, "_guilty", return_value=None):
+        return examination.examine(left_out, chosen, prepared, environment, torch.no_grad())
 
 
 def test_a_fault_that_is_gone_is_told_of_the_rank_that_had_it(tmp_path: Path) -> None:

@@ -87,7 +87,10 @@ def read_run(folder: Path, colour: str) -> Run:
     records = read_metrics(place.metrics)
     if not records:
         raise InputError(f"{place.metrics} holds no step yet: let the run make one first")
-    tables = tomllib.loads(place.config.read_text(encoding="utf-8"))
+    try:
+        tables = tomllib.loads(place.config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{place.config} is not TOML: {error}; restore it") from None
     options = {
         k: v for table in tables.values() if isinstance(table, dict) for k, v in table.items()
     }
@@ -102,6 +105,11 @@ def read_run(folder: Path, colour: str) -> Run:
         samples=[(file.stem, file.read_text(encoding="utf-8")) for file in samples],
         left_out=[facts for file in left_out if (facts := _json(file))],
     )
+
+
+def _number(value: Any) -> float | None:
+    """A number of run.json, which anybody may have written."""
+    return value if isinstance(value, int | float) else None
 
 
 def write_page(folders: Sequence[Path], path: Path) -> None:
@@ -163,7 +171,7 @@ def _summaries(runs: Sequence[Run]) -> list[list[str]]:
             [
                 f"<span class='dot' style='background:{run.colour}'></span>"
                 + html.escape(run.name),
-                _known(run.facts.get("parameters"), lambda n: f"{n / 1e6:.1f} M"),
+                _known(_number(run.facts.get("parameters")), lambda n: f"{n / 1e6:.1f} M"),
                 html.escape(f"{processes} x {run.facts.get('device', '')}"),
                 html.escape(str(run.options.get("precision", ""))),
                 f"{last.step} of {run.options.get('steps', '?')}",
