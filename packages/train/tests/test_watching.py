@@ -154,8 +154,9 @@ def test_samples_are_drawn_on_the_way(tiny_flags: list[str]) -> None:
     printed = io.StringIO()
     folder = run(parse([*tiny_flags, "--sample-every", "5"]), printed)
     drawn = sorted(p.name for p in (folder / "samples").iterdir())
-    assert drawn == ["step-000005.txt", "step-000010.txt", "step-000012.txt"]
-    assert printed.getvalue().count("\nsample       ") == 2
+    assert drawn == [f"step-{step:06d}.txt" for step in (0, 5, 10, 12)]
+    assert printed.getvalue().count("\nsample       ") == 3
+    assert printed.getvalue().count("\nsample       before training: ") == 1
 
 
 @pytest.mark.parametrize("text", ["10", "13:10", "0:3", "5:5", "a:b"])

@@ -253,6 +253,7 @@ class _Training:
         if self.environment.is_main and prepared.done == 0:
             answer_tasks(self.chosen, prepared, 0, self.autocast, self.reporter)
             finish_stories(self.chosen, prepared, 0, self.autocast, self.reporter)
+            self._sample(0)
         backend_report(reset=True)
         self.reporter.begin(prepared.done, steps, self._ways())
         with StopRequest() as stop:
@@ -441,7 +442,8 @@ class _Training:
         wait_for_parameters(self.prepared.trainee.optimizer)
         if self.environment.is_main and self.prepared.template is None:
             text = sample_text(self.chosen, self.prepared, step, self.autocast)
-            self.reporter.say(f"sample       {' '.join(text.split())[:160]}")
+            when = "" if step else "before training: "
+            self.reporter.say(f"sample       {when}{' '.join(text.split())[:160]}")
 
     def _left_out(self, left_out: LeftOut) -> None:
         """Say which update was not made and why; name what broke it and keep its batch."""
