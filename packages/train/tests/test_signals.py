@@ -29,6 +29,8 @@ def test_the_run_itself_may_ask_to_stop() -> None:
 def test_signals_of_one_second_count_once_and_a_later_one_acts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # A shell without job control has what it starts in the background ignore Ctrl-C.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # torchrun passes on what the terminal sent already
@@ -36,3 +38,4 @@ def test_signals_of_one_second_count_once_and_a_later_one_acts(
         monkeypatch.setattr(signals, "_ONE_SIGNAL", -1.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, inherited)
