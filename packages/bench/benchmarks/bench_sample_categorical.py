@@ -52,8 +52,9 @@ def case(rows: int, size: int, dtype: torch.dtype = torch.bfloat16) -> Case:
         seeds = torch.arange(rows, device=device)
         return logits, seeds, seeds + 5, torch.full((rows,), temperature, device=device)
 
-    # A token and a log-probability a row; Philox's words are integers and not counted.
-    work = Work(bytes=rows * (size * dtype.itemsize + 12), flops=8 * rows * size)
+    # Seed, position, temperature and log-probability a row; Philox's words are integers and not
+    # counted.
+    work = Work(bytes=rows * (size * dtype.itemsize + 24), flops=8 * rows * size)
     return Case(
         operator="sample_categorical",
         shape=(rows, size),

@@ -15,9 +15,15 @@ from tilewright_kernels import (
     use_backend,
 )
 
-# Rows, vocabulary, top_k (0: none), at temperature 0.8 and top_p 0.95.
+# Rows, vocabulary, top_k (all of it: none), at temperature 0.8 and top_p 0.95.
 SHAPES = by_device(
-    gpu=[(1, 32768, 50), (32, 32768, 50), (32, 32768, 0), (32, 151936, 50), (32, 151936, 0)],
+    gpu=[
+        (1, 32768, 50),
+        (32, 32768, 50),
+        (32, 32768, 32768),
+        (32, 151936, 50),
+        (32, 151936, 151936),
+    ],
     cpu=[(2, 64, 5)],
 )
 
@@ -41,8 +47,8 @@ def case(rows: int, size: int, top_k: int, dtype: torch.dtype = torch.bfloat16) 
     def make_inputs(device, generator):
         logits = torch.randn(rows, size, device=device, dtype=dtype, generator=generator) * 3
         one = torch.ones(rows, device=device)
-        most = torch.full((rows,), top_k or size, device=device)
-        return logits, 0.8 * one, most, 0.95 * one, 0 * one, 64 if top_k else size
+        most = torch.full((rows,), top_k, device=device)
+        return logits, 0.8 * one, most, 0.95 * one, 0 * one, 64 if top_k < size else size
 
     # A comparison and a sum a logit, were each looked at once.
     work = Work(bytes=rows * (size * dtype.itemsize + 24), flops=4 * rows * size)
