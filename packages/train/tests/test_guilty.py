@@ -62,6 +62,20 @@ def test_the_first_module_that_returns_it_is_named(model: CausalLM) -> None:
     assert guilty(model) == "output of layers.1.self_attn.o_proj"
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_blocks_are_looked_into(model: CausalLM) -> None:
+    with torch.no_grad():
+        for weight in model.layers[0].get_submodule("mlp").parameters():
+            weight.fill_(3e38)  # finite, and no product with it is
+    expected = guilty(model)
+    assert expected is not None
+    assert expected.startswith("output of layers.0.mlp")
+    for layer in model.layers:
+        layer.compile(fullgraph=True, backend="eager")
+    model(torch.arange(8).view(1, 8))
+    assert guilty(model) == expected
+
+
 class _NanBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -79,7 +79,9 @@ def find_guilty(model: nn.Module, compute_loss: Callable[[], Tensor]) -> str | N
     if broken := broken_parameter(model):
         return f"parameter {broken}"
     devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices), _watching(model) as seen:
+    # Compiled blocks run as they are written: a compiler would trace what looks at their outputs.
+    eagerly = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng(devices), eagerly, _watching(model) as seen:
         loss = compute_loss()
         if seen:
             return f"output of {seen[0]}"
