@@ -441,7 +441,10 @@ class _Training:
         """Draw a sample after a step; random numbers of the run are left as they are."""
         wait_for_parameters(self.prepared.trainee.optimizer)
         if self.environment.is_main and self.prepared.template is None:
-            text = sample_text(self.chosen, self.prepared, step, self.autocast)
+            try:
+                text = sample_text(self.chosen, self.prepared, step, self.autocast)
+            except FloatingPointError:  # the steps say what broke, and stop the run if need be
+                text = "none, since what the model computes is not finite"
             when = "" if step else "before training: "
             self.reporter.say(f"sample       {when}{' '.join(text.split())[:160]}")
 
