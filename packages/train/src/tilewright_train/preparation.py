@@ -43,7 +43,6 @@ from tilewright_train.data import (
 from tilewright_train.dpo import SequenceLogProbs
 from tilewright_train.errors import InputError
 from tilewright_train.layers import write_toml
-from tilewright_train.metrics import read_metrics, truncate_metrics
 from tilewright_train.objectives import NextToken, Objective
 from tilewright_train.optimizers import make_optimizer
 from tilewright_train.precision import arithmetic, cast_weights
@@ -58,6 +57,12 @@ from tilewright_train.processes import on_first
 from tilewright_train.progress import Reporter
 from tilewright_train.random_states import set_random_states
 from tilewright_train.replicas import replicate, wait_for_parameters
+from tilewright_train.resuming import (
+    check_same_options,
+    check_same_tokens,
+    check_same_vocabulary,
+    find_checkpoint,
+)
 from tilewright_train.run_directory import RunDirectory, check_room, create, removed_if_not_begun
 from tilewright_train.sources import Source, for_kind, open_source
 from tilewright_train.start import (
@@ -202,12 +207,12 @@ def _prepare_training(
     if config.run.resume != "never":
         older = config.run.resume_from_older
         found = on_first(
-            environment, lambda: _find_checkpoint(run, older, settled.save_every, reporter)
+            environment, lambda: find_checkpoint(run, older, settled.save_every, reporter)
         )
         done = found.step
         rows = done * settled.batch_size
         if found.folder is not None:
-            _check_same_vocabulary(found.folder, corpus)
+            check_same_vocabulary(found.folder, corpus)
         seconds = _load_checkpoint(found, config, rows, trainee, environment, reporter)
         if found.folder is not None:
             objective.load(checkpoint_state.load_reference(found.folder))
@@ -382,7 +387,7 @@ def _prepare_files(
         if config.run.objective == "dpo":
             assert start is not None
             check_same_reference(run, config.dpo, start)
-        _check_same_tokens(run, corpus, config.run.accept_changed_data, reporter)
+        check_same_tokens(run, corpus, config.run.accept_changed_data, reporter)
     else:
         what = "" if config.run.objective == "pretrain" else f"-{config.run.objective}"
         stem = f"{'-'.join(source.name for source in sources)}-{settled.preset}{what}"
@@ -496,81 +501,6 @@ def _tokenizer_of(run: RunDirectory) -> Path | None:
     return found[-1] / TOKENIZER_FILE if found else None
 
 
-def _check_same_tokens(run: RunDirectory, corpus: Corpus, accept: bool, reporter: Reporter) -> None:
-    """A resumed run reads what it read before, or `accept` says that it need not."""
-    try:
-        facts = json.loads(run.facts.read_text(encoding="utf-8"))
-        before = facts["tokens"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{run.facts} cannot be read: start a new run") from None
-    if before == corpus.sha256:
-        return
-    if not accept:
-        raise InputError(
-            f"the data of {run.root} have changed since it began, so it cannot go on with the same"
-            " tokens: restore them, add --accept-changed-data to go on with other ones, or start a"
-            f" new run with --config {run.config}"
-        )
-    reporter.say(f"data         have changed since {run.root} began: it goes on with other tokens")
-    facts |= {"tokens": corpus_facts(corpus), "tokens_before": facts["tokens"]}
-    write_whole(run.facts, json.dumps(facts, indent=2) + "\n")
-
-
-def _find_checkpoint(
-    run: RunDirectory, older: bool, save_every: int, reporter: Reporter
-) -> checkpoint.Found:
-    """Where the run goes on; what lies behind that point is dropped or set aside.
-
-    Raises:
-        InputError: A checkpoint is damaged, or the run has saved some and all of them are gone.
-    """
-    found = checkpoint.find(run.checkpoints, from_older=older)
-    if found.folder is None:
-        _check_nothing_was_saved(run, save_every)
-    for folder in found.damaged:
-        reporter.say(f"damaged      {folder} is now {checkpoint.set_aside(folder).name}")
-    truncate_metrics(run.metrics, found.step)
-    where = f"after step {found.step}" if found.folder else "at the start: no checkpoint yet"
-    reporter.say(f"resume       {run.root} {where}")
-    return found
-
-
-def _check_nothing_was_saved(run: RunDirectory, save_every: int) -> None:
-    """Refuse to start again, and to drop the metrics, where checkpoints were removed.
-
-    A checkpoint is written while the training goes on, to the next one at most: a run that is
-    killed there has reached twice `save_every` and has none. The folder of checkpoints is there
-    from the start.
-    """
-    reached = max((record.step for record in read_metrics(run.metrics)), default=0)
-    if reached > 2 * save_every or (reached > 0 and not run.checkpoints.is_dir()):
-        raise InputError(
-            f"{run.checkpoints} holds no checkpoint, but {run.metrics} reaches step {reached}: put"
-            f" the checkpoints back, or start a new run with --config {run.config}"
-        )
-
-
-def _check_same_vocabulary(folder: Path, corpus: Corpus) -> None:
-    """A checkpoint's numbers of tokens mean what this run's mean."""
-    saved = load_tokenizer(folder / TOKENIZER_FILE).get_vocab(with_added_tokens=True)
-    own = corpus.tokenizer.get_vocab(with_added_tokens=True)
-    if saved != own:
-        raise InputError(
-            f"{folder} has another vocabulary than this run, {len(saved)} entries and not"
-            f" {len(own)}, or others: put the run's own checkpoints there, or start a new run"
-        )
-
-
-def _check_same_options(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """The run's config.toml is that with which the checkpoint was trained."""
-    for name, value in before.items():
-        if name in now and now[name] != value:
-            raise InputError(
-                f"{folder} was trained with {name} {value!r} and the run's config.toml gives"
-                f" {now[name]!r}: put {value!r} back, or start a new run"
-            )
-
-
 def _load_checkpoint(
     found: checkpoint.Found,
     config: PretrainConfig,
@@ -597,7 +527,7 @@ def _load_checkpoint(
             f"{found.folder} has read {facts['rows']} rows, which is not {found.step} steps of this"
             " run's batch_size: put its own config.toml back, or start a new run"
         )
-    _check_same_options(found.folder, facts.get("options", {}), learned_with(config))
+    check_same_options(found.folder, facts.get("options", {}), learned_with(config))
     trainee.guard.load_state_dict(facts.get("guard", {}))
     set_random_states(states, environment.rank, environment.device)
     if facts["processes"] != environment.world_size:
