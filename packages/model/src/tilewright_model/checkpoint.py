@@ -118,8 +118,8 @@ def _one_rename_does(directory: Path, files: list[str], values: Mapping[str, Any
         return False
 
 
-def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> dict[str, list[str]]:
-    """Names of the tensors of each file, in their order."""
+def names_by_file(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
+    """Names of the tensors of each file, in their order; a larger tensor has a file of its own."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -128,6 +128,12 @@ def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> dict[str, list[str
             size = 0
         groups[-1].append(name)
         size += tensor.nbytes
+    return groups
+
+
+def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> dict[str, list[str]]:
+    """What each file is called, and the names of its tensors."""
+    groups = names_by_file(tensors, max_bytes)
     if len(groups) == 1:
         return {WEIGHTS_NAME: groups[0]}
     count = len(groups)

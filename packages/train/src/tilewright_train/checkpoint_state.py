@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tilewright_model import CausalLM, ModelConfig
-from tilewright_model.checkpoint import MAX_SHARD_BYTES, write_checkpoint
+from tilewright_model.checkpoint import MAX_SHARD_BYTES, names_by_file, write_checkpoint
 from tilewright_train import optimizer_state as optimizer_states
 from tilewright_train.chat_template import TEMPLATE_FILE
 from tilewright_train.checkpoint import RANDOM, TRAINING, new_checkpoint, prune
@@ -67,7 +67,7 @@ def write_state(folder: Path, snapshot: Snapshot, *, max_shard_bytes: int) -> No
     (folder / TOKENIZER_FILE).write_text(snapshot.tokenizer, encoding="utf-8")
     if snapshot.chat_template is not None:
         (folder / TEMPLATE_FILE).write_text(snapshot.chat_template, encoding="utf-8")
-    parts = _parts(snapshot.optimizer, max_shard_bytes)
+    parts = names_by_file(snapshot.optimizer, max_shard_bytes)
     for number, names in enumerate(parts, start=1):
         part = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
         tensors = {name: snapshot.optimizer[name] for name in names}
@@ -179,19 +179,6 @@ def _differences(saved: ModelConfig, wanted: ModelConfig) -> str:
     fields = [field.name for field in dataclasses.fields(saved)]
     pairs = [(name, getattr(saved, name), getattr(wanted, name)) for name in fields]
     return ", ".join(f"{name} {one}, not {other}" for name, one, other in pairs if one != other)
-
-
-def _parts(tensors: Mapping[str, torch.Tensor], max_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each file, in their order."""
-    parts: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if parts[-1] and size + tensor.nbytes > max_bytes:
-            parts.append([])
-            size = 0
-        parts[-1].append(name)
-        size += tensor.nbytes
-    return parts
 
 
 def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
