@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import torch
 
 from tilewright_model import CausalLM
 from tilewright_train.batches import IGNORE_INDEX
+from tilewright_train.chat_template import CHATML
 from tilewright_train.cli import main
 from tilewright_train.data import RowOptions, training_rows, validation_rows
 from tilewright_train.layers import parse
 from tilewright_train.metrics import read_metrics
 from tilewright_train.pretraining import run
 from tilewright_train.samples import Samples
+from tilewright_train.stand_ins import special_tokens
 from tilewright_train.start import find_start, grown_vocabulary
+from tilewright_train.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -76,6 +80,57 @@ def test_it_begins_with_the_latest_pretraining_and_learns_to_answer(
     assert f"begins with  {saved}" in printed
     assert read_metrics(again / "metrics.jsonl")[0].val_loss == pytest.approx(last, rel=1e-6)
     assert f"begins with  {pretrained}" in train(sft_flags, "--steps", "1")[1]
+
+
+def test_it_begins_with_random_weights_where_it_is_told_to(
+    tiny_flags: list[str], talks: Path
+) -> None:
+    """No pretraining is there: sizes are flags, the vocabulary is of what the conversations say."""
+    flags = [*tiny_flags, "--data", str(talks), "--seq-len", "64", "--init", "scratch"]
+    folder, printed = train(flags)
+    assert "begins with  random weights" in printed
+    assert "vocabulary 300" in printed
+    saved = folder / "checkpoints" / "step-000012"
+    shape = CausalLM.from_pretrained(saved).config
+    assert (shape.vocab_size, shape.hidden_size) == (304, 32)
+    tokenizer = load_tokenizer(saved / "tokenizer.json")
+    assert special_tokens(tokenizer).keys() == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+    assert len(tokenizer.encode("assistant: yes").ids) < 5
+    records = read_metrics(folder / "metrics.jsonl")
+    first, *_, last = [r.val_loss for r in records if r.val_loss]
+    assert first == pytest.approx(math.log(304), abs=0.2)
+    assert last < first - 1
+
+    shutil.rmtree(saved)
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder.parents[1] / "cache")
+    train(["--resume", "--out", str(folder.parent), "--cache-dir", str(folder.parents[1] / "new")])
+    assert [r.loss for r in read_metrics(folder / "metrics.jsonl")] == [r.loss for r in records]
+
+
+def test_random_weights_may_have_the_tokenizer_of_a_run(
+    pretrained: Path, sft_flags: list[str], tmp_path: Path
+) -> None:
+    sizes = ["--hidden-size", "32", "--num-hidden-layers", "1", "--num-attention-heads", "2",
+             "--num-key-value-heads", "1", "--intermediate-size", "64", "--steps", "1"]  # fmt: skip
+    flags = [*sft_flags, *sizes, "--init", "scratch", "--tokenizer"]
+    folder, _ = train([*flags, str(pretrained)])
+    saved = folder / "checkpoints" / "step-000001"
+    before = find_start(pretrained)
+    known = load_tokenizer(before.tokenizer_file).get_vocab()
+    own = load_tokenizer(saved / "tokenizer.json").get_vocab()
+    assert own == known | {"<|im_start|>": len(known), "<|im_end|>": len(known) + 1}
+    weights = CausalLM.from_pretrained(saved)
+    assert weights.config.vocab_size == grown_vocabulary(0, len(own))
+    begun = CausalLM.from_pretrained(before.folder).embed_tokens.weight
+    assert (weights.embed_tokens.weight[: len(begun)] - begun).abs().mean() > 0.01
+
+    # A template that lies beside the tokenizer is the one to talk in.
+    shutil.copytree(saved, tmp_path / "own")
+    template = CHATML + "{# mine #}"
+    (tmp_path / "own" / "chat_template.jinja").write_text(template)
+    folder, _ = train([*flags, str(tmp_path / "own")])
+    assert (find_start(folder).chat_template) == template
 
 
 def test_it_is_resumed_bit_for_bit(pretrained: Path, sft_flags: list[str]) -> None:
@@ -161,7 +216,10 @@ def test_mistakes_are_one_line(
 
     assert "no finished pretraining is in" in said()
     assert "is no finished run" in said("--init", str(tmp_path))
-    assert "train-sft begins with a trained model" in said("--init", "scratch")
+    assert "or «scratch» for random weights" in said()
+    talks.write_text('{"messages": 1}\n' + talks.read_text())
+    assert "talks.jsonl:1 has" in said("--init", "scratch")
+    talks.write_text(talks.read_text().partition("\n")[2])
     pretrained = run(parse(tiny_flags), io.StringIO())
     assert "--hidden-size comes from the run of --init" in said("--hidden-size", "64")
     assert "packing concat cuts conversations anywhere" in said("--packing", "concat")

@@ -159,8 +159,8 @@ def choose(
         accelerator: Choose for this GPU, which need not be here; None for this machine.
 
     Raises:
-        ValueError: A device, preset or shape of the model that does not exist; SFT of random
-            weights or of joined rows.
+        ValueError: A device, preset or shape of the model that does not exist; DPO of random
+            weights; SFT or DPO of joined rows.
     """
     if config.run.objective != "pretrain":
         _check_tuning(config)
@@ -265,10 +265,10 @@ def model_config(chosen: Chosen, vocab_size: int | None = None) -> ModelConfig:
 
 
 def _check_tuning(config: PretrainConfig) -> None:
-    if config.model.init == "scratch":
+    if config.model.init == "scratch" and config.run.objective == "dpo":
         raise InputError(
-            f"{config.command} begins with a trained model: give --init the folder of a run, or"
-            " «auto»"
+            "train-dpo begins with a trained model, which is its reference: give --init the folder"
+            " of a run, or «auto»"
         )
     if config.data.packing == "concat":
         what = "conversations" if config.run.objective == "sft" else "pairs"

@@ -46,8 +46,8 @@ class DataOptions:
     vocab_size: int | None = None
     """Entries of the byte-level BPE vocabulary, 257 or more."""
     tokenizer: Path | None = None
-    """A tokenizer.json, or the folder that holds one, as train-tokenizer writes it. Default: that
-    of --init, else one is trained on the data."""
+    """A tokenizer.json, the folder that holds one, as train-tokenizer writes it, or a run. Default:
+    that of --init, else one is trained on the data."""
     cache_dir: Path | None = None
     """Where tokenizers and encoded corpora are kept. Default: $XDG_CACHE_HOME/tilewright or
     ~/.cache/tilewright."""
@@ -105,7 +105,8 @@ class ModelOptions:
     init: str = "scratch"
     """Where weights and tokenizer come from: «scratch», the folder of a finished run, a checkpoint
     or a model in Hugging Face's layout, or «auto» for the latest pretraining in --out. The other
-    options of the model are then those of that one."""
+    options of the model are then those of that one. «scratch» is random weights and a vocabulary
+    of the data, or --tokenizer."""
     preset: str | None = None
     """A row of the table of presets in tilewright_model."""
     hidden_size: int | None = None

@@ -188,9 +188,10 @@ def _begun_with(asked: PretrainConfig, base: PretrainConfig) -> PretrainConfig:
         by_objective = ([r for r in _runs(out, o) if (r / SUMMARY_FILE).exists()] for o in before)
         finished = next(filter(None, by_objective), [])
         if not finished:
+            random = ", or «scratch» for random weights" if before == ("pretrain",) else ""
             raise InputError(
                 f"no finished pretraining is in {out}: run train-pretrain first, or give --init the"
-                " folder of a run"
+                f" folder of a run{random}"
             )
         folder = _latest(finished)
     else:

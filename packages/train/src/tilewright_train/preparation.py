@@ -31,6 +31,7 @@ from tilewright_train.conversations import (
     chat_encoding,
     chat_tokenizer,
     end_of_turn,
+    missing_chat_tokens,
 )
 from tilewright_train.corpus import Corpus, corpus_facts, load_corpus, prepare_corpus
 from tilewright_train.data import (
@@ -80,7 +81,7 @@ from tilewright_train.tokenizer import (
     tokenizer_file,
     vocabulary_rows,
 )
-from tilewright_train.tokens import Encoding
+from tilewright_train.tokens import Encoding, prepare_tokenizer
 from tilewright_train.whole_files import write_whole
 
 
@@ -287,7 +288,7 @@ def build(
 
 
 def _kept_template(options: DataOptions, start: Start | None) -> str | None:
-    """The template that came with the tokenizer, which pretraining hands on."""
+    """The template that came with the tokenizer."""
     if start is None and options.tokenizer is not None:
         start = Start(tokenizer_file(options.tokenizer).parent)
     return start.chat_template if start else None
@@ -299,15 +300,15 @@ def _template(chosen: Chosen, start: Start | None) -> ChatTemplate | None:
         return None
     if given := chosen.config.data.chat_template:
         return ChatTemplate(read_template(given))
-    return ChatTemplate((start.chat_template if start else None) or CHATML)
+    return ChatTemplate(_kept_template(chosen.config.data, start) or CHATML)
 
 
 def _shape(chosen: Chosen, start: Start | None, corpus: Corpus) -> ModelConfig:
     """The model: its vocabulary is the tokenizer's, or that of the checkpoint, grown."""
-    if start is None:
+    if start is None and chosen.config.run.objective == "pretrain":
         return model_config(chosen, corpus.vocab_size)
-    rows = grown_vocabulary(saved_vocabulary(start), corpus.vocab_size)
-    return model_config(chosen, rows)
+    rows = saved_vocabulary(start) if start else 0
+    return model_config(chosen, grown_vocabulary(rows, corpus.vocab_size))
 
 
 def checkpoint_bytes(shape: ModelConfig) -> int:
@@ -354,10 +355,14 @@ def _prepare_files(
     if resumed is not None and config.run.accept_changed_data:
         # Other texts would give another vocabulary than the model has learned.
         file = _tokenizer_of(RunDirectory(resumed)) or file
-    if start is not None:
-        reporter.say(f"begins with  {start.folder}")
-    if template is not None and file is not None:
-        file = chat_tokenizer(file, template, cache)
+    if start is not None or template is not None:
+        reporter.say(f"begins with  {start.folder if start else 'random weights'}")
+    if template is not None:
+        file = chat_tokenizer(
+            file or _trained_tokenizer(sources, config, shape.vocab_size, template, cache),
+            template,
+            cache,
+        )
         end_of_turn(load_tokenizer(file), template)  # complains before anything is read
     corpus = prepare_corpus(
         sources,
@@ -424,6 +429,18 @@ def _own_tokenizer(options: DataOptions) -> Path | None:
             " tokenizer does not fit the model; leave --vocab-size out"
         )
     return file
+
+
+def _trained_tokenizer(
+    sources: Sequence[Source],
+    config: PretrainConfig,
+    vocab_size: int,
+    template: ChatTemplate,
+    cache: Path,
+) -> Path:
+    """A vocabulary of what the conversations say, with room for the template's special tokens."""
+    entries = vocab_size - len(missing_chat_tokens((), template))
+    return prepare_tokenizer(sources, config.data, entries, cache, "conversation")
 
 
 def _encoding(config: PretrainConfig, template: ChatTemplate | None) -> Encoding:

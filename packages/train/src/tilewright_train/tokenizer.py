@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tilewright_train.checkpoint import all_checkpoints
 from tilewright_train.errors import InputError
+from tilewright_train.run_directory import RunDirectory
 
 END_OF_TEXT = "<|endoftext|>"
 """The only special token, number 0; it stands behind every document."""
@@ -81,8 +83,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_file(place: Path) -> Path:
-    """The tokenizer.json that `place` is, or that lies in it."""
-    return place / TOKENIZER_FILE if place.is_dir() else place
+    """The tokenizer.json that `place` is, that lies in it, or that a run there has saved last."""
+    if not place.is_dir():
+        return place
+    saved = all_checkpoints(RunDirectory(place).checkpoints)
+    own = place / TOKENIZER_FILE
+    return saved[-1] / TOKENIZER_FILE if saved and not own.exists() else own
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -21,7 +21,7 @@ from tilewright_train import cache as caching
 from tilewright_train.config import DataOptions
 from tilewright_train.errors import InputError, writing
 from tilewright_train.record_files import SkippedLines
-from tilewright_train.records import Kind, Record
+from tilewright_train.records import Kind, Record, text_of
 from tilewright_train.samples import (
     Encoded,
     Samples,
@@ -105,9 +105,20 @@ class EncodedSource:
 
 
 def prepare_tokenizer(
-    sources: Sequence[Source], options: DataOptions, vocab_size: int, cache: Path
+    sources: Sequence[Source],
+    options: DataOptions,
+    vocab_size: int,
+    cache: Path,
+    kind: Kind = "text",
 ) -> Path:
-    """The tokenizer.json of a vocabulary trained on the texts of `sources`, in the cache.
+    """The tokenizer.json of a vocabulary trained on all that `sources` say, in the cache.
+
+    Args:
+        sources: What is read; the validation side is left out.
+        options: How it is read and split.
+        vocab_size: Entries to train.
+        cache: The cache's folder.
+        kind: Of the records.
 
     Raises:
         InputError: A source cannot be read, or leaves a side of the split empty.
@@ -115,9 +126,9 @@ def prepare_tokenizer(
     """
 
     def texts(source: Source) -> Iterator[str]:
-        for is_validation, text in source.records("text", _reading(options)):
-            if not is_validation and isinstance(text, str):
-                yield text
+        for is_validation, record in source.records(kind, _reading(options)):
+            if not is_validation:
+                yield text_of(record)
 
     def build(folder: Path) -> None:
         # All of them are gone through to sample evenly: they need not fit in memory.
@@ -140,6 +151,7 @@ def prepare_tokenizer(
         "tokenizers": tokenizers_version,
         "sources": [source.sha256 for source in sources],
         "vocab_size": vocab_size,
+        "kind": kind,
         "validation_fraction": options.validation_fraction,
         "on_bad_line": options.on_bad_line,
     }
