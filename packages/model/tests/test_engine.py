@@ -347,9 +347,9 @@ def test_autocast_and_new_dtypes_of_an_engine_that_is_there(device: torch.device
         assert engine.cache.keys.dtype == torch.bfloat16
         assert mixed == Engine(model, max_batch_size=3).generate(PROMPTS, GREEDY)
     assert engine.generate(PROMPTS, GREEDY) == expected
-    model.double()
+    model.bfloat16()
     engine.generate(PROMPTS, GREEDY)
-    assert engine.cache.keys.dtype == torch.float64
+    assert engine.cache.keys.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -104,7 +104,8 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_changes_between_steps_are_followed(change, device):
-    ours, torchs = (train(kind, device, change) for kind in (AdamW, torch.optim.AdamW))
+    ours = train(AdamW, device, change)
+    torchs = train(torch.optim.AdamW, device, change, foreach=False)  # foreach wants float steps
     for a, b in zip(ours, torchs, strict=True):
         torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6)
 
@@ -310,7 +311,8 @@ def test_capturable_counts_of_other_dtypes(dtype, device):
             optimizer.state[p]["step"] = torch.tensor(50, dtype=dtype, device=device)
 
     ours = train(AdamW, device, change, capturable=True)
-    for a, b in zip(ours, train(torch.optim.AdamW, device, change), strict=True):
+    torchs = train(torch.optim.AdamW, device, change, foreach=False)  # foreach wants float steps
+    for a, b in zip(ours, torchs, strict=True):
         torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6)
 
 

@@ -121,8 +121,12 @@ def test_on_a_gpu_the_command_takes_triton_and_bf16(tiny_flags: list[str]) -> No
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in runs]
     assert {summary["precision"] for summary in summaries} == {"bf16"}
     assert [summary["backend"]["fell_back"] for summary in summaries] == [[], [], []]
-    for row in summaries[1]["backend"]["operators"].values():
-        assert (row["torch"], row["fell_back"]) == (0, 0), row
+    operators = summaries[1]["backend"]["operators"]
+    assert operators["rms_norm"]["triton"] > 0
+    for name, row in operators.items():
+        assert row["fell_back"] == 0, row
+        # products of so few tokens are cuBLAS's
+        assert row["torch"] == 0 or name in ("gated_mlp", "linear"), row
     by_torch, by_triton = (
         [r.loss for r in read_metrics(folder / "metrics.jsonl") if r.step > 10]
         for folder in runs[:2]
