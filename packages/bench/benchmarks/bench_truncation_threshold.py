@@ -2,7 +2,7 @@
 
 Logits are read once, which is what is counted; ours walks them again for every bit, in cache.
 torch's functions sort, or select where no row's top_k is larger than 64.
-Ours is the bisection, which backend auto does not take before it is known to be faster.
+Ours is the bisection, also where backend auto would have torch select.
 """
 
 import pytest
