@@ -8,6 +8,11 @@ from tilewright_dist.failure import (
     RankFailure,
     verify_replicas,
 )
+from tilewright_dist.fully_sharded import (
+    FullyShardedOptimizer,
+    gather_state_dict,
+    load_whole_state_dict,
+)
 from tilewright_dist.planning import Cluster, Layer, Link, Prediction, Workload, plan
 from tilewright_dist.sharded_optimizer import ShardedOptimizer
 from tilewright_dist.wrap import wrap
@@ -17,6 +22,7 @@ __all__ = [
     "DistributedDataParallel",
     "DistributedEnvironment",
     "DivergenceError",
+    "FullyShardedOptimizer",
     "Layer",
     "Link",
     "NonFiniteGradientError",
@@ -24,7 +30,9 @@ __all__ = [
     "RankFailure",
     "ShardedOptimizer",
     "Workload",
+    "gather_state_dict",
     "init_from_environment",
+    "load_whole_state_dict",
     "plan",
     "verify_replicas",
     "wrap",

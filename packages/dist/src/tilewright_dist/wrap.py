@@ -1,6 +1,6 @@
 """One place to choose how a module is trained on several ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,8 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from tilewright_dist.data_parallel import DistributedDataParallel, checked_process_group
+from tilewright_dist.fully_sharded import FullyShardedOptimizer
 from tilewright_dist.module_state import broadcast_module_state, verify_module_state
-from tilewright_dist.sharded_optimizer import ShardedOptimizer
+from tilewright_dist.sharded_optimizer import ELEMENTWISE, ShardedOptimizer
 
 Parallel = Literal["ddp", "zero1", "fsdp"]
 
@@ -23,6 +24,7 @@ def wrap(
     parallel: Parallel = "ddp",
     process_group: dist.ProcessGroup | None = None,
     max_grad_norm: float | None = None,
+    block_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Make a module and its optimizer work on several ranks.
@@ -36,18 +38,20 @@ def wrap(
     Args:
         module: On its device. With "fsdp" it is changed in place, and its parameters are DTensors.
         make_optimizer: Called with the module whose parameters are to be optimized. Under "fsdp"
-            the optimizer has to accept DTensors, as torch.optim's do; one that does not says so.
+            one that treats every element by itself (Adam and its like) gets this rank's rows as
+            plain tensors, in a FullyShardedOptimizer; another has to accept DTensors.
         parallel: What is divided.
         process_group: The ranks; None is the default group.
         max_grad_norm: For "zero1", where a rank does not see all gradients: clip in the step.
             Elsewhere clip with torch.nn.utils.clip_grad_norm_.
+        block_options: For "fsdp": of the blocks' fully_shard, beside or instead of `options`.
         **options: Of DistributedDataParallel, or of fully_shard.
 
     Returns:
         The module to call, and the optimizer to step.
 
     Raises:
-        ValueError: An unknown choice, or max_grad_norm where it is not used.
+        ValueError: An unknown choice, or max_grad_norm or block_options where they are not used.
     """
     if parallel not in get_args(Parallel):
         valid = ", ".join(repr(name) for name in get_args(Parallel))
@@ -57,10 +61,15 @@ def wrap(
             f"max_grad_norm is for parallel='zero1': with {parallel!r} call "
             "torch.nn.utils.clip_grad_norm_ before the step"
         )
+    if block_options is not None and parallel != "fsdp":
+        raise ValueError(f"block_options are for parallel='fsdp', not {parallel!r}: leave them out")
     process_group = checked_process_group(process_group)
     if parallel == "fsdp":
-        _shard_fully(module, process_group, options)
-        return module, make_optimizer(module)
+        _shard_fully(module, process_group, options, options | dict(block_options or {}))
+        optimizer = make_optimizer(module)
+        if type(optimizer).__name__ in ELEMENTWISE:
+            optimizer = FullyShardedOptimizer(optimizer, module)
+        return module, optimizer
     wrapper = DistributedDataParallel(module, process_group=process_group, **options)
     optimizer = make_optimizer(module)
     if parallel == "zero1":
@@ -71,7 +80,10 @@ def wrap(
 
 
 def _shard_fully(
-    module: nn.Module, process_group: dist.ProcessGroup, options: dict[str, Any]
+    module: nn.Module,
+    process_group: dist.ProcessGroup,
+    options: Mapping[str, Any],
+    block_options: Mapping[str, Any],
 ) -> None:
     """Apply fully_shard to the blocks, then to what is left."""
     verify_module_state(module, process_group)
@@ -80,7 +92,7 @@ def _shard_fully(
     broadcast_module_state(module, process_group, device)
     mesh = DeviceMesh.from_group(process_group, device.type)
     for block in list(_blocks(module)):
-        fully_shard(block, mesh=mesh, **options)
+        fully_shard(block, mesh=mesh, **block_options)
     fully_shard(module, mesh=mesh, **options)
 
 
