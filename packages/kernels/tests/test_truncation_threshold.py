@@ -178,3 +178,14 @@ def test_real_vocabularies(size, dtype):
         ours = truncation_threshold(logits, **given)
     expected = truncation_threshold_reference(logits, **given)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("candidates", "launched"), [(None, 1), (32768, 1), (64, 0)])
+def test_auto_selects_where_candidates_are_few(candidates, launched):
+    cuda = torch.device("cuda")
+    logits, given = randn(2, 32768, dtype=torch.bfloat16, device=cuda), options("p", 2, 32768, cuda)
+    given["top_k"] = given["top_k"].clamp(max=64)
+    with count_launches() as launches:
+        truncation_threshold(logits, **given, candidates=candidates)
+    assert launches["truncation_threshold"] == launched

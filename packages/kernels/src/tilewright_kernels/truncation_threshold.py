@@ -208,8 +208,8 @@ def truncation_threshold(
     """The smallest logit of each row that top-k, top-p and min-p leave, for `sample_categorical`.
 
     Top-k first; top-p on what it leaves, renormalized; min-p beside. The likeliest is always left.
-    Logits that equal the threshold are all left. Backend auto bisects on a GPU, but has torch select
-    where `candidates` are few.
+    Logits that equal the threshold are all left. Backend auto bisects on a GPU, but has torch
+    select where `candidates` are few.
 
     Args:
         logits: [B, V] in float16, bfloat16 or float32; rows at any distance. Not a number anywhere
