@@ -29,7 +29,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _POINTS = 2000  # of a curve; longer ones are thinned
 _SAMPLE = 1200  # characters
 _MANY_TIMES = 30  # between values, from which on an axis is logarithmic
-_FROM_ZERO = ("learning rate", "tokens/s", "share of the peak (MFU)", "peak memory, GiB")
+_FROM_ZERO = (
+    "learning rate", "tokens/s", "share of the peak (MFU)", "peak memory, GiB", "updates left out",
+)  # fmt: skip
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #222; --paper: #fff; --line: #ddd; --faint: #777; }
@@ -37,11 +39,11 @@ _STYLE = """
   :root { --ink: #ddd; --paper: #16181b; --line: #3a3d42; --faint: #999; }
 }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+  max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: right;
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: right;
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; }
@@ -171,7 +173,7 @@ def _summaries(runs: Sequence[Run]) -> list[list[str]]:
             [
                 f"<span class='dot' style='background:{run.colour}'></span>"
                 + html.escape(run.name),
-                _known(_number(run.facts.get("parameters")), lambda n: f"{n / 1e6:.1f} M"),
+                _known(_number(run.facts.get("parameters")), lambda n: f"{n / 1e6:.3g} M"),
                 html.escape(f"{processes} x {run.facts.get('device', '')}"),
                 html.escape(str(run.options.get("precision", ""))),
                 f"{last.step} of {run.options.get('steps', '?')}",
@@ -220,18 +222,18 @@ def _plots(runs: Sequence[Run]) -> Iterator[Figure]:
         ("gradient norm before clipping", lambda record: record.grad_norm),
         ("tokens/s", lambda record: record.tokens_per_second),
         ("share of the peak (MFU)", lambda record: record.mfu),
-        ("peak memory, GiB", lambda record: record.peak_memory_bytes / 2**30 or None),
+        ("peak memory, GiB", lambda record: record.peak_memory_bytes / 2**30),
         ("loss scale", lambda record: record.loss_scale),
-        ("updates left out", lambda record: record.skipped_steps or None),
+        ("updates left out", lambda record: record.skipped_steps),
     ]
     for label, value in curves:
         lines = [(run, _curve(run, lambda record: record.step, value)) for run in runs]
-        if any(xs for _, (xs, _) in lines):
+        values = [y for _, (_, ys) in lines for y in ys]
+        if any(values):
             figure, axes = _figure(label, "step")
             for run, (xs, ys) in lines:
                 marker = "o" if len(xs) < 40 and label.startswith("validation") else ""
                 axes.plot(xs, ys, color=run.colour, linewidth=1.2, marker=marker, markersize=3)
-            values = [y for _, (_, ys) in lines for y in ys]
             if label in _FROM_ZERO:
                 axes.set_ylim(bottom=0)
             elif min(values) > 0 and max(values) > _MANY_TIMES * min(values):
