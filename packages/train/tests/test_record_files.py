@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import random
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Literal
 
@@ -186,6 +188,54 @@ def test_a_zstd_file_of_several_frames_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(packed(path, GOOD.encode()) + packed(path, b"") + packed(path, GOOD.encode()))
     assert read(path)[0] == ["one", "two\nlines"] * 2
+
+
+def test_what_unpacks_to_far_more_than_it_is_stays_out_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of 131 MB in 4 KB."""
+    pytest.importorskip("zstandard")
+    monkeypatch.setattr("tilewright_train.record_files.LINE_LIMIT", 1 << 20)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(repeated(b"a", 1000) + packed(path, b"\n" + GOOD.encode()))
+    tracemalloc.start()
+    texts, skipped = read(path, "skip")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert texts == ["one", "two\nlines"]
+    assert skipped.examples == [f"{path}:1 is longer than 1 MiB"]
+    assert 1e6 < peak < 40e6
+
+
+@pytest.mark.parametrize("name", ["a.txt.zst", "a.md.gz"])
+def test_packed_text_that_is_far_larger_than_its_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("tilewright_train.record_files.LINE_LIMIT", 3 << 20)
+    pytest.importorskip("zstandard")
+    path = tmp_path / name
+    path.write_bytes(repeated(b"a", 40) if name.endswith(".zst") else gzip.compress(bytes(5 << 20)))
+    with pytest.raises(InputError, match=rf"{name} unpacks to more than 3 MiB, 100 times its size"):
+        read(path)
+    # What is not so much smaller packed is one document, however long its lines are.
+    text = random.Random(0).randbytes(2 << 20).hex()
+    assert read(write(path, text)) == ([text], SkippedLines())
+
+
+def test_a_zstd_file_that_asks_for_a_large_window_is_refused(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    options = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=False)
+    packer = zstandard.ZstdCompressor(compression_params=options).compressobj()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packer.compress(GOOD.encode()) + packer.flush())
+    with pytest.raises(InputError, match=r"takes more than 128 MiB to unpack: pack it again"):
+        read(path)
+
+
+def repeated(byte: bytes, blocks: int) -> bytes:
+    """A frame of zstd: so many blocks of 128 KiB that repeat one byte, 4 bytes each."""
+    sizes = ((1 << 17) << 3 | 1 << 1 | (number == blocks - 1) for number in range(blocks))
+    return b"\x28\xb5\x2f\xfd\x00\x38" + b"".join(s.to_bytes(3, "little") + byte for s in sizes)
 
 
 def test_a_damaged_zstd_file_is_named(tmp_path: Path) -> None:

@@ -22,11 +22,14 @@ TEXT_ENDINGS = (".txt", ".md", ".rst", ".py")
 """What counts as plain text in a folder. A file that is named itself may end in anything."""
 
 LINE_LIMIT = 1 << 28
-"""Bytes that a line of jsonl may have, 256 MiB: its record has to fit in memory."""
+"""Bytes that a line of jsonl may have, 256 MiB: its record has to fit in memory. Packed plain text,
+which is one record too, may have more if its file is not far smaller."""
 
 _PACKED = (".gz", ".zst")
 _REMEDY = 'mend it, or skip such lines with "--on-bad-line skip"'
 _ROWS = 256  # of parquet that are in memory at once
+_PASSED = 1 << 20  # bytes of the rest of a line that is too long
+_DENSEST = 100  # times its packed size; zstd -19 packs this library's own texts 5 times
 _COLUMNS = ("text", "messages", "conversations", "prompt", "chosen", "rejected")
 
 
@@ -138,7 +141,17 @@ def _json(line: bytes, place: str) -> Any:
 
 
 def _plain_text(file: Path) -> str:
-    data = b"".join(_lines(file))
+    most = max(LINE_LIMIT, _DENSEST * file.stat().st_size)
+    parts, size = [], 0
+    for line in _lines(file, keep_rest=True):
+        parts.append(line)
+        size += len(line)
+        if size > most:
+            raise InputError(
+                f"{file} unpacks to more than {most >> 20} MiB, {_DENSEST} times its size: unpack"
+                " it, or leave it out"
+            )
+    data = b"".join(parts)
     if (at := data.find(b"\0")) >= 0:
         line = data.count(b"\n", 0, at) + 1
         raise InputError(
@@ -177,16 +190,22 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{file} is damaged after row {number}: {error}") from None
 
 
-def _lines(file: Path) -> Iterator[bytes]:
-    """The lines of a file, unpacked where its name says so; each at most LINE_LIMIT + 1 bytes."""
+def _lines(file: Path, *, keep_rest: bool = False) -> Iterator[bytes]:
+    """The lines of a file, unpacked where its name says so; each at most LINE_LIMIT + 1 bytes.
+
+    The rest of a longer one is passed over, or with `keep_rest` given in pieces.
+    """
     number = 0
     try:
         with _open(file) as stream:
             while line := stream.readline(LINE_LIMIT + 1):
                 number += 1
                 yield line
-                while line and len(line) >= LINE_LIMIT and not line.endswith(b"\n"):
-                    line = stream.readline(LINE_LIMIT)  # the rest of one that is too long
+                is_cut = len(line) > LINE_LIMIT
+                while is_cut and line and not line.endswith(b"\n"):
+                    line = stream.readline(_PASSED)
+                    if keep_rest:
+                        yield line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{file} is damaged after line {number}: {error}") from None
 
