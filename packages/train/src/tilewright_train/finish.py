@@ -29,6 +29,7 @@ from tilewright_train.preference_report import (
 )
 from tilewright_train.preparation import Prepared
 from tilewright_train.progress import Reporter, format_seconds
+from tilewright_train.saving_time import saving_in_words
 from tilewright_train.whole_files import write_whole
 
 # 16 M pairs are counted in about two seconds; a bigram of 4,096² entries gains little from more.
@@ -51,7 +52,7 @@ def finish(
         prepared: The run, with the model trained.
         autocast: Precision of the sample.
         reporter: Takes the last lines.
-        saving: What checkpoints cost, for summary.json.
+        saving: What checkpoints cost, and how many were not written, for summary.json.
     """
     run, shape, config, settled = prepared.run, prepared.model_config, chosen.config, chosen.settled
     report = backend_report()
@@ -86,6 +87,7 @@ def finish(
         f"speed        {summary['tokens_per_second'] or 0:,.0f} tokens/s, the median of later"
         f" steps; {format_seconds(records[-1].time)} in all,"
         f" {summary['data_share'] or 0:.1%} of it waiting for data",
+        f"saving       {saving_in_words(saving['saving'])}",
         f"backends     {_backends_in_words(report)}",
         *([] if text is None else ["sample", *(f"    {line}" for line in text.splitlines())]),
         f"run          {run.root}",

@@ -185,10 +185,10 @@ class TrainingLoop:
             self.emit(record)
             if samples:
                 self.sample(done)
-            if owed and not self._in_a_row:
+            self._clock.restart()
+            if owed and not self._in_a_row:  # the next step bears what it has to wait for
                 self.save(done, self._seconds(), True)
                 saved, owed = done, False
-            self._clock.restart()
         self._batches.close()
         self._finish_steps(keep=0)
         if saved < done:
@@ -336,7 +336,7 @@ class _StepClock:
         self.restart()
 
     def restart(self) -> None:
-        """The next step begins now, after a measurement or a checkpoint."""
+        """The next step begins now, after a measurement; or waits for a checkpoint first."""
         self._since = time.perf_counter()
         if self._device.type == "cuda":
             self._event = torch.cuda.Event(enable_timing=True)

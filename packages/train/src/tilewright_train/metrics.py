@@ -41,7 +41,7 @@ class Record:
     tokens: int = 0
     """Tokens trained on so far."""
     tokens_per_second: float | None = None
-    """Throughput of the step, all processes together."""
+    """Throughput of the step, all processes together; behind a checkpoint it counts the wait."""
     data_seconds: float | None = None
     """Seconds that this process waited for the step's batch. On a GPU, which computes meanwhile,
     they need not lengthen the step."""
@@ -155,7 +155,7 @@ def steady_tokens_per_second(records: Iterable[Record]) -> float | None:
 def data_share(records: Iterable[Record]) -> float | None:
     """Share of the time of later steps that went into waiting for batches; see above for which.
 
-    Time between the steps, in which losses were measured or checkpoints written, does not count.
+    Time between the steps, in which losses were measured, does not count.
     """
     steps = [r for r in records if r.data_seconds is not None and r.tokens_per_second]
     steady = steps[min(10, len(steps) // 2) :]

@@ -46,6 +46,7 @@ from tilewright_train.replicas import is_sharded, wait_for_parameters, whole_sta
 from tilewright_train.run_directory import RunDirectory
 from tilewright_train.run_lock import locked
 from tilewright_train.saver import Saver
+from tilewright_train.saving_time import SavingTime, clock_of
 from tilewright_train.signals import StopRequest
 from tilewright_train.tensorboard_log import TensorBoardLog, check_installed
 from tilewright_train.trial import try_first_batch
@@ -243,7 +244,7 @@ class _Training:
             go_on=options.on_save_failure == "continue",
             say=reporter.say,
         )
-        self.saving_seconds = 0.0
+        self.saving = SavingTime(clock_of(environment.device))
 
     def run(self) -> None:
         """Train to the end and say how it was; or stop when asked to, and say how to go on."""
@@ -258,9 +259,12 @@ class _Training:
         self.reporter.begin(prepared.done, steps, self._ways())
         with StopRequest() as stop:
             self.saver.on_failure = stop.ask
+            began = time.perf_counter()
             try:
                 done = self._loop(stop).run(prepared.done, prepared.seconds)
-                self._wait_for_saver(last=True)
+                with self.saving.end():
+                    self._wait_for_saver(last=True)
+                ended = time.perf_counter()
             except KeyboardInterrupt:
                 raise  # the second signal, which does not wait
             except BaseException:
@@ -281,7 +285,7 @@ class _Training:
             )
         if self.environment.is_main:
             saving = {
-                "saving_seconds": self.saving_seconds,
+                "saving": self.saving.summary(ended - began),
                 "checkpoints_not_saved": self.saver.failed,
             }
             finish(self.chosen, prepared, self.autocast, self.reporter, saving)
@@ -411,6 +415,9 @@ class _Training:
             self.metrics.write(record)
         if self.board is not None:
             self.board.write(record)
+        if record.tokens_per_second:
+            tokens = self.prepared.sampler.batch_size * self.prepared.sampler.seq_len
+            self.saving.step(tokens / record.tokens_per_second, beside=self.saver.writing)
         self.reporter.record(record)
 
     def _watch(self) -> Watch:
@@ -491,7 +498,10 @@ class _Training:
         Raises:
             InputError: A weight is not finite.
         """
-        began = time.perf_counter()
+        with self.saving.hold():
+            self._start_saving(step, seconds, prune)
+
+    def _start_saving(self, step: int, seconds: float, prune: bool) -> None:
         self._wait_for_saver()  # its memory is taken anew
         self._check_weights(step)
         environment, prepared = self.environment, self.prepared
@@ -526,14 +536,10 @@ class _Training:
             )
         if self.memory is None:
             self._wait_for_saver()
-        self.saving_seconds += time.perf_counter() - began
 
     def _wait_for_saver(self, *, last: bool = False) -> None:
         """Return, in all processes, when the checkpoint that is being written is there."""
-        began = time.perf_counter()
         on_first(self.environment, lambda: self.saver.wait(last=last))
-        if last:
-            self.saving_seconds += time.perf_counter() - began
 
     def _flush_metrics(self) -> None:
         if self.metrics is not None:

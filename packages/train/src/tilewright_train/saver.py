@@ -53,6 +53,11 @@ class Saver:
         self.failed = 0
         """Checkpoints that could not be written."""
 
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written now."""
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self, snapshot: Snapshot, *, prune: bool = True) -> None:
         """Write a checkpoint. Its tensors stay as they are until `wait` returns.
 
