@@ -137,6 +137,26 @@ def test_zero1_divides_the_states_alone() -> None:
     assert zero1.total == ddp.total - ddp.optimizer + zero1.optimizer
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-weights"])
+def test_fsdp_divides_weights_gradients_and_states(precision: str) -> None:
+    config = preset("0.5b")
+    step = StepShape(rows=1, seq_len=256, parts=2, world_size=4, precision=precision)
+    ddp = plan_memory(config, step)
+    fsdp = plan_memory(config, dataclasses.replace(step, parallel="fsdp"))
+    assert fsdp.weights == ddp.weights // 4
+    assert fsdp.optimizer == ddp.optimizer // 4
+    assert (ddp.gathered, ddp.gradients) == (0, ddp.weights)
+    # What is whole at a time: embedding and head, and a few of 16 blocks.
+    assert 0 < fsdp.gathered < ddp.weights
+    assert fsdp.casts <= ddp.casts
+    assert fsdp.total < 0.75 * ddp.total
+    # One process has nothing to divide.
+    alone = dataclasses.replace(step, world_size=1)
+    assert plan_memory(config, dataclasses.replace(alone, parallel="fsdp")) == plan_memory(
+        config, alone
+    )
+
+
 def test_pairs_are_two_sequences_and_a_reference_is_a_second_model() -> None:
     config, step = preset("0.5b"), StepShape(rows=4, seq_len=2048)
     pairs = plan_memory(config, dataclasses.replace(step, rows=2, sequences=2))

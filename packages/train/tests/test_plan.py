@@ -29,7 +29,7 @@ def test_several_gpus_divide_the_batch_and_are_less_than_so_many_times_as_fast()
     alone = make_plan(preset("0.5b"), StepShape(rows=16, seq_len=2048, parts=4), H200)
     plans = list(on_several(alone, (1, 2, 4, 128)))
     assert [(p.step.world_size, p.step.parallel) for p in plans] == [
-        (1, "ddp"), (2, "ddp"), (2, "zero1"), (4, "ddp"), (4, "zero1"),
+        (1, "ddp"), (2, "ddp"), (2, "zero1"), (2, "fsdp"), (4, "ddp"), (4, "zero1"), (4, "fsdp"),
     ]  # fmt: skip
     assert {p.tokens_a_step for p in plans} == {64 * 2048}
     rates = [p.tokens_per_second or 0 for p in plans if p.step.parallel == "ddp"]
@@ -50,7 +50,10 @@ def test_every_way_that_is_named_fits() -> None:
     assert all(memory.total <= (1 - MARGIN) * accelerator("h100").memory for _, memory in ways)
     unknown = ways_to_fit(dataclasses.replace(plan, gpu=None))
     assert all(memory.total < plan.memory.total for _, memory in unknown)
-    assert {"--parallel zero1", "--precision bf16"} <= {flags for flags, _ in unknown}
+    schemes = {"--parallel zero1", "--parallel fsdp"}
+    assert {*schemes, "--precision bf16"} <= {flags for flags, _ in unknown}
+    muon = make_plan(plan.config, dataclasses.replace(step, optim="muon"), None)
+    assert schemes & {flags for flags, _ in ways_to_fit(muon)} == {"--parallel zero1"}
 
 
 def test_the_command_prints_memory_speed_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,12 +69,23 @@ def test_the_command_prints_memory_speed_and_a_table(capsys: pytest.CaptureFixtu
         "tokens/s,",
         " GPUs  scheme      rows      memory",
         "   64   zero1     1 x 1",
+        "   64    fsdp     1 x 1",
     ):
         assert wanted in out, wanted
     table = out.split("highest in the backward:")[1].split("fits")[0].splitlines()
     kinds = [float(line.split()[1]) for line in table if "GiB" in line]
     total = float(out.split("memory       ")[1].split()[0])
     assert sum(kinds) == pytest.approx(total, abs=0.05)
+
+
+def test_fsdp_holds_a_model_that_no_gpu_does(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "llama3-8b", "--gpu", "L4", "--gpus", "64", "--batch-size", "64"]
+    for parallel, fits in (("zero1", False), ("fsdp", True)):
+        flags = ["--parallel", parallel, "--micro-batch-size", "1", "--recompute", "full"]
+        assert main([*words, *flags]) == 0
+        out = capsys.readouterr().out
+        assert ("it does not fit; it would with" in out) != fits, out
+        assert ("  gathered" in out) == (parallel == "fsdp")
 
 
 def test_what_does_not_fit_is_told_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +102,10 @@ def test_what_does_not_fit_is_told_with_what_would(capsys: pytest.CaptureFixture
         (["--gpu", "h300"], "gpu 'h300' is not known (did you mean 'H200'?): choose one of"),
         (["--gpu", "H200", "--gpus", "3"], "is not a multiple of 3 gpus"),
         (["--gpus", "0"], "gpus 0 is out of range"),
+        (
+            ["--parallel", "fsdp", "--optim", "muon"],
+            "use --parallel zero1 or ddp, or --optim adamw",
+        ),
         (["--gpu", "H200", "--micro-batch-size", "7"], "micro_batch_size 7 does not divide"),
         (["--stepz", "3"], "unknown flag '--stepz' (did you mean '--steps'?)"),
         (["--preset", "nanoo"], "no preset 'nanoo'"),

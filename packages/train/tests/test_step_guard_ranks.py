@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from unittest import mock
 
 import pytest
@@ -19,7 +19,7 @@ from tilewright_train.batches import Batch
 from tilewright_train.guilty import LeftOut
 from tilewright_train.step_guard import StepGuard
 
-Parallel = Literal["ddp", "zero1"]
+Parallel = Literal["ddp", "zero1", "fsdp"]
 
 
 def trained(rank: int, parallel: Parallel) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -46,14 +46,15 @@ def trained(rank: int, parallel: Parallel) -> tuple[list[list[int]], list[torch.
         guard.scaled(module(x).sum()).backward()
         outcome = guard.clip_and_step(torch.tensor(1.0))  # the gradients alone tell
         optimizer.zero_grad(set_to_none=True)
-        if parallel == "zero1":
+        if parallel != "ddp":
             optimizer.wait_for_parameters()
         told.append([int(outcome.skipped), int(outcome.in_all), int(outcome.scale)])
-        weights.append(model.weight.detach().clone())
+        weight: Any = model.weight
+        weights.append((weight.full_tensor() if parallel == "fsdp" else weight).detach().clone())
     return told, weights
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "zero1"])
+@pytest.mark.parametrize("parallel", get_args(Parallel))
 def test_all_ranks_leave_out_what_one_cannot_make(parallel: Parallel) -> None:
     (first, mine), (second, theirs) = run_ranks(trained, parallel, world_size=2, timeout=200)
     assert first == second == [[0, 0, 65536], [1, 1, 65536], [0, 1, 32768], [0, 1, 32768]]
@@ -71,7 +72,7 @@ def examined(rank: int, folder: str) -> str:
     sampler = SimpleNamespace(parts=lambda _: 1, batch=lambda *_: batch)
     prepared: Any = SimpleNamespace(
         sampler=sampler,
-        trainee=SimpleNamespace(optimizer=None),
+        trainee=SimpleNamespace(optimizer=None, module=None),
         run=SimpleNamespace(left_out=Path(folder)),
     )
     chosen: Any = SimpleNamespace(settled=SimpleNamespace(micro_batch_size=1))

@@ -21,6 +21,7 @@ from tilewright_train import optimizer_state as optimizer_states
 from tilewright_train.chat_template import TEMPLATE_FILE
 from tilewright_train.checkpoint import RANDOM, TRAINING, new_checkpoint, prune
 from tilewright_train.errors import InputError
+from tilewright_train.replicas import load_weights
 from tilewright_train.snapshot import Snapshot
 from tilewright_train.tokenizer import TOKENIZER_FILE
 
@@ -105,7 +106,7 @@ def load(
             f"{folder} holds another model than this run's: {different}; put the run's own"
             " checkpoints there, or start a new run"
         )
-    model.load_state_dict(saved.state_dict())
+    load_weights(model, saved.state_dict())
     training, random = read_training(folder), load_random(folder)
     try:
         optimizer_states.restore(optimizer, model, load_optimizer(folder), training["optimizer"])

@@ -26,7 +26,7 @@ PreferenceLoss = Literal["sigmoid", "ipo", "hinge", "robust"]
 
 REFERENCE_START, REFERENCE_EMA = "start", "ema"
 
-Parallel = Literal["ddp", "zero1"]
+Parallel = Literal["ddp", "zero1", "fsdp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +247,9 @@ class MachineOptions:
     deterministic: bool = True
     """Only algorithms that give the same bits every time, which resuming bit for bit needs."""
     parallel: Parallel = "ddp"
-    """What the processes of torchrun divide: the batch alone («ddp»), or the optimizer's states as
-    well («zero1»), which takes less memory and as much time."""
+    """What the processes of torchrun divide: the batch alone («ddp»); the optimizer's states as
+    well («zero1»), which takes less memory and as much time; or weights and gradients as well
+    («fsdp»), which takes least memory and gathers the weights twice a step."""
 
     def __post_init__(self) -> None:
         _check_choices(self)

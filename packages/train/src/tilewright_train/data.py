@@ -81,6 +81,10 @@ class ValidationRows:
             for first in range(0, len(mine), size):
                 yield rows.read(mine[first : first + size])
 
+    def most_batches(self, size: int, world_size: int) -> int:
+        """How many batches the first process has, of which none has more."""
+        return sum(-(-len(numbers[::world_size]) // size) for _, numbers in self.parts)
+
 
 def training_rows(
     splits: Sequence[Samples], weights: Sequence[float], options: RowOptions, seed: int

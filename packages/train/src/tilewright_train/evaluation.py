@@ -11,8 +11,10 @@ from torch import nn
 
 from tilewright_dist import DistributedEnvironment
 from tilewright_model import CausalLM, generate
+from tilewright_train.batches import Batch
 from tilewright_train.data import ValidationRows
 from tilewright_train.objectives import Objective
+from tilewright_train.replicas import is_fully_sharded
 from tilewright_train.tokenizer import decode, end_token
 
 
@@ -61,16 +63,34 @@ def validate(
     shares = {"rank": environment.rank, "world_size": environment.world_size}
     device = environment.device
     with evaluating(module):
-        for batch in rows.batches(batch_size, **shares):
+        mine = rows.batches(batch_size, **shares)
+        for batch in _in_step(mine, rows, batch_size, environment, is_fully_sharded(module)):
+            computed = next(rows.batches(1)) if batch is None else batch
             with autocast:
-                loss, sums = objective.loss(module, batch.to(device), 1)
-            parts = torch.cat([loss[None], sums]).double()
-            total = parts if total is None else total + parts
+                loss, sums = objective.loss(module, computed.to(device), 1)
+            if batch is not None:
+                parts = torch.cat([loss[None], sums]).double()
+                total = parts if total is None else total + parts
     if environment.process_group is not None:
         total = _summed(total, environment)
     assert total is not None, "there is a row at least"
     loss, *sums = total.tolist()
     return Validation(loss / rows.targets, objective.means(sums, rows.targets))
+
+
+def _in_step(
+    mine: Iterator[Batch],
+    rows: ValidationRows,
+    size: int,
+    environment: DistributedEnvironment,
+    together: bool,
+) -> Iterator[Batch | None]:
+    """This process's batches, and None while others that compute `together` with it have more."""
+    missing = rows.most_batches(size, environment.world_size) if together else 0
+    for batch in mine:
+        missing -= 1
+        yield batch
+    yield from [None] * missing
 
 
 def _summed(total: torch.Tensor | None, environment: DistributedEnvironment) -> torch.Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor
 from tilewright_dist import DistributedEnvironment
 from tilewright_train.automatic import Chosen
 from tilewright_train.batches import Batch
-from tilewright_train.guilty import LeftOut, find_guilty, keep_batch
+from tilewright_train.guilty import LeftOut, find_guilty, find_guilty_together, keep_batch
 from tilewright_train.preparation import Prepared
 from tilewright_train.processes import gather
-from tilewright_train.replicas import wait_for_parameters
+from tilewright_train.replicas import is_fully_sharded, wait_for_parameters
 
 
 def examine(
@@ -44,6 +44,7 @@ def examine(
             guilty = _guilty(tried, left_out.step - 1, prepared, environment, autocast)
             if guilty is not None:
                 part, batch = number, tried
+            if _is_found(guilty, prepared, environment):
                 break
     rank = environment.rank
     found = gather(environment, {str(rank): guilty})
@@ -82,4 +83,19 @@ def _guilty(
             value, _ = prepared.objective.loss(trainee.called, on_device, items)
         return trainee.guard.scaled(value)
 
-    return find_guilty(trainee.model, loss)
+    if not is_fully_sharded(trainee.module):
+        return find_guilty(trainee.model, loss)
+    wait_for_parameters(trainee.optimizer)  # divides what an earlier part's pass left whole
+    found = find_guilty_together(
+        trainee.model, loss, lambda found: _is_found(found, prepared, environment)
+    )
+    wait_for_parameters(trainee.optimizer)
+    return found
+
+
+def _is_found(guilty: str | None, prepared: Prepared, environment: DistributedEnvironment) -> bool:
+    """Whether to look no further; where processes compute together they stop together."""
+    if not is_fully_sharded(prepared.trainee.module):
+        return guilty is not None
+    found = gather(environment, {str(environment.rank): guilty})
+    return any(name is not None for name in found.values())

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tilewright_train.batches import Batch
+from tilewright_train.replicas import own_rows
 
 MOST_KEPT = 20
 """Batches that a run keeps; later ones are only named."""
@@ -52,8 +53,8 @@ class LeftOut:
 
 @torch.no_grad()
 def broken_parameter(model: nn.Module) -> str | None:
-    """The first parameter with a value that is not finite, and how many it has."""
-    parameters = dict(model.named_parameters())
+    """The first parameter with a value that is not finite, and how many this process has of it."""
+    parameters = {name: own_rows(p) for name, p in model.named_parameters()}
     if torch.stack([p.isfinite().all() for p in parameters.values()]).all():  # one wait for the GPU
         return None
     for name, parameter in parameters.items():
@@ -102,15 +103,69 @@ def find_guilty(model: nn.Module, compute_loss: Callable[[], Tensor]) -> str | N
     return None
 
 
+def find_guilty_together(
+    model: nn.Module, compute_loss: Callable[[], Tensor], anyone: Callable[[str | None], bool]
+) -> str | None:
+    """`find_guilty` under FSDP, where all processes compute together, and stop together.
+
+    Gradients of parameters are there as averages over all processes; what tells whose they were is
+    the gradients of outputs, which are looked at first.
+
+    Args:
+        model: Its parameters are divided at the moment.
+        compute_loss: Runs it on this process's batch.
+        anyone: Whether any process has found something; called by all together.
+
+    Returns:
+        As `find_guilty`, or «gradient of the output of NAME»; None where others found something.
+    """
+    broken = broken_parameter(model)
+    found = f"parameter {broken}" if broken else None
+    if anyone(found):
+        return found
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    eagerly = torch.compiler.set_stance("force_eager")
+    named = dict(model.named_parameters())
+    backwards: list[str] = []
+    with torch.random.fork_rng(devices), eagerly, _watching(model, backwards) as seen:
+        loss = compute_loss()
+        found = f"output of {seen[0]}" if seen else None
+        if found is None and not loss.isfinite().all():
+            found = "loss"
+        if anyone(found):
+            return found
+        loss.backward()
+    found = f"gradient of the output of {backwards[0]}" if backwards else None
+    if not anyone(found):
+        grads = {name: own_rows(p.grad) for name, p in named.items() if p.grad is not None}
+        bad = [name for name, grad in grads.items() if not grad.isfinite().all()]
+        found = f"gradient of {bad[-1]}" if bad else None
+    for parameter in named.values():
+        parameter.grad = None
+    return found
+
+
 @contextmanager
-def _watching(model: nn.Module) -> Iterator[list[str]]:
-    """Names of modules, in the order in which they return something that is not finite."""
+def _watching(model: nn.Module, backwards: list[str] | None = None) -> Iterator[list[str]]:
+    """Names of modules, in the order in which they return something that is not finite.
+
+    Args:
+        model: Whose modules.
+        backwards: Gets those whose outputs have gradients that are not finite, as they come.
+    """
     seen: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
+        def look_back(grad: Tensor) -> None:
+            if backwards is not None and not backwards and not grad.isfinite().all():
+                backwards.append(name)
+
         def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if not seen and not all(t.isfinite().all() for t in _tensors(output)):
                 seen.append(name)
+            for tensor in _tensors(output):
+                if backwards is not None and tensor.requires_grad:
+                    tensor.register_hook(look_back)
 
         return look
 
@@ -124,7 +179,7 @@ def _watching(model: nn.Module) -> Iterator[list[str]]:
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         if output.is_floating_point():
-            yield output.detach()
+            yield output
     elif isinstance(output, tuple | list):
         for part in output:
             yield from _tensors(part)

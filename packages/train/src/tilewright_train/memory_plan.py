@@ -54,6 +54,8 @@ class MemoryPlan:
     """What the block or the update under way needs besides."""
     moment: str
     """When: «loss», «backward» or «update»."""
+    gathered: int = 0
+    """Under FSDP: embedding and head, a block and the next one, whole; gradients on their way."""
 
     @property
     def total(self) -> int:
@@ -83,7 +85,7 @@ class StepShape:
     """What backward computes anew."""
     parts: int = 1
     """Forward and backward passes a step; with several, gradients wait for each other."""
-    parallel: Literal["ddp", "zero1"] = "ddp"
+    parallel: Literal["ddp", "zero1", "fsdp"] = "ddp"
     """What is divided, where there are several processes."""
     world_size: int = 1
     """Processes."""
@@ -148,6 +150,9 @@ def _moments(config: ModelConfig, step: StepShape) -> Iterator[MemoryPlan]:
     count = count_parameters(config)
     head = config.vocab_size * config.hidden_size
     block = _BlockBytes.of(config, step)
+    if step.parallel == "fsdp" and step.world_size > 1:
+        yield from _moments_fully_sharded(config, step, block)
+        return
     sharded = step.world_size if step.parallel == "zero1" else 1
     base = {
         "weights": count.total * (weight + 4 * step.has_reference),
@@ -189,6 +194,65 @@ def _moments(config: ModelConfig, step: StepShape) -> Iterator[MemoryPlan]:
     )
 
 
+def _moments_fully_sharded(
+    config: ModelConfig, step: StepShape, block: "_BlockBytes"
+) -> Iterator[MemoryPlan]:
+    """The same where weights, gradients and states are divided and blocks gathered as they come.
+
+    Blocks are gathered in the dtype of products, so autocast keeps no casts of them. Embedding and
+    head are whole from the beginning of a step to its end, as they are stored.
+    """
+    dtypes, ranks = arithmetic(step.precision), step.world_size
+    weight, product = dtypes.weights.itemsize, dtypes.products.itemsize
+    layers, tokens = config.num_hidden_layers, step.tokens
+    count = count_parameters(config)
+    ends = count.embedding + count.position + count.lm_head
+    head = config.vocab_size * config.hidden_size
+    a_block = (count.total - ends) // layers
+    base = {
+        "weights": count.total * weight // ranks + 4 * count.total * step.has_reference,
+        "optimizer": _state_bytes(config, step) // ranks,
+    }
+    rows = count.total * weight // ranks
+    # The block at work and the next; the latter arrives in one piece, which is copied out.
+    blocks = 3 * a_block * product
+    yield MemoryPlan(
+        **base,
+        gradients=rows if step.parts > 1 else 0,
+        casts=head * product if dtypes.autocasts else 0,
+        activations=layers * block.kept + tokens * (config.hidden_size * (weight + product) + 4),
+        logits=logits_bytes(config, tokens, dtype=dtypes.products) + head * product,
+        workspace=0,
+        moment="loss",
+        gathered=ends * weight + blocks,
+    )
+    # A block's gradient as backward makes it, and as it is sent; the one before may be on its way.
+    sent = a_block * (product + 2 * weight)
+    for left in (layers, 1):
+        made = (layers - left) * a_block * weight // ranks
+        yield MemoryPlan(
+            **base,
+            gradients=(rows if step.parts > 1 else made) + head * weight,
+            casts=0,
+            activations=left * block.kept,
+            logits=0,
+            workspace=block.workspace,
+            moment="backward",
+            gathered=ends * weight + blocks + sent,
+        )
+    # The end of backward: gradients of embedding and head as they are, and as they are sent.
+    yield MemoryPlan(
+        **base,
+        gradients=rows,
+        casts=0,
+        activations=0,
+        logits=0,
+        workspace=0,
+        moment="update",
+        gathered=3 * ends * weight,
+    )
+
+
 @dataclass(frozen=True)
 class _BlockBytes:
     """Of one block: the mean, where some are dense and some sparse."""
@@ -226,6 +290,8 @@ class _BlockBytes:
             cast_again = casts - cast * count.attention // layers
             casts -= cast_again
         inside = mlp * 3 // 2  # gradients of gate and up, and their product anew
+        if step.parallel == "fsdp" and step.world_size > 1:
+            casts = cast_again = 0
         return cls(
             kept=tokens * kept,
             casts=casts,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright_model import ModelConfig, count_parameters, flops_per_token
+from tilewright_train.config import Parallel
 from tilewright_train.hardware import Accelerator
 from tilewright_train.memory_plan import (
     MARGIN,
@@ -32,6 +33,7 @@ _MEANING = {
     "activations": "what blocks keep for backward",
     "logits": "a chunk of them, and the loss's gradients",
     "workspace": "of the block or the update under way",
+    "gathered": "embedding and head, a block and the next, whole; gradients on their way",
 }
 
 
@@ -93,13 +95,13 @@ def make_plan(
 
 
 def on_several(plan: Plan, counts: Sequence[int], *, tf32: bool = False) -> Iterator[Plan]:
-    """The same run with its batch divided among other numbers of GPUs, in both schemes.
+    """The same run with its batch divided among other numbers of GPUs, in all schemes it can take.
 
     Numbers that do not divide the batch are left out.
     """
     rows = plan.step.rows * plan.step.parts * plan.step.world_size
     for count in counts:
-        for parallel in ("ddp", "zero1") if count > 1 else ("ddp",):
+        for parallel in _schemes(plan.step) if count > 1 else ("ddp",):
             if rows % count or plan.gpu is None:
                 continue
             step = dataclasses.replace(
@@ -109,6 +111,11 @@ def on_several(plan: Plan, counts: Sequence[int], *, tf32: bool = False) -> Iter
             together = found[0] if found else 1
             step = dataclasses.replace(step, rows=together, parts=rows // count // together)
             yield make_plan(plan.config, step, plan.gpu, tf32=tf32)
+
+
+def _schemes(step: StepShape) -> tuple[Parallel, ...]:
+    """Ways to divide it, each into more than the one before; Muon needs whole matrices."""
+    return ("ddp", "zero1") if step.optim == "muon" else ("ddp", "zero1", "fsdp")
 
 
 def ways_to_fit(plan: Plan) -> list[tuple[str, MemoryPlan]]:
@@ -125,8 +132,10 @@ def ways_to_fit(plan: Plan) -> list[tuple[str, MemoryPlan]]:
         )
     if step.precision in ("fp32", "fp16"):
         changes.append(("--precision bf16", {"precision": "bf16"}))
-    if step.world_size > 1 and step.parallel == "ddp":
-        changes.append(("--parallel zero1", {"parallel": "zero1"}))
+    if step.world_size > 1:
+        schemes = _schemes(step)
+        for parallel in schemes[schemes.index(step.parallel) + 1 :]:
+            changes.append((f"--parallel {parallel}", {"parallel": parallel}))
     for mode in {"none": ("selective", "full"), "selective": ("full",)}.get(step.recompute, ()):
         changes.append((f"--recompute {mode}", {"recompute": mode}))
     if step.precision == "bf16":

@@ -46,8 +46,10 @@ def _lines(config: PretrainConfig, gpu_name: str | None, gpus: int) -> list[str]
     from tilewright_train.automatic import choose, model_config
     from tilewright_train.hardware import accelerator, accelerator_here
     from tilewright_train.plan import make_plan, on_several, plan_lines, several_lines
+    from tilewright_train.replicas import check_divisible
 
     gpu = accelerator(gpu_name) if gpu_name else None
+    check_divisible(config)
     chosen = choose(config, local_processes=gpus, accelerator=gpu)
     settled, machine = chosen.settled, chosen.config.machine
     if gpu is None:

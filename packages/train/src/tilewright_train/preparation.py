@@ -263,6 +263,7 @@ def build(
         called,
         lambda _: make_optimizer(options, model, settled.lr, settled.precision),
         parallel=chosen.config.machine.parallel,
+        precision=settled.precision,
         environment=environment,
         max_grad_norm=options.max_grad_norm,
     )

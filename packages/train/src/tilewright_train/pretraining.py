@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
@@ -42,7 +43,14 @@ from tilewright_train.preparation import Prepared, prepare
 from tilewright_train.processes import gather, local_processes, on_first
 from tilewright_train.progress import Reporter, make_reporter
 from tilewright_train.random_states import random_states
-from tilewright_train.replicas import is_sharded, wait_for_parameters, whole_state
+from tilewright_train.replicas import (
+    check_divisible,
+    is_sharded,
+    wait_for_parameters,
+    whole_model,
+    whole_state,
+    whole_weights,
+)
 from tilewright_train.run_directory import RunDirectory
 from tilewright_train.run_lock import locked
 from tilewright_train.saver import Saver
@@ -134,7 +142,8 @@ def _check_watching(chosen: Chosen, environment: DistributedEnvironment) -> None
     """Refuse to look at what is not there, before a run has its name."""
     config, steps = chosen.config, chosen.settled.steps
     options, profile = config.run, config.run.profiled_steps
-    divided = environment.process_group is not None and config.machine.parallel == "zero1"
+    check_divisible(config)
+    divided = environment.process_group is not None and config.machine.parallel != "ddp"
     if options.grad_norms_every and divided:
         raise InputError(
             "grad_norms_every needs whole gradients in every process: use --parallel ddp, or leave"
@@ -251,10 +260,12 @@ class _Training:
         steps, prepared = self.chosen.settled.steps, self.prepared
         self._introduce()
         self._try_first_batch()
-        if self.environment.is_main and prepared.done == 0:
-            answer_tasks(self.chosen, prepared, 0, self.autocast, self.reporter)
-            finish_stories(self.chosen, prepared, 0, self.autocast, self.reporter)
-            self._sample(0)
+        if prepared.done == 0:
+            whole = self._whole()
+            if self.environment.is_main:
+                answer_tasks(self.chosen, whole, 0, self.autocast, self.reporter)
+                finish_stories(self.chosen, whole, 0, self.autocast, self.reporter)
+                self._write_sample(0, whole)
         backend_report(reset=True)
         self.reporter.begin(prepared.done, steps, self._ways())
         with StopRequest() as stop:
@@ -283,12 +294,13 @@ class _Training:
                 f" {self.chosen.config.command} --resume {prepared.run.root}",
                 128 + (stop.signal or 15),
             )
+        whole = self._whole()
         if self.environment.is_main:
             saving = {
                 "saving": self.saving.summary(ended - began),
                 "checkpoints_not_saved": self.saver.failed,
             }
-            finish(self.chosen, prepared, self.autocast, self.reporter, saving)
+            finish(self.chosen, whole, self.autocast, self.reporter, saving)
 
     def _try_first_batch(self) -> None:
         """Compile, and see that memory is enough; the run may get a smaller micro-batch."""
@@ -371,8 +383,9 @@ class _Training:
 
     def _evaluate(self) -> Validation:
         validation = self._validate()
+        wait_for_parameters(self.prepared.trainee.optimizer)
         if not math.isfinite(validation.loss):
-            broken = broken_parameter(self.prepared.trainee.model)
+            broken = self._broken_parameter()
             raise InputError(
                 f"the validation loss is {validation.loss}; first not finite: "
                 + (f"parameter {broken}" if broken else "an output of the model")
@@ -446,10 +459,25 @@ class _Training:
 
     def _sample(self, step: int) -> None:
         """Draw a sample after a step; random numbers of the run are left as they are."""
-        wait_for_parameters(self.prepared.trainee.optimizer)
-        if self.environment.is_main and self.prepared.template is None:
+        whole = self._whole()
+        if self.environment.is_main:
+            self._write_sample(step, whole)
+
+    def _whole(self) -> Prepared:
+        """The run with weights that a process can write with by itself. Called by all together."""
+        trainee = self.prepared.trainee
+        wait_for_parameters(trainee.optimizer)
+        weights = whole_weights(trainee.model, trainee.optimizer)
+        if not weights:  # every process has them; or this one does not write
+            return self.prepared
+        model = whole_model(self.prepared.model_config, weights, self.environment.device)
+        model.train(trainee.model.training)
+        return replace(self.prepared, trainee=replace(trainee, model=model))
+
+    def _write_sample(self, step: int, whole: Prepared) -> None:
+        if self.prepared.template is None:
             try:
-                text = sample_text(self.chosen, self.prepared, step, self.autocast)
+                text = sample_text(self.chosen, whole, step, self.autocast)
             except FloatingPointError:  # the steps say what broke, and stop the run if need be
                 text = "none, since what the model computes is not finite"
             when = "" if step else "before training: "
@@ -478,14 +506,17 @@ class _Training:
 
     def _check_weights(self, step: int) -> None:
         """Refuse to save weights that no later step can mend, in whatever process they are."""
-        wait_for_parameters(self.prepared.trainee.optimizer)
-        mine = {str(self.environment.rank): broken_parameter(self.prepared.trainee.model)}
-        broken = [name for name in gather(self.environment, mine).values() if name]
-        if broken:
+        if broken := self._broken_parameter():
             raise InputError(
-                f"step {step} is not saved: parameter {broken[0]}; start again with a smaller --lr,"
+                f"step {step} is not saved: parameter {broken}; start again with a smaller --lr,"
                 f" or in another --precision; {self._fallback()}"
             )
+
+    def _broken_parameter(self) -> str | None:
+        """The first one that is not finite, in whatever process. Called by all together."""
+        wait_for_parameters(self.prepared.trainee.optimizer)
+        mine = {str(self.environment.rank): broken_parameter(self.prepared.trainee.model)}
+        return next((name for name in gather(self.environment, mine).values() if name), None)
 
     def _save(self, step: int, seconds: float, prune: bool) -> None:
         """Have a checkpoint written. All processes call this together; the first one writes.
@@ -507,6 +538,8 @@ class _Training:
         environment, prepared = self.environment, self.prepared
         trainee = prepared.trainee
         optimizer_state = whole_state(trainee.optimizer)
+        copy = self.memory.copy if self.memory is not None else None
+        weights = whole_weights(trainee.model, trainee.optimizer, copy)
         states = gather(environment, random_states(environment.rank, environment.device))
         rows = step * prepared.sampler.batch_size
         if environment.is_main:
@@ -516,6 +549,7 @@ class _Training:
                     model=trainee.model,
                     optimizer=trainee.optimizer,
                     optimizer_state=optimizer_state,
+                    weights=weights,
                     scheduler=trainee.scheduler,
                     random_states=states,
                     tokenizer=prepared.corpus.tokenizer.to_str(),

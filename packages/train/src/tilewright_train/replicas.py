@@ -1,6 +1,7 @@
-"""How several processes divide a run: replicas, and with ZeRO-1 the optimizer's states.
+"""How several processes divide a run: replicas, ZeRO-1's states, or everything (FSDP).
 
-One process without torchrun trains the model as it is.
+One process without torchrun trains the model as it is. Under FSDP a process holds rows of every
+parameter: a forward pass is made by all together, and whoever wants whole weights asks for them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,9 +9,48 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
-from tilewright_dist import DistributedEnvironment, ShardedOptimizer, wrap
-from tilewright_train.config import Parallel
+from tilewright_dist import (
+    DistributedEnvironment,
+    FullyShardedOptimizer,
+    ShardedOptimizer,
+    gather_state_dict,
+    load_whole_state_dict,
+    wrap,
+)
+from tilewright_model import CausalLM, ModelConfig
+from tilewright_train.config import REFERENCE_EMA, Parallel, PretrainConfig
+from tilewright_train.errors import InputError
+from tilewright_train.precision import arithmetic
+from tilewright_train.snapshot import Copy
+
+
+def check_divisible(config: PretrainConfig) -> None:
+    """Refuse what needs something whole that no process would have.
+
+    Raises:
+        InputError: It names the option and the modes that are left.
+    """
+    if config.machine.parallel != "fsdp":
+        return
+    instead = "use --parallel zero1 or ddp"
+    if config.training.optim == "muon":
+        raise InputError(
+            "optim muon orthogonalizes whole matrices, and with --parallel fsdp each process has"
+            f" rows of them: {instead}, or --optim adamw"
+        )
+    if config.machine.compile:
+        raise InputError(
+            "compile would trace the exchanges of --parallel fsdp, which is not supported:"
+            f" {instead}, or leave --compile out"
+        )
+    if config.run.objective == "dpo" and config.dpo.reference == REFERENCE_EMA:
+        raise InputError(
+            "reference ema averages whole weights after every step, of which with --parallel fsdp"
+            f" each process has rows: {instead}, or another --reference"
+        )
 
 
 def replicate(
@@ -18,6 +58,7 @@ def replicate(
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     *,
     parallel: Parallel,
+    precision: str,
     environment: DistributedEnvironment,
     max_grad_norm: float,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -27,6 +68,7 @@ def replicate(
         model: On its device.
         make_optimizer: Of all its parameters.
         parallel: What the processes divide.
+        precision: Of the run.
         environment: Of this process.
         max_grad_norm: A sharded optimizer clips by itself, as no process sees all gradients.
     """
@@ -38,34 +80,51 @@ def replicate(
         parallel=parallel,
         process_group=environment.process_group,
         max_grad_norm=max_grad_norm if parallel == "zero1" else None,
+        block_options={"mp_policy": _policy(precision)} if parallel == "fsdp" else None,
     )
 
 
+def _policy(precision: str) -> MixedPrecisionPolicy:
+    """What blocks gather: weights in the dtype of products.
+
+    Autocast would keep its casts of whole weights from forward to backward, which frees nothing.
+    Gradients come in that dtype, as they do under autocast, and are averaged in that of weights.
+    The stream stays as wide as it is: embedding and head are gathered as they are stored.
+    """
+    dtypes = arithmetic(precision)
+    if not dtypes.autocasts:
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    return MixedPrecisionPolicy(
+        param_dtype=dtypes.products, reduce_dtype=dtypes.weights, cast_forward_inputs=False
+    )
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether processes hold rows of its parameters, and compute a forward pass together."""
+    return isinstance(module, FSDPModule)
+
+
 def wait_for_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Return when the weights are there after a step: sharded ones travel meanwhile."""
-    if isinstance(optimizer, ShardedOptimizer):
+    """Return when the weights are there after a step, or divided again after a forward pass."""
+    if isinstance(optimizer, ShardedOptimizer | FullyShardedOptimizer):
         optimizer.wait_for_parameters()
 
 
-def clip_and_step(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_grad_norm: float
+def gradient_norm(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]
 ) -> torch.Tensor:
-    """Scale gradients of a larger norm down to it, and update; the norm before that, 0-d."""
-    if isinstance(optimizer, ShardedOptimizer):
-        optimizer.step()
-        assert optimizer.grad_norm is not None
-        return optimizer.grad_norm
+    """Of all gradients together, whatever part of them this process has; 0-d, on the device."""
     # Imported here, behind the thread that `pretraining` starts for it.
-    from tilewright_optim import clip_grad_norm_
+    from tilewright_optim.clip_grad import total_norm
 
-    norm = clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
-    return norm
+    if isinstance(optimizer, FullyShardedOptimizer):
+        return optimizer.over_ranks(total_norm(optimizer.local_gradients()))
+    return total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its whole state has to be collected, and is a copy then."""
-    return isinstance(optimizer, ShardedOptimizer)
+    return isinstance(optimizer, ShardedOptimizer | FullyShardedOptimizer)
 
 
 def whole_state(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
@@ -74,7 +133,66 @@ def whole_state(optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
     Sharded states travel to the first process; all call this together, and the weights are there
     afterwards.
     """
-    if isinstance(optimizer, ShardedOptimizer):
+    if isinstance(optimizer, ShardedOptimizer | FullyShardedOptimizer):
         optimizer.wait_for_parameters()
         return optimizer.full_state_dict()
     return optimizer.state_dict()
+
+
+def whole_weights(
+    model: nn.Module, optimizer: torch.optim.Optimizer, copy: Copy | None = None
+) -> dict[str, torch.Tensor] | None:
+    """Under FSDP copies of all weights on the host of the first process, which all call for.
+
+    One at a time is whole on a device.
+
+    Args:
+        model: Without wrappers.
+        optimizer: Of its parameters.
+        copy: Takes a copy that may be on its way still; by default a plain one is waited for.
+
+    Returns:
+        None where every process has whole weights anyway; in others than the first, nothing.
+    """
+    if not isinstance(optimizer, FullyShardedOptimizer):
+        return None
+    optimizer.wait_for_parameters()
+    weights = {}
+    for name, tensor in gather_state_dict(model):
+        if tensor is not None:
+            weights[name] = copy(name, tensor) if copy else tensor.detach().cpu().clone()
+    return weights
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load whole weights, of which a process may keep its rows."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        load_whole_state_dict(model, weights)
+    else:
+        model.load_state_dict(weights)
+
+
+def own_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a parameter or a gradient; not to be changed."""
+    rows = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return rows.detach()
+
+
+def whole_model(
+    config: ModelConfig, weights: Mapping[str, torch.Tensor], device: torch.device
+) -> CausalLM:
+    """A model of weights that `whole_weights` gave, to write with.
+
+    Where the device has no room for it the model stays on the host and is slow.
+    """
+    with torch.device("meta"):
+        model = CausalLM(config)
+    model.load_state_dict(weights, assign=True)
+    for module in (model.rotary, model.embed_positions):
+        if module is not None and not any(True for _ in module.parameters()):
+            module.to_empty(device="cpu")  # its table follows from the configuration
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return model.to("cpu")

@@ -88,6 +88,7 @@ def take(
     model: CausalLM,
     optimizer: torch.optim.Optimizer,
     optimizer_state: Mapping[str, Any] | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     random_states: Mapping[str, torch.Tensor],
     tokenizer: str,
@@ -104,6 +105,7 @@ def take(
         model: Without wrappers.
         optimizer: Of the model's parameters.
         optimizer_state: Its whole state_dict, where it holds a part; None asks it.
+        weights: Copies of all weights, where the model holds a part; None asks it.
         scheduler: Of the optimizer.
         random_states: Of every process.
         tokenizer: Text of tokenizer.json.
@@ -115,11 +117,12 @@ def take(
         fresh: Whether `optimizer_state` is a copy already.
     """
     tensors, record = optimizer_states.flatten(optimizer, model, optimizer_state)
-    weights = model.state_dict()
+    held = model.state_dict() if weights is None else weights
     reference = reference or {}
     arrived = None
     if memory is not None:
-        weights = {name: memory.copy(name, tensor) for name, tensor in weights.items()}
+        if weights is None:
+            held = {name: memory.copy(name, tensor) for name, tensor in held.items()}
         reference = {k: memory.copy(f"reference {k}", t) for k, t in reference.items()}
         if not fresh:
             tensors = {name: memory.copy(f"optimizer {name}", t) for name, t in tensors.items()}
@@ -130,7 +133,7 @@ def take(
     return Snapshot(
         step=step,
         config=model.config,
-        weights=weights,
+        weights=held,
         optimizer=tensors,
         optimizer_record=record,
         scheduler=dict(scheduler.state_dict()),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tilewright_dist import ShardedOptimizer
 from tilewright_train.loss_scale import LossScale
+from tilewright_train.replicas import gradient_norm
 
 OnSpike = Literal["keep", "skip"]
 
@@ -96,11 +97,7 @@ class StepGuard:
             optimizer.step()
             optimizer.grad_scale = None
         else:
-            # Imported here, behind the thread that `pretraining` starts for it.
-            from tilewright_optim.clip_grad import total_norm
-
-            grads = [p.grad for p in self.parameters if p.grad is not None]
-            norm = total_norm(grads)
+            norm = gradient_norm(optimizer, self.parameters)
             norm = norm if scale is None else norm / scale
             clip = (norm / self.max_grad_norm).clamp(min=1.0)
             optimizer.grad_scale = clip if scale is None else clip * scale

@@ -75,8 +75,10 @@ def predict_step(
     passes = _PASSES * (1 + again) * _activations(config, step) * step.parts / bandwidth
     host = _HOST_SECONDS_A_BLOCK * (1 + again) * config.num_hidden_layers * step.parts
     computation = max(products + passes, host)
-    sharded = step.world_size if step.parallel == "zero1" else 1
-    optimizer = (3 * memory.weights + 2 * memory.optimizer * sharded) / bandwidth
+    # Bytes of all processes together; the prediction divides the seconds.
+    states = memory.optimizer * (1 if step.parallel == "ddp" else step.world_size)
+    weights = memory.weights * (step.world_size if step.parallel == "fsdp" else 1)
+    optimizer = (3 * weights + 2 * states) / bandwidth
     return _over_gpus(config, step, computation, optimizer)
 
 
@@ -91,7 +93,8 @@ def _over_gpus(
     config: ModelConfig, step: StepShape, computation: float, optimizer: float
 ) -> StepTime:
     count, layers = count_parameters(config), config.num_hidden_layers
-    weight = arithmetic(step.precision).weights.itemsize
+    dtypes, divided = arithmetic(step.precision), step.parallel == "fsdp"
+    weight = dtypes.weights.itemsize
     ends = count.embedding + count.position + count.lm_head
     a_block = (count.total - ends) // layers
     workload = Workload(
@@ -102,7 +105,7 @@ def _over_gpus(
         weight_bytes=weight,
         gradient_bytes=weight,
         reduce_bytes=weight,
-        gather_bytes=weight,
+        gather_bytes=dtypes.products.itemsize if divided else weight,
     )
     cluster = Cluster(
         gpus_per_host=_GPUS_PER_HOST,
@@ -110,7 +113,8 @@ def _over_gpus(
         between=Link(bandwidth=NETWORK, latency=5e-5),
         interference=_INTERFERENCE,
     )
-    predicted = predict(workload, cluster, step.world_size, step.parallel)
+    scheme = "zero3" if step.parallel == "fsdp" else step.parallel
+    predicted = predict(workload, cluster, step.world_size, scheme)
     return StepTime(
         step=predicted.step,
         computation=computation,

@@ -22,6 +22,7 @@ from tilewright_train.out_of_memory import explanation, is_out_of_memory
 from tilewright_train.plan import gib
 from tilewright_train.preparation import Prepared
 from tilewright_train.progress import Reporter, format_seconds
+from tilewright_train.replicas import is_fully_sharded
 
 
 def try_first_batch(
@@ -51,11 +52,13 @@ def try_first_batch(
         needed, problem = _try(together, chosen, prepared, environment, autocast)
         room = _room(environment.device)
         fits = problem is None and (room is None or needed <= room)
-        if _all(fits, environment):
+        cut_off = problem is not None and is_fully_sharded(prepared.trainee.module)
+        if not cut_off and _all(fits, environment):
             _say(together, needed, time.perf_counter() - begin, chosen, prepared, reporter)
             return _with_rows(chosen, together)
         smaller = max((n for n in range(1, together) if rows % n == 0), default=None)
-        if not may_change or smaller is None:
+        # The others of a cut off pass wait for this process's part of it.
+        if cut_off or not may_change or smaller is None:
             chosen = _with_rows(chosen, together)
             raise InputError(explanation(chosen, environment.world_size, problem or ""))
         reporter.say(f"trial        {together} rows at a time do not fit: {smaller}")
@@ -84,9 +87,12 @@ def _try(
             with autocast:
                 items = sampler.targets(prepared.done)
                 loss, _ = prepared.objective.loss(trainee.called, batch, items)
-            gradients = torch.autograd.grad(
-                trainee.guard.scaled(loss), parameters, allow_unused=True
-            )
+            loss = trainee.guard.scaled(loss)
+            if is_fully_sharded(trainee.module):  # its parameters are not those of the graph
+                loss.backward()
+                trainee.optimizer.zero_grad(set_to_none=True)
+            else:
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             if on_gpu:
                 torch.cuda.synchronize(device)
         except (MemoryError, RuntimeError) as error:
