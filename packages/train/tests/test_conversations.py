@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 
 from tilewright_train.chat_template import CHATML, ChatTemplate
 from tilewright_train.conversations import (
-    REFUSED,
     WITHOUT_ASSISTANT,
     Tokenized,
     chat_encoding,
@@ -19,6 +18,7 @@ from tilewright_train.conversations import (
     tokenize,
 )
 from tilewright_train.errors import InputError
+from tilewright_train.record_groups import REFUSED
 from tilewright_train.records import Conversation, Message
 from tilewright_train.stand_ins import special_tokens
 from tilewright_train.tokenizer import decode, load_tokenizer, train_tokenizer

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tilewright_train.chat_template import CHATML, ChatTemplate
-from tilewright_train.conversations import REFUSED, chat_tokenizer
+from tilewright_train.conversations import chat_tokenizer
 from tilewright_train.errors import InputError
 from tilewright_train.preferences import (
     EQUAL,
@@ -15,6 +15,7 @@ from tilewright_train.preferences import (
     pair_encoding,
     tokenize_pairs,
 )
+from tilewright_train.record_groups import REFUSED
 from tilewright_train.records import Message, Preference, parse_record
 from tilewright_train.tokenizer import decode, end_token, load_tokenizer, train_tokenizer
 

@@ -9,34 +9,44 @@ no probability is zero. At the end of a run it is fitted on the first 2²⁴ = 1
 tokens, or on all where there are fewer, also on those that a short run never reaches.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from tilewright_train.batches import IGNORE_INDEX, Batch
 
+_TOGETHER = 1 << 20  # tokens whose pairs are counted at once, in 50 MB
+
 
 class BigramModel:
-    """Witten-Bell bigram probabilities of one token stream."""
+    """Witten-Bell bigram probabilities of token streams."""
 
-    def __init__(self, tokens: torch.Tensor, vocab_size: int) -> None:
-        """Count the pairs of `tokens`.
+    def __init__(self, streams: Sequence[torch.Tensor], vocab_size: int) -> None:
+        """Count the pairs of `streams`, a part at a time: they need not fit in memory.
 
         Args:
-            tokens: [N] integer, N at least 2.
+            streams: [N] integer each, at least one of them with two tokens.
             vocab_size: V.
         """
-        flat = tokens.long()
         self.vocab_size = vocab_size
-        counts = torch.bincount(flat, minlength=vocab_size).double()
-        self.unigram = (counts + 1) / (counts.sum() + vocab_size)  # [V]
-        pairs = flat[:-1] * vocab_size + flat[1:]
-        self.pairs, pair_counts = torch.unique(pairs, return_counts=True)  # sorted
-        self.pair_counts = pair_counts.double()
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        last = counts.clone()
+        pairs = pair_counts = torch.zeros(0, dtype=torch.int64)
+        for stream in streams:
+            for start in range(0, stream.numel(), _TOGETHER):
+                flat = stream[start : start + _TOGETHER + 1].long()  # and the next part's first
+                counts += torch.bincount(flat[:_TOGETHER], minlength=vocab_size)
+                pairs, pair_counts = _merged(
+                    (pairs, pair_counts),
+                    torch.unique(flat[:-1] * vocab_size + flat[1:], return_counts=True),
+                )
+            last += torch.bincount(stream[-1:].long(), minlength=vocab_size)
+        self.unigram = (counts.double() + 1) / (counts.sum() + vocab_size)  # [V]
+        self.pairs, self.pair_counts = pairs, pair_counts.double()
         first = self.pairs // vocab_size
         self.followers = torch.bincount(first, minlength=vocab_size).double()  # u(a)
-        # c(a) as a first token: the last token of the stream has no successor.
-        self.as_first = torch.bincount(flat[:-1], minlength=vocab_size).double()
+        # c(a) as a first token: the last token of a stream has no successor.
+        self.as_first = (counts - last).double()
 
     def log_prob(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """ln P(second | first), elementwise, in float64."""
@@ -59,3 +69,12 @@ class BigramModel:
             total -= self.log_prob(first, second[predicted]).sum()
             targets += batch.targets
         return float(total) / targets
+
+
+def _merged(
+    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values, ascending, and how often each is there, of two such counts."""
+    values, places = torch.unique(torch.cat([one[0], other[0]]), return_inverse=True)
+    counts = torch.zeros_like(values).index_add_(0, places, torch.cat([one[1], other[1]]))
+    return values, counts

@@ -5,7 +5,6 @@ pieces say which of them are the assistant's. Special tokens are single tokens w
 writes them; where a message spells one it stays text.
 """
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -17,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 from tilewright_train import cache as caching
 from tilewright_train.chat_template import IM_END, IM_START, ChatTemplate
 from tilewright_train.errors import InputError, writing
+from tilewright_train.record_groups import groups
 from tilewright_train.records import Conversation, Message, Record
 from tilewright_train.samples import Encoded
 from tilewright_train.stand_ins import (
@@ -30,11 +30,6 @@ from tilewright_train.tokens import Encoding
 
 WITHOUT_ASSISTANT = "without_assistant"
 """Counts conversations that were skipped because the assistant says nothing in them."""
-
-REFUSED = "refused_by_template"
-"""Counts conversations that were skipped because the template raises on them."""
-
-_TOGETHER = 1000  # conversations that are encoded together, so that all cores have work
 
 
 class Tokenized(NamedTuple):
@@ -96,20 +91,19 @@ def chat_encoding(template: ChatTemplate, *, skip_refused: bool = False) -> Enco
 
     Args:
         template: Conversations to text.
-        skip_refused: Skip what the template raises on, too, and count it as `REFUSED`.
+        skip_refused: Skip what the template raises on, too, and count it.
     """
+
+    def render(talk: Conversation) -> None:
+        template.render(talk.messages)
 
     def encode(
         tokenizer: Tokenizer, records: Iterator[tuple[bool, Record]], counts: "Counter[str]"
     ) -> Iterator[Encoded]:
-        talks = ((mark, r.messages) for mark, r in records if isinstance(r, Conversation))
-        while together := list(itertools.islice(talks, _TOGETHER)):
-            if skip_refused:
-                accepted = [talk for talk in together if _is_accepted(template, talk[1])]
-                counts[REFUSED] += len(together) - len(accepted)
-                together = accepted
-            made = tokenize(tokenizer, template, [messages for _, messages in together])
-            for (mark, _), (tokens, targets) in zip(together, made, strict=True):
+        talks = ((mark, r) for mark, r in records if isinstance(r, Conversation))
+        for group in groups(talks, counts, render if skip_refused else None):
+            made = tokenize(tokenizer, template, [talk.messages for _, talk in group])
+            for (mark, _), (tokens, targets) in zip(group, made, strict=True):
                 if any(targets):
                     yield Encoded(mark, tokens, targets)
                 else:
@@ -173,14 +167,6 @@ def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> int:
             f" {{% endgeneration %}}, with a special token of the tokenizer ({known})"
         )
     return tokens[last]
-
-
-def _is_accepted(template: ChatTemplate, messages: Sequence[Message]) -> bool:
-    try:
-        template.render(messages)
-    except InputError:
-        return False
-    return True
 
 
 def _quoted(messages: Sequence[Message]) -> str:

@@ -162,7 +162,7 @@ def _bigram_loss(prepared: Prepared) -> float:
     """Of the bigram model on the validation rows."""
     splits = [source.train.tokens for source in prepared.corpus.sources]
     share = min(1.0, _BIGRAM_TOKENS / _training_tokens(prepared))
-    fitted_on = torch.cat([split[: max(1, int(share * split.numel()))] for split in splits])
+    fitted_on = [split[: max(1, int(share * split.numel()))] for split in splits]
     bigram = BigramModel(fitted_on, prepared.model_config.vocab_size)
     return bigram.loss(prepared.validation.batches(64))
 

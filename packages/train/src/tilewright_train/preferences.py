@@ -7,7 +7,6 @@ template marks as the assistant's behind that place; of strings, everything behi
 included.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -15,8 +14,8 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from tilewright_train.chat_template import ChatTemplate
-from tilewright_train.conversations import REFUSED, Tokenized, tokenize
-from tilewright_train.errors import InputError
+from tilewright_train.conversations import Tokenized, tokenize
+from tilewright_train.record_groups import groups
 from tilewright_train.records import Message, Preference, Record
 from tilewright_train.samples import Encoded
 from tilewright_train.tokenizer import end_token
@@ -28,8 +27,6 @@ EQUAL = "equal"
 """Counts pairs with equal sides; they are kept, with a margin of 0."""
 MERGED = "merged"
 """Counts pairs whose completion merges with the end of the prompt into one token."""
-
-_TOGETHER = 1000  # pairs that are encoded together, so that all cores have work
 
 
 class TokenizedPair(NamedTuple):
@@ -72,20 +69,23 @@ def pair_encoding(template: ChatTemplate, *, skip_refused: bool = False) -> Enco
 
     Args:
         template: Conversations to text.
-        skip_refused: Skip what the template raises on, too, and count it as `REFUSED`.
+        skip_refused: Skip what the template raises on, too, and count it.
     """
+
+    def render(pair: Preference) -> None:
+        if isinstance(pair.prompt, str):  # strings the template does not see
+            return
+        template.render(pair.prompt, add_generation_prompt=True)
+        for side in (pair.chosen, pair.rejected):
+            template.render(pair.prompt + _turns(side))
 
     def encode(
         tokenizer: Tokenizer, records: Iterator[tuple[bool, Record]], counts: "Counter[str]"
     ) -> Iterator[Encoded]:
         pairs = ((mark, r) for mark, r in records if isinstance(r, Preference))
-        while together := list(itertools.islice(pairs, _TOGETHER)):
-            if skip_refused:
-                accepted = [item for item in together if _is_accepted(template, item[1])]
-                counts[REFUSED] += len(together) - len(accepted)
-                together = accepted
-            made = tokenize_pairs(tokenizer, template, [pair for _, pair in together])
-            for (mark, _), (chosen, rejected, merged) in zip(together, made, strict=True):
+        for group in groups(pairs, counts, render if skip_refused else None):
+            made = tokenize_pairs(tokenizer, template, [pair for _, pair in group])
+            for (mark, _), (chosen, rejected, merged) in zip(group, made, strict=True):
                 if not (any(chosen.targets) and any(rejected.targets)):
                     counts[WITHOUT_COMPLETION] += 1
                     continue
@@ -130,19 +130,6 @@ def _encode_texts(
         for side in ("chosen", "rejected")
     ]
     return zip(encoded(prompts, []), *(encoded(side, [end]) for side in sides), strict=True)
-
-
-def _is_accepted(template: ChatTemplate, pair: Preference) -> bool:
-    """Whether the template writes the prompt and both sides; strings it does not see."""
-    if isinstance(pair.prompt, str):
-        return True
-    try:
-        template.render(pair.prompt, add_generation_prompt=True)
-        for side in (pair.chosen, pair.rejected):
-            template.render(pair.prompt + _turns(side))
-    except InputError:
-        return False
-    return True
 
 
 def _split(prompt: Tokenized, chosen: Tokenized, rejected: Tokenized) -> TokenizedPair:

@@ -26,7 +26,6 @@ from tilewright_train.cache import default_cache, writable_cache
 from tilewright_train.chat_template import CHATML, ChatTemplate, read_template
 from tilewright_train.config import DataOptions, PretrainConfig, learned_with
 from tilewright_train.conversations import (
-    REFUSED,
     WITHOUT_ASSISTANT,
     chat_encoding,
     chat_tokenizer,
@@ -57,6 +56,7 @@ from tilewright_train.preferences import WITHOUT_COMPLETION, pair_encoding
 from tilewright_train.processes import on_first
 from tilewright_train.progress import Reporter
 from tilewright_train.random_states import set_random_states
+from tilewright_train.record_groups import REFUSED
 from tilewright_train.replicas import replicate, wait_for_parameters
 from tilewright_train.resuming import (
     check_same_options,
