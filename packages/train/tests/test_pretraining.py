@@ -413,7 +413,7 @@ def in_two_processes(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "zero1", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "zero1"])
 def test_two_processes_train_as_one_on_the_joined_batch(
     parallel: str, tiny_flags: list[str], tmp_path: Path
 ) -> None:
@@ -433,7 +433,7 @@ def test_two_processes_train_as_one_on_the_joined_batch(
     whole = weights(two)
     for name, tensor in weights(alone).items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=2e-5)
-    if parallel != "ddp":
+    if parallel == "zero1":
         # From the checkpoint before the last, whose states the first process has collected.
         shutil.rmtree(two / "checkpoints" / "step-000012")
         (two / "summary.json").unlink()

@@ -174,19 +174,26 @@ print("stopped:", statuses(children))
 for name in ("one", "three"):
     shutil.copytree(run, run.with_name(name))
 print("one:", statuses(start(["--resume", str(run.with_name("one"))])))
-print("three:", statuses(start(["--resume", str(run.with_name("three")), "--parallel", "ddp"], 3)))
+three = ["--resume", str(run.with_name("three"))]
+print("three:", statuses(start([*three, "--parallel", os.environ["THEN"]], 3)))
 print("five:", statuses(start(["--resume", str(run)], 5)))
 """
 
 
+@pytest.mark.parametrize(("parallel", "then"), [("zero1", "fsdp"), ("fsdp", "ddp")])
 def test_a_signal_to_one_rank_stops_all_at_a_step_from_which_one_or_three_go_on(
-    tiny_flags: list[str], tmp_path: Path
+    tiny_flags: list[str],
+    tmp_path: Path,
+    parallel: str,
+    then: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two hold a part of the states each, three all of them."""
+    """Two hold a part of the states each; one holds all of them, and three do or divide more."""
+    monkeypatch.setenv("THEN", then)
     flags = [*tiny_flags, "--batch-size", "6", "--micro-batch-size", "3", "--steps", "20"]
     whole, _ = train(flags, "--name", "whole")
     two = tmp_path / "runs" / "two"
-    printed = forks(RANKS, str(two), *flags, "--name", "two", "--parallel", "zero1")
+    printed = forks(RANKS, str(two), *flags, "--name", "two", "--parallel", parallel)
     assert "stopped: [143, 143]" in printed
     saved = checkpoint.all_checkpoints(two / "checkpoints")[-1]
     assert read_metrics(two / "metrics.jsonl")[-1].step == checkpoint.step_of(saved) < 20
