@@ -15,6 +15,9 @@ what it would change. Kinds of markers, with operators as in `Case.operator`:
     decoders: positions heads       docs/images/decoders_<name>.svg and a table, of the runs in
                                     baselines/training/cpu-<name>.json
     rates: inference                docs/images/<name>_rates.svg and a table, of the rates there
+    training: losses precision …    docs/images/training_losses.svg and what train-pretrain reached
+                                    (`tilewright_bench.training`), from the folder above,
+                                    <device>-training.json and <device>-x<GPUs>-training.json
     parallel: bars steps …          steps on several GPUs (`tilewright_bench.parallel.pages`), from
                                     baselines/parallel/<device>-x<GPUs>.json; transports: ways
                                     to send alone, from <device>-x<GPUs>-transports.json
@@ -29,7 +32,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tilewright_bench import curves, decoders, expert_loads, inference, plots, roofline
+from tilewright_bench import (
+    curves,
+    decoders,
+    expert_loads,
+    inference,
+    plots,
+    roofline,
+    training,
+    training_curves,
+)
 from tilewright_bench.bars import BARS
 from tilewright_bench.discovery import operators_in
 from tilewright_bench.judge import judge
@@ -49,7 +61,7 @@ from tilewright_bench.tables import (
 
 NOT_MEASURED = "Not measured yet."
 
-_RECORDS = ("losses", "loads", "rates", "parallel", "decoders")
+_RECORDS = ("losses", "loads", "rates", "parallel", "decoders", "training")
 """Kinds of markers whose words are no operators."""
 
 BENCHMARKS = Path("packages/bench/benchmarks")
@@ -112,6 +124,7 @@ class Figures:
             "rates": self._rates,
             "parallel": self._parallel,
             "decoders": self._decoders,
+            "training": self._training,
         }
         if marker.kind not in kinds:
             raise marker.error(f"{marker.kind!r} is none of {', '.join(kinds)}")
@@ -258,6 +271,24 @@ class Figures:
             image = _image(f"Decoders trained alike: {kind}", path, marker.page)
             table = decoders.comparison_table(record)
             parts.append(f"{image}\n\n{table}\n\n{decoders.origin(record)}")
+        return "\n\n".join(parts)
+
+    def _training(self, marker: Marker) -> str:
+        record = training.load(self._root, self._device)
+        parts = []
+        for item in marker.items:
+            if item in training.ITEMS:
+                parts.append(training.ITEMS[item](record))
+            elif item != "losses":
+                known = ", ".join(("losses", *training.ITEMS))
+                raise marker.error(f"{item!r} is none of {known}")
+            elif (drawn := training_curves.losses(record)) is not None:
+                path = IMAGES / "training_losses.svg"
+                self.plots[path] = drawn
+                title = "Training losses by precision and backend"
+                parts.append(_image(title, path, marker.page))
+            else:
+                parts.append(NOT_MEASURED)
         return "\n\n".join(parts)
 
     def _parallel(self, marker: Marker) -> str:
