@@ -342,7 +342,7 @@ def adam_triton(
         read, written, copies = aligned(grads, written)
         places = [*map(addresses, written), *(addresses(c) for c in (m_scales, v_scales) if c)]
         grad_places = addresses(read)
-    first, counts = (0.0, launch.step_places) if launch.capturable else launch.counts()
+    first, counts = (0.0, launch.counts.places) if launch.capturable else launch.counts.read()
     random = [seeds] if m_scales or stochastic else []
     columns = [*places[:3], counts, *places[3:], *random]
     work, grad_table, num_chunks = tables.get(columns, launch.sizes, grad_places)
@@ -364,9 +364,9 @@ def adam_triton(
         original.copy_(copy)
     torch.autograd.graph.increment_version(launch.columns.params)  # 0.04 µs each
     if counts_itself:
-        launch.counted()
+        launch.counts.advanced()
     else:
-        launch.count(found_inf)
+        launch.counts.advance(found_inf)
 
 
 def _pointer(number: float | Tensor) -> Tensor | None:

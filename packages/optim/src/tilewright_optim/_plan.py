@@ -15,11 +15,11 @@ steps of others wait for the device anyway.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tilewright_optim._arguments import obstacle
@@ -28,7 +28,7 @@ from tilewright_optim._kinds import Kind
 from tilewright_optim._layout import lies_plain
 from tilewright_optim._snapshot import Check, lie_at, like
 from tilewright_optim._sole_owner import held_by
-from tilewright_optim._states import as_one
+from tilewright_optim._step_counts import StepCounts
 from tilewright_optim._tables import addresses
 
 _GRAD, _DTYPE = map(attrgetter, ("grad", "dtype"))
@@ -89,8 +89,7 @@ class Launch:
         sizes: elements of each parameter.
         places: addresses of parameters, then of the lists of states that are not empty.
         grad_places: addresses of gradients.
-        step_places: addresses of step counts.
-        flat_steps: the tensor whose elements the step counts are, or None.
+        counts: step counts.
     """
 
     def __init__(self, columns: Columns, capturable: bool, kind: Kind) -> None:
@@ -105,13 +104,11 @@ class Launch:
         self._range = min(self.sizes), max(self.sizes)
         self.places = [addresses(tensors) for tensors in (columns.params, *columns[2:8]) if tensors]
         self.grad_places = addresses(columns.grads)
-        self.step_places = addresses(columns.steps)
-        self.flat_steps = as_one(columns.steps)
-        self._zeros = [0] * len(self.sizes)
-        self._indices = list(range(len(self.sizes)))
+        self.counts = StepCounts(columns.steps)
+        self._indices = _indices(len(self.sizes))
         self._dtypes = columns.params[0].dtype, columns.grads[0].dtype
-        self._like: Check | None = None
-        self._states = States(columns, [*self.places[1:], self.step_places], self.flat_steps)
+        self._like: tuple[Check, Check] | None = None
+        self._states = States(columns, self.places[1:], self.counts)
 
     def refresh(self, unread: bool, may_prove: bool) -> bool:
         """Take up the present gradients; False if anything else has changed.
@@ -135,10 +132,12 @@ class Launch:
     def _fit(self, params: list[Any], grads: list[Any]) -> bool:
         """Whether they are of the sizes and dtypes they were of, without gaps.
 
-        One call answers that from the third step on, so that plans of one step do not pay for it.
+        A call or two answer that from the third step on, so that plans of one step do not pay for
+        it.
         """
         if self._like is not None:
-            return self._like(params + grads)
+            params_like, grads_like = self._like
+            return params_like(params) and grads_like(grads)
         result = set(map(type, grads)) == {Tensor} and all(
             list(map(Tensor.numel, column)) == self.sizes
             and all(map(Tensor.is_contiguous, column))
@@ -146,7 +145,7 @@ class Launch:
             for column, dtype in zip((params, grads), self._dtypes, strict=True)
         )
         if result and not any(map(Tensor.is_neg, grads)):
-            self._like = like(params + grads)
+            self._like = like(params), like(grads)
             return True
         return False
 
@@ -159,21 +158,6 @@ class Launch:
         """Keep none of them alive."""
         self.columns = self.columns._replace(grads=[])
 
-    def counts(self) -> tuple[float, list[int]]:
-        """The first step count, on the host, and what each is ahead of it.
-
-        They are read each time, for what is written through `.data` or NumPy moves no version.
-        """
-        if self.flat_steps is not None:
-            first = self.flat_steps[0]
-            if (self.flat_steps == first).all():
-                return first.item(), self._zeros
-            values = self.flat_steps.tolist()
-        else:
-            values = [step.item() for step in self.columns.steps]
-        first = values[0]
-        return first, [int(value - first) for value in values]
-
     def counts_itself(self, chunk: int) -> bool:
         """Whether the kernel can add 1 to every step: each is read by one program alone.
 
@@ -182,21 +166,6 @@ class Launch:
         """
         least, most = self._range
         return self.capturable and least > 0 and most <= chunk
-
-    def count(self, found_inf: Tensor | None) -> None:
-        """Add 1 to every step, after the launch, all of whose programs read them."""
-        steps = self.columns.steps
-        if self.flat_steps is not None:
-            self.flat_steps.add_(1 if found_inf is None else found_inf == 0)
-            return
-        done = torch.ones_like(steps[0]) if found_inf is None else (found_inf == 0).to(steps[0])
-        # One tensor for all of them: a Python number is five times as slow on the CPU.
-        torch._foreach_add_(steps, [done] * len(steps))
-
-    def counted(self) -> None:
-        """Tell autograd that the kernel has added 1 to every step."""
-        steps = self.columns.steps if self.flat_steps is None else [self.flat_steps]
-        torch.autograd.graph.increment_version(steps)  # views of one tensor have one version
 
 
 class Allowance:
@@ -220,24 +189,20 @@ class States:
 
     Args:
         columns: of the launch.
-        places: of its states, the step counts last.
-        flat_steps: of the launch.
+        places: of its states but step counts.
+        counts: step counts.
 
     Attributes:
         proved: whether nobody else could get at them when they were last looked at.
     """
 
-    def __init__(
-        self, columns: Columns, places: list[list[int]], flat_steps: Tensor | None
-    ) -> None:
+    def __init__(self, columns: Columns, places: list[list[int]], counts: StepCounts) -> None:
         self._columns = [column for column in columns[2:8] if column]
-        self._places = places
+        self._places = [*places, counts.places]
         self._sizes = [list(map(Tensor.numel, column)) for column in self._columns]
         self._dtypes = [column[0].dtype for column in self._columns]
-        self._steps = columns.steps
-        self._indices = list(range(len(columns.steps)))
-        self._flat_steps = flat_steps
-        self._flat_memory = _memory(flat_steps)
+        self._counts = counts
+        self._indices = _indices(len(columns.steps))
         self._like: Check | None = None
         self._looks = 0
         self.proved = False
@@ -254,8 +219,8 @@ class States:
 
     def _lie(self, indices: list[int]) -> bool:
         """Whether those of these indices are where they were."""
-        columns = zip((*self._columns, self._steps), self._places, strict=True)
-        return _memory(self._flat_steps) == self._flat_memory and all(
+        columns = zip((*self._columns, self._counts.steps), self._places, strict=True)
+        return self._counts.stay() and all(
             lie_at(column, places, indices) for column, places in columns
         )
 
@@ -285,14 +250,16 @@ class States:
         are looked at each time.
         """
         return (
-            self._flat_steps is not None
+            self._counts.flat is not None
             and all(held_by(2, column) for column in self._columns)
-            and held_by(2, self._steps, with_memory=False)
+            and held_by(2, self._counts.steps, with_memory=False)
         )
 
 
-def _memory(tensor: Tensor | None) -> tuple[int, int] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.untyped_storage().nbytes())
+@lru_cache(maxsize=16)
+def _indices(count: int) -> list[int]:
+    """0 … count - 1, in one list for all plans, which is to be left as it is."""
+    return list(range(count))
 
 
 class Plan:

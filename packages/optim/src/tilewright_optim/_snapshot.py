@@ -19,6 +19,11 @@ _GUARDS = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "
 """What torch.compile compares arguments by: types, dispatch keys, dtypes, devices, sizes, strides.
 They also refuse a tensor that is given twice, and another mode of gradients or of inference."""
 
+_SLICE = 96
+"""Tensors of a guard: it looks for repetitions among them in a table that fits the first cache.
+
+A multiple of many numbers of tensors that layers have."""
+
 Check = Callable[[Sequence[Any]], bool]
 
 
@@ -43,13 +48,30 @@ def like(tensors: Sequence[Tensor]) -> Check:
     """
     if _GUARDS is not None:
         try:
-            guards = _GUARDS(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-            if guards.check(*tensors):
-                return lambda others: guards.check(*others)
+            guarded = _guarded(tensors)
+            if guarded(tensors):
+                return guarded
         except (TypeError, RuntimeError):  # of another signature; of a tensor without strides
             pass
     traits = list(map(_traits, tensors))
     return lambda others: list(map(_traits, others)) == traits
+
+
+def _guarded(tensors: Sequence[Tensor]) -> Check:
+    """Guards of a slice each; alike slices, as of equal layers, share one, which stays in cache."""
+    parts: list[tuple[Any, slice]] = []
+    made: list[Any] = []
+    for start in range(0, len(tensors), _SLICE):
+        part = slice(start, start + _SLICE)
+        some = tensors[part]
+        same_number = made if len(some) == _SLICE else []
+        check = next((check for check in same_number if check(*some)), None)
+        if check is None:
+            guards: Any = _GUARDS
+            check = guards(*some, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+            same_number.append(check)
+        parts.append((check, part))
+    return lambda others: all(check(*others[part]) for check, part in parts)
 
 
 def _traits(tensor: Any) -> tuple[Any, ...]:

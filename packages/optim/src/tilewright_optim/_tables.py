@@ -15,6 +15,7 @@ that it was captured with.
 
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
+@cache
 def triton_type(dtype: torch.dtype) -> Any:
     """Triton's type of a tensor's elements."""
     return getattr(tl, str(dtype).removeprefix("torch."))
@@ -124,9 +126,10 @@ class PointerTables:
 
     def _follow_stream(self) -> None:
         """Tell the allocator when launches move to another stream than the tables were made on."""
-        stream = torch.cuda.current_stream(self._device)
-        if stream.cuda_stream != self._stream:
-            self._stream = stream.cuda_stream
+        current = torch._C._cuda_getCurrentRawStream(self._tables.work.get_device())
+        if current != self._stream:  # torch's object for it costs as much as all else here
+            self._stream = current
+            stream = torch.cuda.current_stream(self._device)
             self._tables.work.record_stream(stream)
             self._tables.grads.record_stream(stream)
 
