@@ -151,6 +151,7 @@ def refused(rank):
             optimizer.state_dict() | {"state": {0: {"scale": torch.zeros(99)}}}
         ),
         lambda: wrap(Stack(), make_optimizer, block_options={}),
+        lambda: wrap(Stack(), make_optimizer, device=torch.device("cuda", 1)),
     ):
         try:
             call()
@@ -167,3 +168,4 @@ def test_errors_name_the_remedy():
     assert "state 'scale' has shape (99,)" in errors[3]
     assert "use parallel='zero1'" in errors[3]
     assert "block_options are for parallel='fsdp', not 'ddp'" in errors[4]
+    assert "with 'ddp' call module.to(cuda:1)" in errors[5]

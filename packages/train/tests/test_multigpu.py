@@ -182,7 +182,9 @@ CONFIG = ModelConfig(
 def losses_of(here: DistributedEnvironment) -> tuple[list[float], list[int]]:
     """Of four steps in bf16 over four rows; elements of which this process has states."""
     torch.manual_seed(0)
-    model = CausalLM(CONFIG).to(here.device)
+    model = CausalLM(CONFIG)  # FSDP takes it from the host, block by block
+    if here.process_group is None:
+        model.to(here.device)
     module, made = replicate(
         model,
         lambda _: AdamW(model.parameters(), 3e-3, capturable=True),

@@ -24,6 +24,7 @@ def wrap(
     parallel: Parallel = "ddp",
     process_group: dist.ProcessGroup | None = None,
     max_grad_norm: float | None = None,
+    device: torch.device | None = None,
     block_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -37,6 +38,7 @@ def wrap(
 
     Args:
         module: On its device. With "fsdp" it is changed in place, and its parameters are DTensors.
+            It may be on the CPU then: blocks go to `device` one by one, each as it is divided.
         make_optimizer: Called with the module whose parameters are to be optimized. Under "fsdp"
             one that treats every element by itself (Adam and its like) gets this rank's rows as
             plain tensors, in a FullyShardedOptimizer; another has to accept DTensors.
@@ -44,6 +46,7 @@ def wrap(
         process_group: The ranks; None is the default group.
         max_grad_norm: For "zero1", where a rank does not see all gradients: clip in the step.
             Elsewhere clip with torch.nn.utils.clip_grad_norm_.
+        device: For "fsdp": where it computes; None is where the module is.
         block_options: For "fsdp": of the blocks' fully_shard, beside or instead of `options`.
         **options: Of DistributedDataParallel, or of fully_shard.
 
@@ -51,7 +54,8 @@ def wrap(
         The module to call, and the optimizer to step.
 
     Raises:
-        ValueError: An unknown choice, or max_grad_norm or block_options where they are not used.
+        ValueError: An unknown choice; max_grad_norm, device or block_options where they are not
+            used.
     """
     if parallel not in get_args(Parallel):
         valid = ", ".join(repr(name) for name in get_args(Parallel))
@@ -63,9 +67,15 @@ def wrap(
         )
     if block_options is not None and parallel != "fsdp":
         raise ValueError(f"block_options are for parallel='fsdp', not {parallel!r}: leave them out")
+    if device is not None and parallel != "fsdp":
+        raise ValueError(
+            f"device is for parallel='fsdp': with {parallel!r} call module.to({device})"
+        )
     process_group = checked_process_group(process_group)
     if parallel == "fsdp":
-        _shard_fully(module, process_group, options, options | dict(block_options or {}))
+        device = device or next(module.parameters()).device
+        both = options, options | dict(block_options or {})
+        _shard_fully(module, process_group, device, *both)
         optimizer = make_optimizer(module)
         if type(optimizer).__name__ in ELEMENTWISE:
             optimizer = FullyShardedOptimizer(optimizer, module)
@@ -82,12 +92,12 @@ def wrap(
 def _shard_fully(
     module: nn.Module,
     process_group: dist.ProcessGroup,
+    device: torch.device,
     options: Mapping[str, Any],
     block_options: Mapping[str, Any],
 ) -> None:
     """Apply fully_shard to the blocks, then to what is left."""
     verify_module_state(module, process_group)
-    device = next(module.parameters()).device
     # fully_shard divides what each rank has: replicas that differ would be mixed.
     broadcast_module_state(module, process_group, device)
     mesh = DeviceMesh.from_group(process_group, device.type)

@@ -57,7 +57,7 @@ from tilewright_train.processes import on_first
 from tilewright_train.progress import Reporter
 from tilewright_train.random_states import set_random_states
 from tilewright_train.record_groups import REFUSED
-from tilewright_train.replicas import replicate, wait_for_parameters
+from tilewright_train.replicas import made_on, replicate, wait_for_parameters
 from tilewright_train.resuming import (
     check_same_options,
     check_same_tokens,
@@ -248,7 +248,8 @@ def build(
 
     options, settled = chosen.config.training, chosen.settled
     torch.manual_seed(options.seed)
-    model = CausalLM(shape).to(environment.device)
+    parallel = chosen.config.machine.parallel
+    model = CausalLM(shape).to(made_on(shape, parallel, environment))
     if start is not None:
         load_start(start, model)
     cast_weights(model, settled.precision)
@@ -262,7 +263,7 @@ def build(
     module, optimizer = replicate(
         called,
         lambda _: make_optimizer(options, model, settled.lr, settled.precision),
-        parallel=chosen.config.machine.parallel,
+        parallel=parallel,
         precision=settled.precision,
         environment=environment,
         max_grad_norm=options.max_grad_norm,

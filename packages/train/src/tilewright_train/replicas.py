@@ -20,7 +20,7 @@ from tilewright_dist import (
     load_whole_state_dict,
     wrap,
 )
-from tilewright_model import CausalLM, ModelConfig
+from tilewright_model import CausalLM, ModelConfig, count_parameters
 from tilewright_train.config import REFERENCE_EMA, Parallel, PretrainConfig
 from tilewright_train.errors import InputError
 from tilewright_train.precision import arithmetic
@@ -65,7 +65,7 @@ def replicate(
     """What is called to train a model, and what updates it.
 
     Args:
-        model: On its device.
+        model: On its device, or where `made_on` says.
         make_optimizer: Of all its parameters.
         parallel: What the processes divide.
         precision: Of the run.
@@ -80,8 +80,21 @@ def replicate(
         parallel=parallel,
         process_group=environment.process_group,
         max_grad_norm=max_grad_norm if parallel == "zero1" else None,
+        device=environment.device if parallel == "fsdp" else None,
         block_options={"mp_policy": _policy(precision)} if parallel == "fsdp" else None,
     )
+
+
+def made_on(
+    config: ModelConfig, parallel: Parallel, environment: DistributedEnvironment
+) -> torch.device:
+    """Where a model is made before it is divided: on the host where a GPU has no room for it."""
+    device = environment.device
+    if parallel != "fsdp" or environment.process_group is None or device.type != "cuda":
+        return device
+    whole = 4 * count_parameters(config).total
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return device if whole < memory / 2 else torch.device("cpu")
 
 
 def _policy(precision: str) -> MixedPrecisionPolicy:
@@ -183,16 +196,17 @@ def whole_model(
 ) -> CausalLM:
     """A model of weights that `whole_weights` gave, to write with.
 
-    Where the device has no room for it the model stays on the host and is slow.
+    Where a GPU has no room for it the model stays on the host and is slow.
     """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        needed = sum(tensor.nbytes for tensor in weights.values())
+        if needed > 0.8 * torch.cuda.mem_get_info(device)[0]:
+            device = torch.device("cpu")
     with torch.device("meta"):
         model = CausalLM(config)
     model.load_state_dict(weights, assign=True)
     for module in (model.rotary, model.embed_positions):
         if module is not None and not any(True for _ in module.parameters()):
             module.to_empty(device="cpu")  # its table follows from the configuration
-    try:
-        return model.to(device)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return model.to("cpu")
+    return model.to(device)

@@ -17,7 +17,7 @@ from tilewright_dist import DistributedEnvironment
 from tilewright_train.automatic import Chosen
 from tilewright_train.config import with_options
 from tilewright_train.errors import InputError
-from tilewright_train.memory_plan import plan_memory
+from tilewright_train.memory_plan import StepShape, plan_memory
 from tilewright_train.out_of_memory import explanation, is_out_of_memory
 from tilewright_train.plan import gib
 from tilewright_train.preparation import Prepared
@@ -54,7 +54,9 @@ def try_first_batch(
         fits = problem is None and (room is None or needed <= room)
         cut_off = problem is not None and is_fully_sharded(prepared.trainee.module)
         if not cut_off and _all(fits, environment):
-            _say(together, needed, time.perf_counter() - begin, chosen, prepared, reporter)
+            ranks = environment.world_size if is_fully_sharded(prepared.trainee.module) else 1
+            step = dataclasses.replace(chosen.step_shape(ranks), rows=together)
+            _say(step, needed, time.perf_counter() - begin, prepared, reporter)
             return _with_rows(chosen, together)
         smaller = max((n for n in range(1, together) if rows % n == 0), default=None)
         # The others of a cut off pass wait for this process's part of it.
@@ -129,22 +131,20 @@ def _all(fits: bool, environment: DistributedEnvironment) -> bool:
 
 
 def _say(
-    together: int,
+    step: StepShape,
     needed: int,
     seconds: float,
-    chosen: Chosen,
     prepared: Prepared,
     reporter: Reporter,
 ) -> None:
     memory = ""
     if needed:
-        step = dataclasses.replace(chosen.step_shape(1), rows=together)
         memory = (
             f", {gib(needed)} at the highest ({gib(plan_memory(prepared.model_config, step).total)}"
             " by the plan)"
         )
     reporter.say(
-        f"trial        {together} rows at a time: forward and backward in"
+        f"trial        {step.rows} rows at a time: forward and backward in"
         f" {format_seconds(seconds) if seconds >= 60 else f'{seconds:.1f} s'}{memory}"
     )
 
