@@ -101,6 +101,19 @@ def test_other_tensors_of_other_kinds(name, device):
     assert not check(OTHERS[name](tensors))
 
 
+@pytest.mark.parametrize("layers", [1, 7, 40])
+@torch.no_grad()
+def test_many_tensors_of_equal_layers(layers, device):
+    shapes = [(4,), (4, 2), (2, 4), (3,), (1,)] * layers
+    tensors = [torch.zeros(shape, device=device) for shape in shapes]
+    check = like(tensors)
+    assert check(tensors)
+    for i in range(0, len(tensors), 3):
+        others = list(tensors)
+        others[i] = torch.zeros(5, device=device)
+        assert not check(others)
+
+
 @torch.no_grad()
 def test_a_tensor_given_twice(device):
     tensor = torch.zeros(3, device=device)

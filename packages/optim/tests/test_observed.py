@@ -1,0 +1,107 @@
+"""Hooks and ranges around a step: those of torch's optimizers, as often, for the same calls."""
+
+import pytest
+import torch
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from tilewright_optim import AdamW
+from tilewright_optim.testing import random_parameters, set_random_grads
+
+
+class Noted(AdamW):
+    """An optimizer of a user's, which has a step of its own."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def made(kind):
+    params = random_parameters(torch.device("cpu"), torch.float32, [(3,)])
+    set_random_grads(params, 0)
+    return kind(params, lr=1e-2)
+
+
+def calls(kind, closure):
+    """What hooks of all four sorts are given, and what the step returns."""
+    optimizer = made(kind)
+    seen = []
+
+    def noting(name):
+        return lambda self, args, kwargs: seen.append((name, self is optimizer, len(args), *kwargs))
+
+    handles = [
+        optimizer.register_step_pre_hook(noting("pre")),
+        optimizer.register_step_post_hook(noting("post")),
+        register_optimizer_step_pre_hook(noting("global pre")),
+        register_optimizer_step_post_hook(noting("global post")),
+    ]
+    try:
+        seen.append(optimizer.step(closure) if closure else optimizer.step())
+    finally:
+        for handle in handles:
+            handle.remove()
+    optimizer.step()
+    return seen
+
+
+@pytest.mark.parametrize("closure", [None, lambda: 3.0], ids=["plain", "closure"])
+def test_hooks(closure):
+    found = calls(AdamW, closure)
+    assert found == calls(torch.optim.AdamW, closure)
+    assert len(found) == 5
+
+
+def test_hooks_around_a_step_of_a_subclass_are_called_once():
+    assert len(calls(Noted, None)) == 5
+
+
+def test_each_hook_alone():
+    seen = []
+    for register in (
+        AdamW.register_step_pre_hook,
+        AdamW.register_step_post_hook,
+        lambda _, hook: register_optimizer_step_pre_hook(hook),
+        lambda _, hook: register_optimizer_step_post_hook(hook),
+    ):
+        optimizer = made(AdamW)
+        handle = register(optimizer, lambda *_: seen.append(1))
+        optimizer.step()
+        handle.remove()
+        optimizer.step()
+    assert len(seen) == 4
+
+
+def test_a_hook_may_give_another_closure():
+    optimizer = made(AdamW)
+    optimizer.register_step_pre_hook(lambda self, *_: ((self, lambda: 7.0), {}))
+    assert optimizer.step() == 7.0
+
+
+@pytest.mark.parametrize("kind", [AdamW, Noted])
+def test_profiles_have_the_range(kind):
+    optimizer = made(kind)
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    names = [event.name for event in profile.events()]
+    assert names.count(f"Optimizer.step#{kind.__name__}.step") == 1
+
+
+def test_a_schedule_sees_the_step():
+    optimizer = made(AdamW)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step()
+    schedule.step()  # which warns if there was none
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+
+
+def test_grad_mode_is_as_it_was():
+    modes = []
+    optimizer = made(AdamW)
+    optimizer.register_step_post_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    optimizer.step(lambda: modes.append(torch.is_grad_enabled()))
+    assert modes == [True, True]
+    assert torch.is_grad_enabled()
