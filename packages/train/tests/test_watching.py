@@ -2,17 +2,18 @@
 
 import gzip
 import io
+import itertools
 import json
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from tilewright_model import CausalLM, ModelConfig
+from tilewright_model import CausalLM, ModelConfig, preset
 from tilewright_train.cli import main
 from tilewright_train.config import RunOptions
 from tilewright_train.errors import InputError
@@ -20,7 +21,7 @@ from tilewright_train.layers import parse
 from tilewright_train.memory_snapshot import BEFORE, NO_FRAME, held_at_the_peak, summary_lines
 from tilewright_train.metrics import Record, read_metrics
 from tilewright_train.pretraining import run
-from tilewright_train.profiling import tables
+from tilewright_train.profiling import COMPILED, StepProfiler, tables
 from tilewright_train.tensorboard_log import scalars
 from tilewright_train.watching import layer_of, norms_by_layer
 
@@ -254,3 +255,47 @@ def test_a_gpus_profile_and_snapshot_name_our_kernels_and_lines(
     assert BEFORE in summary
     assert "tilewright_" in summary
     assert (folder / "memory" / "snapshot.pickle").stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_compiled_blocks_are_ranges_and_the_table_says_so(
+    tmp_path: Path, recompute: Literal["none", "full"]
+) -> None:
+    model = CausalLM(preset("nano", vocab_size=64, num_hidden_layers=2))
+    model.recompute = recompute
+    for block in model.layers:
+        block.compile(fullgraph=True, backend="eager")
+    ids = torch.arange(8).view(1, 8)
+
+    def step() -> None:
+        loss = model(ids, labels=ids).loss
+        assert loss is not None
+        loss.backward()
+
+    step()
+    compiled = [block._compiled_call_impl for block in model.layers]
+    profiler = StepProfiler(model, tmp_path, (2, 4))
+    for _ in range(2):
+        step()
+        with profiler.range("optimizer"):
+            torch.ones(8).sum()
+    lines = profiler.close(3)
+    assert [block._compiled_call_impl for block in model.layers] == compiled
+    assert any(COMPILED in line for line in lines)
+    with gzip.open(tmp_path / "trace.json.gz", "rt") as stream:
+        events = json.load(stream)["traceEvents"]
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") == "user_annotation":
+            spans.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
+    again = 2 if recompute == "full" else 1
+    assert len(spans["block"]) == 4 * again
+    assert "mlp" not in spans
+    # One behind the other, after the loss and before the update.
+    marks = sorted((*spans["block backward"], *spans["loss"], *spans["optimizer"]))
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(marks))
+    order = sorted(
+        (at, name) for name in ("loss", "block backward", "optimizer") for at, _ in spans[name]
+    )
+    assert [name for _, name in order] == ["loss", *["block backward"] * 2, "optimizer"] * 2

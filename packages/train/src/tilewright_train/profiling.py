@@ -3,10 +3,14 @@
 Ranges are named in the trace and for NVTX (Nsight Systems shows them): «attention», «mlp» and
 «loss», each forward and backward, «optimizer» and «communication». Hooks on the modules open and
 close them, so a step is a little slower while it is profiled.
+
+A block that torch.compile has compiled is one piece of code, in which no hook runs: it is one
+range, «block», and the table says so.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +20,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 _TOP = 20
-RANGES = ("attention", "mlp", "loss", "optimizer", "communication")
+RANGES = ("attention", "mlp", "block", "loss", "optimizer", "communication")
+_BLOCK = "block"
+COMPILED = (
+    "(compiled blocks are one piece of code: block is attention, mlp and norms; without --compile"
+    " they have ranges of their own)"
+)
 
 
 class Row(Protocol):
@@ -34,7 +43,7 @@ class StepProfiler:
     """Profiles from now on, until it is closed.
 
     Args:
-        model: Without wrappers; its blocks' attention and MLP become ranges.
+        model: Without wrappers; its blocks' attention and MLP become ranges, or compiled blocks.
         folder: Takes `trace.json.gz` and `kernels.txt`.
         steps: The first, and the one behind the last; for the text.
     """
@@ -43,8 +52,9 @@ class StepProfiler:
         self._folder = folder
         self._steps = steps
         self._on_gpu = next(model.parameters()).is_cuda
-        self._open: list[Any] = []
-        self._hooks = list(self._add_hooks(model))
+        self._open: list[tuple[str, Any]] = []
+        self._compiled = [m for m in model.modules() if m._compiled_call_impl is not None]
+        self._hooks = [*self._add_hooks(model), *map(self._surround, self._compiled)]
         activities = [ProfilerActivity.CPU]
         if self._on_gpu:
             torch.cuda.synchronize()
@@ -83,7 +93,7 @@ class StepProfiler:
         self._profile.export_chrome_trace(str(trace))
         rows: Any = self._profile.key_averages()
         steps = self._steps[0], max(self._steps[0], last) + 1
-        text = tables(rows, steps, on_gpu=self._on_gpu)
+        text = tables(rows, steps, on_gpu=self._on_gpu, compiled=bool(self._compiled))
         (self._folder / "kernels.txt").write_text("\n".join(text) + "\n", encoding="utf-8")
         return [f"profile      {trace}", *(f"  {line}" for line in text)]
 
@@ -92,16 +102,19 @@ class StepProfiler:
             torch.cuda.nvtx.range_push(name)
         entered = record_function(name)
         entered.__enter__()
-        self._open.append(entered)
+        self._open.append((name, entered))
 
     def _end(self) -> None:
         if self._open:
-            self._open.pop().__exit__(None, None, None)
+            self._open.pop()[1].__exit__(None, None, None)
             if self._on_gpu:
                 torch.cuda.nvtx.range_pop()
 
     def _add_hooks(self, model: nn.Module) -> Iterator[Any]:
+        inside = {id(part) for block in self._compiled for part in block.modules()}
         for name, module in model.named_modules():
+            if id(module) in inside:
+                continue
             kind = {"self_attn": "attention", "mlp": "mlp"}.get(name.rpartition(".")[2])
             if kind is not None:
                 yield module.register_forward_pre_hook(self._opener(kind))
@@ -113,6 +126,36 @@ class StepProfiler:
             # What follows the last norm is the loss, until the model returns.
             yield norm.register_forward_hook(self._opener("loss"))
             yield model.register_forward_hook(self._closer())
+
+    def _surround(self, block: Any) -> "_Restored":
+        """Make a range of a compiled block, from outside: what is compiled stays as it is."""
+        compiled = block._compiled_call_impl
+
+        def called(*inputs: Any, **named: Any) -> Any:
+            x = inputs[0]
+            if x.requires_grad:
+                x.register_hook(lambda _: self._end_block())
+            self._begin(_BLOCK)
+            outputs = compiled(*inputs, **named)
+            self._end()
+            for output in outputs if isinstance(outputs, tuple) else (outputs,):
+                if isinstance(output, torch.Tensor) and output.requires_grad:
+                    output.register_hook(lambda _: self._begin_block())
+                    break
+            return outputs
+
+        block._compiled_call_impl = called
+        return _Restored(block, compiled)
+
+    def _begin_block(self) -> None:
+        """The gradient of a block's output is there: the block behind it is through."""
+        self._end_block()
+        self._begin(f"{_BLOCK} backward")
+
+    def _end_block(self) -> None:
+        """The gradient of a block's input is there; its hook may run behind that of an output."""
+        if self._open and self._open[-1][0] == f"{_BLOCK} backward":
+            self._end()
 
     def _opener(self, name: str) -> Callable[..., None]:
         def begin(*_: Any) -> None:
@@ -127,13 +170,28 @@ class StepProfiler:
         return end
 
 
-def tables(rows: Sequence[Row], steps: tuple[int, int], *, on_gpu: bool) -> list[str]:
+@dataclass(frozen=True)
+class _Restored:
+    """A compiled block and how it is called without a range."""
+
+    block: Any
+    compiled: Callable[..., Any]
+
+    def remove(self) -> None:
+        """Have it called so again."""
+        self.block._compiled_call_impl = self.compiled
+
+
+def tables(
+    rows: Sequence[Row], steps: tuple[int, int], *, on_gpu: bool, compiled: bool = False
+) -> list[str]:
     """Time by range, and the kernels (on a CPU: operators) that take most, as text.
 
     Args:
         rows: Averages of torch.profiler.
         steps: The first, and the one behind the last.
         on_gpu: Whether times are the device's.
+        compiled: Whether blocks are compiled.
     """
     count = steps[1] - steps[0]
     named = {f"{name}{end}" for name in RANGES for end in ("", " backward")}
@@ -153,6 +211,8 @@ def tables(rows: Sequence[Row], steps: tuple[int, int], *, on_gpu: bool) -> list
     for row in sorted(_merged(ranges, on_gpu).items(), key=lambda item: -item[1][1]):
         name, (calls, microseconds) = row
         lines.append(f"{name:<24}{calls / count:>12.0f}{microseconds / 1e3 / count:>10.2f}")
+    if compiled:
+        lines.append(COMPILED)
     lines.append(f"{what:<56}{'calls/step':>12}{'ms/step':>10}{'share':>8}")
     for row in kernels[:_TOP]:
         own = _own(row, on_gpu)
