@@ -206,6 +206,39 @@ def test_every_damage_is_named(three: Path, name: str, how: str) -> None:
     assert (found.folder, found.damaged) == (three / "step-000009", (three / "step-000010",))
 
 
+def test_a_byte_that_flipped_anywhere_is_named_with_its_file(three: Path) -> None:
+    """In every file: its first bytes, the end of a header, the middle, the last ones."""
+    folder = three / "step-000010"
+    for name in [*FILES, "MANIFEST.json"]:
+        file = folder / name
+        data = file.read_bytes()
+        size = len(data)
+        # Of safetensors 8 bytes are the header's length, and so many follow.
+        header = 8 + int.from_bytes(data[:8], "little") if name.endswith("safetensors") else 8
+        places = {0, 1, 7, 8, header - 1, header, size // 4, size // 2, size - 2, size - 1}
+        if name == "MANIFEST.json":
+            places = set(range(size))  # names, sizes, checksums of files, its own, what is between
+        for place in sorted(p for p in places if p < size):
+            for bit in (0, 5, 7):
+                flipped = bytes([data[place] ^ 1 << bit])
+                file.write_bytes(data[:place] + flipped + data[place + 1 :])
+                found = checkpoint.damage(folder)
+                assert found is not None, (name, place, bit)
+                assert found.startswith(f"{file} "), (found, place, bit)
+        file.write_bytes(data)
+    assert checkpoint.damage(folder) is None
+
+
+def test_a_manifest_from_before_it_held_its_own_checksum_is_read(three: Path) -> None:
+    folder = three / "step-000010"
+    manifest = folder / "MANIFEST.json"
+    manifest.write_text(json.dumps({"files": json.loads(manifest.read_text())["files"]}, indent=1))
+    assert checkpoint.find(three, from_older=False).folder == folder
+    file = folder / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    assert (checkpoint.damage(folder) or "").startswith(f"{file} ")
+
+
 def test_a_manifest_that_is_json_but_no_manifest_is_named(three: Path) -> None:
     folder = three / "step-000010"
     manifest = folder / "MANIFEST.json"

@@ -2,15 +2,15 @@
 
 `checkpoints/step-000120/` holds config.json, model.safetensors and tokenizer.json (a model that
 other programs can load), chat_template.jinja where it chats, optimizer.safetensors,
-random.safetensors, training.json, and last of all MANIFEST.json with size and SHA-256 of each. The
-folder is written beside its place, flushed to the disk and renamed: under its name it is complete,
-or damaged from outside. Large tensors are spread over several files, model-00001-of-00003 and so
-on. Here is the folder; `checkpoint_state` writes and reads what is in it.
+random.safetensors, training.json, and last of all MANIFEST.json (`manifest`) with size and SHA-256
+of each and its own. The folder is written beside its place, flushed to the disk and renamed: under
+its name it is complete, or damaged from outside. Large tensors are spread over several files,
+model-00001-of-00003 and so on. Here is the folder; `checkpoint_state` writes and reads what is in
+it.
 """
 
 import contextlib
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tilewright_model.staged_files import flush
+from tilewright_train import manifest as manifests
 from tilewright_train.errors import InputError, writing
 
-MANIFEST = "MANIFEST.json"
+MANIFEST = manifests.NAME
 RANDOM = "random.safetensors"
 TRAINING = "training.json"
 _EXPECTED = {"config.json", "tokenizer.json", RANDOM, TRAINING}
@@ -106,10 +107,12 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if it is whole."""
     manifest = folder / MANIFEST
     try:
-        files = json.loads(manifest.read_text())["files"]
+        files = manifests.read(manifest)
     except FileNotFoundError:
         return f"{manifest} is missing: the checkpoint is incomplete"
-    except (ValueError, KeyError, TypeError, OSError):
+    except manifests.Altered as altered:
+        return f"{manifest} {altered}: the checkpoint is damaged"
+    except (ValueError, OSError, RecursionError):
         return f"{manifest} cannot be read: the checkpoint is damaged"
     if not _lists_a_checkpoint(files):
         return f"{manifest} does not list a checkpoint's files: the checkpoint is damaged"
@@ -191,7 +194,7 @@ def seal(folder: Path) -> None:
         file.name: {"size": file.stat().st_size, "sha256": sha256}
         for file, sha256 in zip(files, sums, strict=True)
     }
-    manifest.write_text(json.dumps({"files": listed}, indent=1))
+    manifest.write_text(manifests.text(listed))
     for path in (*files, manifest, folder):
         flush(path)
 
