@@ -38,6 +38,17 @@ def test_several_gpus_divide_the_batch_and_are_less_than_so_many_times_as_fast()
     assert rates[2] < 4 * rates[0]
 
 
+def test_under_fsdp_each_part_of_a_step_communicates() -> None:
+    step = StepShape(rows=4, seq_len=2048, world_size=16, parallel="fsdp")
+    one, four = (
+        make_plan(preset("1.3b"), dataclasses.replace(step, parts=parts), H200).time
+        for parts in (1, 4)
+    )
+    assert one is not None
+    assert four is not None
+    assert four.exposed == pytest.approx(4 * one.exposed, rel=0.1)
+
+
 def test_every_way_that_is_named_fits() -> None:
     step = StepShape(rows=32, seq_len=2048, precision="fp32", world_size=2)
     plan = make_plan(preset("1.3b"), step, accelerator("h100"))

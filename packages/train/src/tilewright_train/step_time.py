@@ -95,6 +95,7 @@ def _over_gpus(
     count, layers = count_parameters(config), config.num_hidden_layers
     dtypes, divided = arithmetic(step.precision), step.parallel == "fsdp"
     weight = dtypes.weights.itemsize
+    parts = step.parts if divided else 1  # each gathers weights and sends its gradients
     ends = count.embedding + count.position + count.lm_head
     a_block = (count.total - ends) // layers
     workload = Workload(
@@ -104,8 +105,8 @@ def _over_gpus(
         optimizer=optimizer,
         weight_bytes=weight,
         gradient_bytes=weight,
-        reduce_bytes=weight,
-        gather_bytes=dtypes.products.itemsize if divided else weight,
+        reduce_bytes=weight * parts,
+        gather_bytes=dtypes.products.itemsize * parts if divided else weight,
     )
     cluster = Cluster(
         gpus_per_host=_GPUS_PER_HOST,
