@@ -107,7 +107,7 @@ class Launch:
         self.counts = StepCounts(columns.steps)
         self._indices = _indices(len(self.sizes))
         self._dtypes = columns.params[0].dtype, columns.grads[0].dtype
-        self._like: tuple[Check, Check] | None = None
+        self._like: list[Check | None] = [None, None]
         self._states = States(columns, self.places[1:], self.counts)
 
     def refresh(self, unread: bool, may_prove: bool) -> bool:
@@ -118,9 +118,12 @@ class Launch:
             may_prove: whether to prove, if need be, that states need no look from now on.
         """
         params = self.columns.params
-        grads = list(map(_GRAD, params))
         try:
-            if not self._fit(params, grads) or not lie_at(params, self.places[0], self._indices):
+            # What lies together is asked for together: gradients are first touched by the second.
+            if not self._fits(0, params) or not lie_at(params, self.places[0], self._indices):
+                return False
+            grads = list(map(_GRAD, params))
+            if not self._fits(1, grads):
                 return False
             if not lie_at(grads, self.grad_places, self._indices):
                 self.grad_places = addresses(grads)  # a list that stays is not sent again
@@ -129,25 +132,25 @@ class Launch:
         self.columns = self.columns._replace(grads=grads)
         return self._states.hold(unread, may_prove)
 
-    def _fit(self, params: list[Any], grads: list[Any]) -> bool:
-        """Whether they are of the sizes and dtypes they were of, without gaps.
+    def _fits(self, index: int, column: list[Any]) -> bool:
+        """Whether this column of `columns` has the sizes and the dtype it had, without gaps.
 
-        A call or two answer that from the third step on, so that plans of one step do not pay for
-        it.
+        A guard or two answer that from the third step on, so that plans of one step do not pay for
+        them.
         """
-        if self._like is not None:
-            params_like, grads_like = self._like
-            return params_like(params) and grads_like(grads)
-        result = set(map(type, grads)) == {Tensor} and all(
-            list(map(Tensor.numel, column)) == self.sizes
+        check = self._like[index]
+        if check is not None:
+            return check(column)
+        result = (
+            (column is self.columns.params or set(map(type, column)) == {Tensor})
+            and list(map(Tensor.numel, column)) == self.sizes
             and all(map(Tensor.is_contiguous, column))
-            and set(map(_DTYPE, column)) == {dtype}
-            for column, dtype in zip((params, grads), self._dtypes, strict=True)
+            and set(map(_DTYPE, column)) == {self._dtypes[index]}
+            and not any(map(Tensor.is_neg, column))
         )
-        if result and not any(map(Tensor.is_neg, grads)):
-            self._like = like(params), like(grads)
-            return True
-        return False
+        if result:
+            self._like[index] = like(column)
+        return result
 
     @property
     def states_proved(self) -> bool:
@@ -203,6 +206,7 @@ class States:
         self._dtypes = [column[0].dtype for column in self._columns]
         self._counts = counts
         self._indices = _indices(len(columns.steps))
+        self._sample = self._indices[::_SAMPLE]
         self._like: Check | None = None
         self._looks = 0
         self.proved = False
@@ -210,7 +214,7 @@ class States:
     def hold(self, unread: bool, may_prove: bool) -> bool:
         """Whether they do; `unread`: nobody has been given one of them since the last call."""
         if unread and self.proved:
-            return self._lie(self._indices[::_SAMPLE])
+            return self._lie(self._sample)
         self.proved = False
         if not self._lie(self._indices) or not self._fit():
             return False
