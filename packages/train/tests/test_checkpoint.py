@@ -2,6 +2,7 @@
 
 import json
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tilewright_model import CausalLM, preset
 from tilewright_optim import AdamW, WarmupCosine
 from tilewright_train import checkpoint, checkpoint_state, random_states
 from tilewright_train.errors import InputError
-from tilewright_train.snapshot import HostMemory, Snapshot, take
+from tilewright_train.snapshot import HostMemory, Snapshot, reserve, take
 
 FILES = [
     "config.json", "model.safetensors", "optimizer.safetensors", "random.safetensors",
@@ -168,6 +169,28 @@ def test_without_page_locked_memory_copies_go_to_plain_memory(
     assert torch.equal(memory.copy("first", first), first)
     assert torch.equal(memory.copy("second", second), second)
     assert asked == [True, False, False]
+
+
+def test_memory_is_ready_before_the_first_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate, threads = torch.empty, []
+
+    def empty(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            threads.append(threading.current_thread())
+        return allocate(*shape, **options)
+
+    trainee = a_trainee(0)
+    train(trainee, 3)
+    memory = HostMemory(torch.device("cuda"))
+    monkeypatch.setattr(torch, "empty", empty)
+    model, optimizer = trainee["model"], trainee["optimizer"]
+    reserve(memory, model=model, optimizer=optimizer, reference={"one": torch.ones(2)})
+    a_snapshot(3, trainee, memory)
+    assert threading.main_thread() not in threads
+    assert len(threads) == 4 * len(model.state_dict()) + 1  # weights, two moments, steps
+    held = {t.data_ptr() for t in memory._held.values()}
+    again = a_snapshot(3, trainee, memory)
+    assert {t.data_ptr() for t in (*again.weights.values(), *again.optimizer.values())} <= held
 
 
 def test_generators_go_on_where_they_were() -> None:

@@ -431,7 +431,21 @@ class _Training:
         if record.tokens_per_second:
             tokens = self.prepared.sampler.batch_size * self.prepared.sampler.seq_len
             self.saving.step(tokens / record.tokens_per_second, beside=self.saver.writing)
+        if record.step == self.prepared.done + 1:
+            self._reserve()
         self.reporter.record(record)
+
+    def _reserve(self) -> None:
+        """Have memory for checkpoints made ready, now that the optimizer has its states."""
+        trainee = self.prepared.trainee
+        if self.memory is None or not self.environment.is_main or is_sharded(trainee.optimizer):
+            return
+        snapshot.reserve(
+            self.memory,
+            model=trainee.model,
+            optimizer=trainee.optimizer,
+            reference=self.prepared.objective.tensors(),
+        )
 
     def _watch(self) -> Watch:
         options, done = self.chosen.config.run, self.prepared.done
