@@ -96,6 +96,21 @@ def test_dropout(packed, deterministic, small_tiles, device):
     check(problem, deterministic)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_sums_in_pieces(dropout_p, packed, deterministic, small_tiles, monkeypatch, device):
+    tile = backward.Tile(32, 32, 1, 4, 16)
+    monkeypatch.setattr(backward, "TILES", {key: {4: {256: tile}} for key in backward.TILES})
+    backward.tile_for.cache_clear()
+    options = {"dtype": torch.float32, "device": device, "mask": MASKS["causal"]}
+    options["dropout_p"] = dropout_p
+    if packed:
+        problem = make_packed(((5, 33), (20, 40)), width=40, **options)
+    else:
+        problem = make((33, 50), (2, 1), (40, 24), **options)
+    check(problem, deterministic)
+
+
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_queries_that_see_nothing_have_no_gradient(softcap, deterministic, small_tiles, device):
     mask = Mask(causal=True, bottom_right=True)

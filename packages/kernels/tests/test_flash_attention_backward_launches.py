@@ -68,9 +68,11 @@ def test_tiles_fit_their_sequences():
     assert backward.tile_for("keys", 128, 2, 4096, 4096, True).BLOCK_M == tile.BLOCK_M // 2
     assert backward.tile_for("keys", 16, 2, 1, 4096).BLOCK_M == 16
     assert backward.tile_for("keys", 16, 2, 4096, 0).BLOCK_N == 16
-    for by_size in backward.TILES.values():
-        for tile in (tile for by_width in by_size.values() for tile in by_width.values()):
-            assert backward_problem.PADDED % tile.BLOCK_M == 0
+    tf32 = backward.TF32_TILES["keys"][128]
+    assert backward.tile_for("keys", 128, 4, 4096, 4096, tf32=True) == tf32
+    by_widths = [by_width for sizes in backward.TILES.values() for by_width in sizes.values()]
+    for by_width in (*by_widths, *backward.TF32_TILES.values()):
+        assert all(backward_problem.PADDED % tile.BLOCK_M == 0 for tile in by_width.values())
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])

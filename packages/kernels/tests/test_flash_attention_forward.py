@@ -112,6 +112,15 @@ def test_head_dimensions(width, width_v, device):
     check(*make((18, 33), (1, 2, 1), width, torch.float16, device, width_v=width_v), mask=CAUSAL)
 
 
+@pytest.mark.parametrize("width", [40, 18])
+def test_sums_in_pieces(width, monkeypatch, device):
+    # Four pieces a head of 40 or so, two a block of keys; 18 goes through pointers.
+    monkeypatch.setattr(forward, "TILES", {4: {256: Tile(16, 32, 1, 4, 16)}})
+    forward.tile_for.cache_clear()
+    inputs = make((37, 45), (2, 4, 2), width, torch.float32, device, width_v=24)
+    check(*inputs, mask=Mask(causal=True, bottom_right=True, left=9))
+
+
 @pytest.mark.parametrize("mask", [NO_MASK, CAUSAL], ids=str)
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
 def test_softcap(softcap, mask, device):
@@ -335,6 +344,8 @@ def test_float32_at_real_sizes(tf32):
         for width in (64, 128, 256):
             inputs = make((300, 300), (1, 2, 1), width, torch.float32, torch.device("cuda"))
             check(*inputs, mask=CAUSAL)
+            used = forward.tile_for(width, 4, 300, 300, False, tf32)
+            assert used == (forward.TF32_TILES if tf32 else forward.TILES[4])[width]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = former
 

@@ -84,39 +84,55 @@ It saves two products of seven. In 16 bits it is slower all the same (H200, bflo
 tokens in sequences of 4096, the best tiles of each): 2.10 ms against 0.95 + 0.75 at D 128, 1.86 ms
 against 1.01 + 0.70 at D 64, before 0.09 ms to clear its sums and to round them. The fifth product
 and what it adds through take registers and shared memory: at D 128 two programs fit on a
-multiprocessor with tiles of 32 x 64 only. Wider types are not measured; in them products cost most.
+multiprocessor with tiles of 32 x 64 only. float32 of 4 x 2048 tokens and 12 heads: 15.5 against
+9.6 + 12.7 ms at D 128, in tf32 2.0 against 1.2 + 1.5, each with its own roundings.
 """
 
 # Kernel -> bytes of an element -> head dimension (the padded one, of k or v) -> tile. Two programs
 # of four warps on a multiprocessor, of which one multiplies while the other is at its exponentials,
 # beat one of eight warps with larger tiles: in the case above 0.95 ms against 1.11 (keys) and 0.75
-# against 0.77 (queries) at D 128, 1.01 against 1.39 and 0.70 against 0.72 at D 64. Other widths and
-# types are not measured.
+# against 0.77 (queries) at D 128, 1.01 against 1.39 and 0.70 against 0.72 at D 64.
+# float32, without tensor cores (the case of ADDS_PAY, all at D = 64, 128, 256): 6.7, 15.5, 26.4 ms.
+# With whole sums of operands that are kept, and four warps: 43.6, 101, 216 ms. There ptxas gave a
+# thread 32 registers and spilled nearly all; held to 255, 27.0 ms at D = 128. Larger tiles are
+# faster until they spill, and compile longer: 64 x 64 at D = 128 14.9 ms, 32 x 32 at D = 256 40.0.
+# Keys and queries at D = 256, and other types, are not measured.
 TILES: dict[str, dict[int, dict[int, Tile]]] = {
     # With dq among its products, for types in which that pays.
     "all": {
-        4: {64: Tile(32, 64, 2, 4), 128: Tile(32, 32, 2, 4), 256: Tile(16, 32, 1, 4)},
+        4: {64: Tile(32, 64, 1, 8, 32), 128: Tile(32, 64, 1, 8, 16), 256: Tile(16, 32, 1, 8, 16)},
         8: {256: Tile(16, 16, 1, 4)},
     },
     "keys": {
         2: {64: Tile(128, 64, 2, 4), 128: Tile(64, 64, 2, 4), 256: Tile(32, 64, 2, 8)},
-        4: {64: Tile(32, 64, 2, 4), 128: Tile(32, 32, 2, 4), 256: Tile(16, 32, 1, 4)},
+        4: {64: Tile(32, 64, 1, 8, 32), 128: Tile(32, 64, 1, 8, 16), 256: Tile(16, 32, 1, 8, 16)},
         8: {256: Tile(16, 16, 1, 4)},
     },
     "queries": {
         2: {64: Tile(64, 64, 3, 4), 128: Tile(64, 64, 2, 4), 256: Tile(64, 32, 2, 8)},
-        4: {64: Tile(64, 32, 2, 4), 128: Tile(32, 32, 2, 4), 256: Tile(32, 16, 1, 4)},
+        4: {64: Tile(64, 64, 1, 8, 16), 128: Tile(32, 64, 1, 8, 16), 256: Tile(32, 32, 1, 8, 32)},
         8: {256: Tile(16, 16, 1, 4)},
     },
+}
+
+# The same in tf32 (all): 1.49, 2.03, 5.78 ms. At D = 128 two programs of 32 x 32, for the tensor
+# cores' older instruction, beat one for Hopper's: 32 x 64 2.61 ms, 64 x 64 2.75. At D = 64, 32 x 64
+# 1.58; at D = 256, 16 x 32 7.04. Keys and queries alone are not measured at D = 256.
+TF32_TILES: dict[str, dict[int, Tile]] = {
+    "all": {64: Tile(64, 64, 1, 4), 128: Tile(32, 32, 2, 4), 256: Tile(32, 32, 1, 8)},
+    "keys": {64: Tile(32, 64, 2, 4), 128: Tile(32, 32, 2, 4), 256: Tile(16, 32, 1, 4)},
+    "queries": {64: Tile(64, 32, 2, 4), 128: Tile(32, 32, 2, 4), 256: Tile(32, 16, 1, 4)},
 }
 
 
 @cache
 def tile_for(
-    kernel: str, width: int, element_size: int, len_q: int, len_k: int, dropout: bool = False
-) -> Tile:
+    kernel: str, width: int, element_size: int, len_q: int, len_k: int, dropout: bool = False,
+    tf32: bool = False,
+) -> Tile:  # fmt: skip
     """The kernel's tile for a padded head dimension; BLOCK_M is 128 at most."""
-    tile = narrowest(TILES[kernel][element_size], width)
+    by_width = TF32_TILES[kernel] if tf32 else TILES[kernel][element_size]
+    tile = narrowest(by_width, width)
     if dropout and kernel != "queries":
         # Random words of a whole tile do not fit in registers beside both sums.
         tile = tile._replace(BLOCK_M=max(16, tile.BLOCK_M // 2))
@@ -296,5 +312,5 @@ def _launch_hopper(
 
 def _tile(problem: Problem, kernel: str, q: Tensor) -> Tile:
     width = max(problem.widths["BLOCK_D"], problem.widths["BLOCK_DV"])
-    dropout = problem.flags["HAS_DROPOUT"]
-    return tile_for(kernel, width, q.element_size(), *problem.lengths, dropout)
+    dropout, tf32 = problem.flags["HAS_DROPOUT"], problem.flags["PRECISION"] == "tf32"
+    return tile_for(kernel, width, q.element_size(), *problem.lengths, dropout, tf32)

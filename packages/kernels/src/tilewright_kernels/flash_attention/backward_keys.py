@@ -19,7 +19,7 @@ from tilewright_kernels.flash_attention.backward_tiles import (
     scratch_row,
 )
 from tilewright_kernels.flash_attention.masks import keep, query_blocks, shift_of, visible
-from tilewright_kernels.flash_attention.online_softmax import as_operand
+from tilewright_kernels.flash_attention.online_softmax import as_operand, product
 from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
 
 INTERPRETED = tl.constexpr(_triton.INTERPRETED)
@@ -40,7 +40,8 @@ def _add_columns(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, k, v, key, q_source, dout_source, lse2_ptr, minus_delta_ptr, sums, seed_ptr,
+    dk, dv, k, v, k_ptr, v_ptr, first_k, first_key, k_strides, v_strides, key,
+    q_source, dout_source, lse2_ptr, minus_delta_ptr, sums, seed_ptr,
     begin, full_begin, full_end, end, batch, index, kv_head, heads, first_q, len_q, len_k,
     num_q, num_k, shift, left, right, inner, outer, kept, rows_per_head, all_rows,
     q_strides, dout_strides, GROUP: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr,
@@ -48,6 +49,7 @@ def _walk_queries(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr,
     TMA: tl.constexpr, SUMS_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
     """Add what queries begin … end - 1 of each head of the group contribute to dk and dv.
 
@@ -68,7 +70,19 @@ def _walk_queries(
         q = load_rows(
             q_source, index, head, first_q, row, len_q, q_strides, D, BLOCK_M, BLOCK_D, TMA, False
         )
-        products = tl.dot(k, q.T, input_precision=PRECISION, out_dtype=ACC)
+        if PIECE > 0:
+            # Kept as operands they are 1024 registers a thread. The row that is none of theirs,
+            # and never negative, is for the compiler, which would load them before the loop.
+            again = first_key + tl.minimum(row, 0)
+            k = load_rows(
+                k_ptr, index, kv_head, first_k, again, len_k, k_strides, D,
+                BLOCK_N, BLOCK_D, False, False,
+            )  # fmt: skip
+            v = load_rows(
+                v_ptr, index, kv_head, first_k, again, len_k, v_strides, D_V,
+                BLOCK_N, BLOCK_DV, False, False,
+            )  # fmt: skip
+        products = product(k, q.T, tl.zeros((BLOCK_N, BLOCK_M), ACC), PRECISION, PIECE)
         p, slope = probabilities(products, tl.load(lse2_ptr + rows)[None, :], inner, outer, CAP)
         if (row < full_begin) | (row >= full_end):
             seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
@@ -79,7 +93,7 @@ def _walk_queries(
         )  # fmt: skip
         minus_delta = tl.load(minus_delta_ptr + rows)[None, :]
         if HAS_DROPOUT:
-            dp = tl.dot(v, dout.T, input_precision=PRECISION, out_dtype=ACC)
+            dp = product(v, dout.T, tl.zeros((BLOCK_N, BLOCK_M), ACC), PRECISION, PIECE)
             seed = tl.load(seed_ptr)
             kept_here = keep(seed, batch * heads + head, query, key, num_q, num_k, kept)
             inverse = 4294967296.0 / tl.maximum(kept, 1).to(ACC)
@@ -89,19 +103,17 @@ def _walk_queries(
             p_dropped = p
             # The sum starts at -delta: nothing is subtracted afterwards.
             dp = tl.broadcast_to(minus_delta, (BLOCK_N, BLOCK_M))
-            dp = tl.dot(v, dout.T, dp, input_precision=PRECISION, out_dtype=ACC)
-        dv = tl.dot(
-            as_operand(p_dropped, dout.dtype, PRECISION), dout, dv,
-            input_precision=PRECISION, out_dtype=ACC,
-        )  # fmt: skip
+            dp = product(v, dout.T, dp, PRECISION, PIECE)
+        p_dropped = as_operand(p_dropped, dout.dtype, PRECISION)
+        dv = product(p_dropped, dout, dv, PRECISION, PIECE)
         ds = p * dp
         if CAP != "":
             ds = ds * slope
         ds = as_operand(ds, q.dtype, PRECISION)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION, out_dtype=ACC)
+        dk = product(ds, q, dk, PRECISION, PIECE)
         if sums is not None:
             # Transposed as well: ds is a right operand as it lies.
-            dq = tl.dot(k.T, ds, input_precision=PRECISION, out_dtype=ACC)
+            dq = product(k.T, ds, tl.zeros((BLOCK_D, BLOCK_M), ACC), PRECISION, PIECE)
             _add_columns(dq, sums, scratch, all_rows, SUMS_TMA, BLOCK_D, BLOCK_M)
     return dk, dv
 
@@ -121,6 +133,7 @@ def attention_backward_keys_kernel(
     BOTTOM_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, PACKED: tl.constexpr, PADDED: tl.constexpr,
     TMA: tl.constexpr, SUMS_TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of BLOCK_N keys of one key head, and their part of dq, unscaled, where sums is given.
 
@@ -165,14 +178,15 @@ def attention_backward_keys_kernel(
     heads = kv_heads * GROUP
     for part in tl.static_range(2 if BY_POINTER else 1):
         dk, dv = _walk_queries(
-            dk, dv, k, v, key, q_source if part == 0 else q_ptr,
+            dk, dv, k, v, k_ptr, v_ptr, first_k, first_key, (k_batch, k_row, k_head),
+            (v_batch, v_row, v_head), key, q_source if part == 0 else q_ptr,
             dout_source if part == 0 else dout_ptr, lse2_ptr, minus_delta_ptr, sums, seed_ptr,
             begin if part == 0 else last, full_begin, full_end, last if part == 0 else end,
             batch, index, kv_head, heads, first_q, len_q, len_k, num_q, num_k, shift,
             left, right, inner, outer, kept, rows_per_head, all_rows,
             q_strides, dout_strides, GROUP, D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
             HAS_LEFT, HAS_RIGHT, CAP, HAS_DROPOUT,
-            PACKED, PADDED, TMA and part == 0, SUMS_TMA, ACC, PRECISION,
+            PACKED, PADDED, TMA and part == 0, SUMS_TMA, ACC, PRECISION, PIECE,
         )  # fmt: skip
     store_rows(
         dk * scale, dk_ptr, index, kv_head, first_k, first_key, len_k,

@@ -14,19 +14,20 @@ from tilewright_kernels.flash_attention.backward_tiles import (
     scratch_row,
 )
 from tilewright_kernels.flash_attention.masks import keep, key_blocks, shift_of, visible
-from tilewright_kernels.flash_attention.online_softmax import as_operand
+from tilewright_kernels.flash_attention.online_softmax import as_operand, product
 from tilewright_kernels.flash_attention.sequence_rows import load_rows, sequence, store_rows
 
 
 @triton.jit
 def _walk_keys(
-    dq, q, dout, lse2, minus_delta, query, k_source, v_source, seed_ptr,
+    dq, q, dout, q_ptr, dout_ptr, head, first_q, first_query, len_q, q_strides, dout_strides,
+    lse2, minus_delta, query, k_source, v_source, seed_ptr,
     begin, full_begin, full_end, end, index, kv_head, dropout_head, first_k, len_k,
     num_q, num_k, shift, left, right, inner, outer, kept, k_strides, v_strides,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Add what keys begin … end - 1 contribute to dq.
 
@@ -38,7 +39,17 @@ def _walk_keys(
             k_source, index, kv_head, first_k, row, len_k, k_strides, D,
             BLOCK_N, BLOCK_D, TMA, False,
         )  # fmt: skip
-        products = tl.dot(q, k.T, input_precision=PRECISION, out_dtype=ACC)
+        if PIECE > 0:  # as in backward_keys.py
+            again = first_query + tl.minimum(row, 0)
+            q = load_rows(
+                q_ptr, index, head, first_q, again, len_q, q_strides, D,
+                BLOCK_M, BLOCK_D, False, False,
+            )  # fmt: skip
+            dout = load_rows(
+                dout_ptr, index, head, first_q, again, len_q, dout_strides, D_V,
+                BLOCK_M, BLOCK_DV, False, False,
+            )  # fmt: skip
+        products = product(q, k.T, tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION, PIECE)
         v = load_rows(
             v_source, index, kv_head, first_k, row, len_k, v_strides, D_V,
             BLOCK_N, BLOCK_DV, TMA, False,
@@ -48,7 +59,7 @@ def _walk_keys(
             seen = visible(query, key, len_k, shift, left, right, HAS_LEFT, HAS_RIGHT)
             p = tl.where(seen, p, 0.0)
         if HAS_DROPOUT:
-            dp = tl.dot(dout, v.T, input_precision=PRECISION, out_dtype=ACC)
+            dp = product(dout, v.T, tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION, PIECE)
             seed = tl.load(seed_ptr)
             kept_here = keep(seed, dropout_head, query, key, num_q, num_k, kept)
             dp = tl.where(kept_here, dp * (4294967296.0 / tl.maximum(kept, 1).to(ACC)), 0.0)
@@ -56,13 +67,11 @@ def _walk_keys(
         else:
             # The sum starts at -delta: nothing is subtracted afterwards.
             dp = tl.broadcast_to(minus_delta, (BLOCK_M, BLOCK_N))
-            dp = tl.dot(dout, v.T, dp, input_precision=PRECISION, out_dtype=ACC)
+            dp = product(dout, v.T, dp, PRECISION, PIECE)
         ds = p * dp
         if CAP != "":
             ds = ds * slope
-        dq = tl.dot(
-            as_operand(ds, k.dtype, PRECISION), k, dq, input_precision=PRECISION, out_dtype=ACC
-        )  # fmt: skip
+        dq = product(as_operand(ds, k.dtype, PRECISION), k, dq, PRECISION, PIECE)
     return dq
 
 
@@ -84,7 +93,7 @@ def attention_backward_queries_kernel(
     BOTTOM_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     CAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PACKED: tl.constexpr, PADDED: tl.constexpr, TMA: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head, and `row_terms`, for the kernel of the keys.
 
@@ -138,14 +147,16 @@ def attention_backward_queries_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     for part in tl.static_range(2 if BY_POINTER else 1):
         dq = _walk_keys(
-            dq, q, dout, lse2, minus_delta, query[:, None],
+            dq, q, dout, q_ptr, dout_ptr, head, first_q, first_query, len_q,
+            (q_batch, q_row, q_head), (dout_batch, dout_row, dout_head),
+            lse2, minus_delta, query[:, None],
             k_source if part == 0 else k_ptr, v_source if part == 0 else v_ptr, seed_ptr,
             begin if part == 0 else last, full_begin, full_end, last if part == 0 else end,
             index, kv_head, batch * heads + head, first_k, len_k, num_q, num_k, shift,
             left, right, inner, outer, kept,
             (k_batch, k_row, k_head), (v_batch, v_row, v_head),
             D, D_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, CAP,
-            HAS_DROPOUT, TMA and part == 0, ACC, PRECISION,
+            HAS_DROPOUT, TMA and part == 0, ACC, PRECISION, PIECE,
         )  # fmt: skip
     store_rows(
         dq * scale, dq_ptr, index, head, first_q, first_query, len_q,

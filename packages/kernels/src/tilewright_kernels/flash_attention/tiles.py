@@ -22,12 +22,17 @@ with 16 MiB 402, 8 MiB 394, a head 374.
 
 
 class Tile(NamedTuple):
-    """Queries by keys, and how the program is built; blocks are powers of two."""
+    """Queries by keys, and how the program is built; blocks are powers of two.
+
+    PIECE is for float32 without tensor cores: so many numbers of a sum are multiplied at one time
+    (`product`), and the program's own rows are read anew at each step. 0 is all, kept.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_stages: int
     num_warps: int
+    PIECE: int = 0
 
 
 def padded(width: int) -> int:
