@@ -27,7 +27,7 @@ which is one record too, may have more if its file is not far smaller."""
 
 _PACKED = (".gz", ".zst")
 _REMEDY = 'mend it, or skip such lines with "--on-bad-line skip"'
-_ROWS = 256  # of parquet that are in memory at once
+_ROWS, _ROW_BYTES = 256, 1 << 24  # of parquet that are in memory at once
 _PASSED = 1 << 20  # bytes of the rest of a line that is too long
 _DENSEST = 100  # times its packed size; zstd -19 packs this library's own texts 5 times
 _COLUMNS = ("text", "messages", "conversations", "prompt", "chosen", "rejected")
@@ -181,13 +181,22 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         # Mapped: read, a group of rows would be in memory as a whole, and a file may be one group.
         with parquet.ParquetFile(file, memory_map=True) as table:
             columns = [name for name in table.schema_arrow.names if name in _COLUMNS]
-            for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
+            for batch in table.iter_batches(batch_size=_rows(table.metadata), columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     # A column that other rows of the file have is null in this one.
                     yield f"{file}:{number}", {k: v for k, v in row.items() if v is not None}
+    except MemoryError:  # of pyarrow too, which is an ArrowException
+        raise
     except (ArrowException, OSError) as error:
         raise InputError(f"{file} is damaged after row {number}: {error}") from None
+
+
+def _rows(metadata: Any) -> int:
+    """How many rows to read at once: fewer where they are long."""
+    groups = range(metadata.num_row_groups)
+    size = sum(metadata.row_group(number).total_byte_size for number in groups)
+    return max(1, min(_ROWS, _ROW_BYTES * metadata.num_rows // max(1, size)))
 
 
 def _lines(file: Path, *, keep_rest: bool = False) -> Iterator[bytes]:
