@@ -1,6 +1,7 @@
 """Every mistake that a user can make: one line on stderr, exit status 2, nothing lost."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tilewright_train.cli import main
+from tilewright_train.metrics import read_metrics
 
 
 def without(flags: list[str], *names: str) -> list[str]:
@@ -185,6 +187,58 @@ def test_an_interrupted_run_is_named_once_it_has_begun(
     if begun:
         assert main(["--resume", str(run)]) == 130
         assert capsys.readouterr().err == f"interrupted{go_on}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("where", "begun"),
+    [("preparation.prepare_corpus", False), ("preparation.build", True),
+     ("pretraining.try_first_batch", True), ("pretraining.sample_text", True)],
+)  # fmt: skip
+def test_a_signal_before_the_first_step_ends_with_a_line_and_loses_nothing(
+    tiny_flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    begun: bool,
+    number: signal.Signals,
+) -> None:
+    # A shell without job control has what it starts in the background ignore Ctrl-C.
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with monkeypatch.context() as patched:
+            what = f"tilewright_train.{where}"
+            patched.setattr(what, lambda *_, **__: signal.raise_signal(number))
+            assert main(tiny_flags) == 128 + number
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        for known, handler in handlers.items():
+            signal.signal(known, handler)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    run = Path(tiny_flags[tiny_flags.index("--out") + 1]) / "corpus-nano-001"
+    assert run.exists() == begun
+    words = "stopped by SIGTERM" if number == signal.SIGTERM else "interrupted"
+    go_on = f"; go on from what is saved with: train-pretrain --resume {run}" if begun else ""
+    assert said == f"{words}{go_on}\n"
+    assert main(["--resume", str(run)] if begun else tiny_flags) == 0
+    assert [r.step for r in read_metrics(run / "metrics.jsonl")] == list(range(13))
+
+
+def test_a_terminated_command_exits_with_143(tiny_flags: list[str]) -> None:
+    flags = [*without(tiny_flags, "--steps"), "--steps", "100000"]
+    command = [sys.executable, "-m", "tilewright_train", *flags]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()  # the choices: torch is loaded, no step is done
+        process.terminate()
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert said.splitlines()[-1].startswith("stopped ")
 
 
 def test_a_reader_that_goes_away_is_no_error(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from tilewright_train.config import Objective, PretrainConfig
 from tilewright_train.errors import InputError, RankLost, TrainingStopped, one_line
 from tilewright_train.layers import CONFIG_FILE, parse
+from tilewright_train.signals import Terminated, sigterm_interrupts
 
 
 def pretrain() -> None:
@@ -31,7 +32,8 @@ def dpo() -> None:
 def main(arguments: Sequence[str], objective: Objective = "pretrain") -> int:
     """Run the command of `objective` with these arguments and give its exit status."""
     try:
-        _run(arguments, objective)
+        with sigterm_interrupts():
+            _run(arguments, objective)
     except BrokenPipeError:
         return 141  # `train-pretrain | head`: whoever read the lines has gone
     except (InputError, OSError) as error:
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str], objective: Objective = "pretrain") -> int:
         return 1
     except TrainingStopped as stopped:
         return _complain(str(stopped), stopped.exit_status)
+    except Terminated as terminated:
+        return _complain(f"stopped by SIGTERM{terminated}", 143)
     except KeyboardInterrupt as interrupt:
         return _complain(f"interrupted{interrupt}", 130)
     return 0
@@ -57,12 +61,12 @@ def _run(arguments: Sequence[str], objective: Objective) -> None:
     earlier = _runs(config)
     try:
         run(config)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         begun = _runs(config) - earlier if config.run.resume == "never" else {config.run.resume}
         if len(begun) != 1:  # none, or somebody else has begun one there as well
             raise
         going_on = f"; go on from what is saved with: {config.command} --resume {begun.pop()}"
-        raise KeyboardInterrupt(going_on) from None
+        raise type(interrupt)(going_on) from None
 
 
 def _runs(config: PretrainConfig) -> set[str]:

@@ -259,13 +259,14 @@ class _Training:
         """Train to the end and say how it was; or stop when asked to, and say how to go on."""
         steps, prepared = self.chosen.settled.steps, self.prepared
         self._introduce()
-        self._try_first_batch()
-        if prepared.done == 0:
-            whole = self._whole()
-            if self.environment.is_main:
-                answer_tasks(self.chosen, whole, 0, self.autocast, self.reporter)
-                finish_stories(self.chosen, whole, 0, self.autocast, self.reporter)
-                self._write_sample(0, whole)
+        try:
+            self._try_first_batch()
+            if prepared.done == 0:
+                self._show_the_start()
+        except BaseException:
+            if self.metrics is not None:
+                self.metrics.close()
+            raise
         backend_report(reset=True)
         self.reporter.begin(prepared.done, steps, self._ways())
         with StopRequest() as stop:
@@ -302,16 +303,19 @@ class _Training:
             }
             finish(self.chosen, whole, self.autocast, self.reporter, saving)
 
+    def _show_the_start(self) -> None:
+        """What the model can do and writes before its first step."""
+        whole = self._whole()
+        if self.environment.is_main:
+            answer_tasks(self.chosen, whole, 0, self.autocast, self.reporter)
+            finish_stories(self.chosen, whole, 0, self.autocast, self.reporter)
+            self._write_sample(0, whole)
+
     def _try_first_batch(self) -> None:
         """Compile, and see that memory is enough; the run may get a smaller micro-batch."""
-        try:
-            tried = try_first_batch(
-                self.chosen, self.prepared, self.environment, self.autocast, self.reporter
-            )
-        except BaseException:
-            if self.metrics is not None:
-                self.metrics.close()
-            raise
+        tried = try_first_batch(
+            self.chosen, self.prepared, self.environment, self.autocast, self.reporter
+        )
         if tried is not self.chosen and self.environment.is_main:
             write_toml(tried.config, self.prepared.run.config, tried.reasons)
         self.chosen = tried

@@ -1,16 +1,41 @@
 """Ctrl-C and SIGTERM as a request: the step is finished and saved before the process ends.
 
 A second signal acts at once. What arrives within a second counts as one: torchrun passes on to its
-processes what the terminal has sent them already.
+processes what the terminal has sent them already. Outside of the loop there is no step to finish:
+there SIGTERM ends a command as Ctrl-C does, by an exception, so that it can say so.
 """
 
+import contextlib
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ONE_SIGNAL = 1.0  # seconds
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """While the block lasts SIGTERM raises `Terminated`, if it would end the process otherwise."""
+    listens = threading.current_thread() is threading.main_thread()
+    if not listens or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class StopRequest:
