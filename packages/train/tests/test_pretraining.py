@@ -23,6 +23,7 @@ from tilewright_train.cli import main
 from tilewright_train.layers import parse
 from tilewright_train.metrics import read_metrics
 from tilewright_train.pretraining import run
+from tilewright_train.snapshot import Snapshot
 
 
 def train(flags: list[str], *more: str) -> tuple[Path, str]:
@@ -301,6 +302,25 @@ def test_a_run_killed_before_its_first_checkpoint_is_whole_starts_again(
     monkeypatch.undo()
     (folder,) = Path(tiny_flags[tiny_flags.index("--out") + 1]).glob("corpus-nano-*")
     assert read_metrics(folder / "metrics.jsonl")[-1].step == 4  # the step of the checkpoint
+    train(["--resume", str(folder), "--save-every", "1"])  # far less than it has come
+    assert [r.step for r in read_metrics(folder / "metrics.jsonl")] == list(range(13))
+
+
+def test_a_run_that_never_could_save_starts_again(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(root: Path, snapshot: Snapshot, **_: object) -> None:
+        if snapshot.step == 10:
+            raise KeyboardInterrupt
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(saver, "save", full)
+    flags = [*tiny_flags, "--no-async-save", "--on-save-failure", "continue"]
+    flags[flags.index("--save-every") + 1] = "1"
+    assert main(flags) == 130
+    monkeypatch.undo()
+    (folder,) = Path(tiny_flags[tiny_flags.index("--out") + 1]).glob("corpus-nano-*")
+    assert read_metrics(folder / "metrics.jsonl")[-1].step == 10
     train(["--resume", str(folder)])
     assert [r.step for r in read_metrics(folder / "metrics.jsonl")] == list(range(13))
 

@@ -26,6 +26,7 @@ def a_saver(tmp_path: Path, said: list[str], *, background: bool = True, go_on: 
         keep_every=None,
         background=background,
         before=lambda: said.append("metrics"),
+        after=lambda: said.append("there"),
         go_on=go_on,
         say=said.append,
     )
@@ -47,7 +48,7 @@ def test_it_writes_while_the_caller_goes_on(
     may_write.set()
     saves.wait()
     assert written == [4]
-    assert said == ["metrics"]  # on the disk before the checkpoint
+    assert said == ["metrics", "there"]  # on the disk before the checkpoint
     saves.start(a_snapshot(8))
     saves.wait(last=True)
     assert written == [4, 8]

@@ -207,9 +207,7 @@ def _prepare_training(
     done, seconds = 0, 0.0
     if config.run.resume != "never":
         older = config.run.resume_from_older
-        found = on_first(
-            environment, lambda: find_checkpoint(run, older, settled.save_every, reporter)
-        )
+        found = on_first(environment, lambda: find_checkpoint(run, older, reporter))
         done = found.step
         rows = done * settled.batch_size
         if found.folder is not None:

@@ -250,6 +250,7 @@ class _Training:
             keep_every=options.keep_every,
             background=options.async_save,
             before=self._flush_metrics,
+            after=prepared.run.note_saved,
             go_on=options.on_save_failure == "continue",
             say=reporter.say,
         )

@@ -34,9 +34,7 @@ def check_same_tokens(run: RunDirectory, corpus: Corpus, accept: bool, reporter:
     write_whole(run.facts, json.dumps(facts, indent=2) + "\n")
 
 
-def find_checkpoint(
-    run: RunDirectory, older: bool, save_every: int, reporter: Reporter
-) -> checkpoint.Found:
+def find_checkpoint(run: RunDirectory, older: bool, reporter: Reporter) -> checkpoint.Found:
     """Where the run goes on; what lies behind that point is dropped or set aside.
 
     Raises:
@@ -44,7 +42,7 @@ def find_checkpoint(
     """
     found = checkpoint.find(run.checkpoints, from_older=older)
     if found.folder is None:
-        _check_nothing_was_saved(run, save_every)
+        _check_nothing_was_saved(run)
     for folder in found.damaged:
         reporter.say(f"damaged      {folder} is now {checkpoint.set_aside(folder).name}")
     truncate_metrics(run.metrics, found.step)
@@ -53,15 +51,14 @@ def find_checkpoint(
     return found
 
 
-def _check_nothing_was_saved(run: RunDirectory, save_every: int) -> None:
+def _check_nothing_was_saved(run: RunDirectory) -> None:
     """Refuse to start again, and to drop the metrics, where checkpoints were removed.
 
-    A checkpoint is written while the training goes on, to the next one at most: a run that is
-    killed there has reached twice `save_every` and has none. The folder of checkpoints is there
-    from the start.
+    How far a run came says nothing: it may have been killed in its first save, have failed to save,
+    or be resumed with another --save-every. The folder of checkpoints is there from the start.
     """
     reached = max((record.step for record in read_metrics(run.metrics)), default=0)
-    if reached > 2 * save_every or (reached > 0 and not run.checkpoints.is_dir()):
+    if reached > 0 and (run.has_saved or not run.checkpoints.is_dir()):
         raise InputError(
             f"{run.checkpoints} holds no checkpoint, but {run.metrics} reaches step {reached}: put"
             f" the checkpoints back, or start a new run with --config {run.config}"

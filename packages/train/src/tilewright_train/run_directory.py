@@ -44,6 +44,20 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
+    def has_saved(self) -> bool:
+        """Whether a checkpoint has been whole, be it there or not."""
+        return self._saved.exists()
+
+    def note_saved(self) -> None:
+        """Say for later that one is. A disk that is full by now loses the note, not the run."""
+        with contextlib.suppress(OSError):
+            self._saved.touch()
+
+    @property
+    def _saved(self) -> Path:
+        return self.root / ".has-saved"
+
+    @property
     def summary(self) -> Path:
         """How the run ended; its presence says that it did."""
         return self.root / SUMMARY_FILE

@@ -23,6 +23,7 @@ class Saver:
         keep_every: Those of multiples of so many steps stay as well.
         background: Whether a thread writes.
         before: Called first; a checkpoint must not be ahead of the metrics on the disk.
+        after: Called when it is there.
         go_on: Whether a checkpoint that cannot be written is said and left out, but for the last.
         say: Takes a line for a person.
     """
@@ -35,6 +36,7 @@ class Saver:
         keep_every: int | None,
         background: bool,
         before: Callable[[], None],
+        after: Callable[[], None],
         go_on: bool,
         say: Callable[[str], None],
     ) -> None:
@@ -43,6 +45,7 @@ class Saver:
         self._keep_every = keep_every
         self._background = background
         self._before = before
+        self._after = after
         self._go_on = go_on
         self._say = say
         self._thread: threading.Thread | None = None
@@ -107,6 +110,7 @@ class Saver:
             self._before()
             keep = self._keep if prune else None
             save(self._root, snapshot, keep=keep, keep_every=self._keep_every)
+            self._after()
         except BaseException as error:  # raised where somebody waits
             self._failure = error
             if not self._go_on:
