@@ -5,7 +5,7 @@ tensors and one reading of the cache. As operators of their own, each waits for 
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,19 +139,30 @@ def attention_with_kvcache(
     options = {"launch_pdl": True} if overlap else {}  # unknown to Triton's interpreter
     fetches = overlap and prefetch and _whole_words(k_cache) and _whole_words(v_cache)
     before, factor = score_factors(scale, softcap)
-    _OP.launch(
-        attention_with_kvcache_kernel, (splits * groups,),
-        q, k, v, k_cache, v_cache, cache_seqlens, cos, sin, q_norm, k_norm, out, parts, part_lse,
-        counters if splits > 1 else None,
+    tensors = q, k, v, k_cache, v_cache, cache_seqlens, cos, sin, q_norm, k_norm, out
+    numbers = (
         capacity, 0 if cos is None else cos.shape[0], kv_heads, max(0, left),
         q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
         *k_cache.stride()[:3], *v_cache.stride()[:3],
         0 if cos is None else cos.stride(0), 0 if sin is None else sin.stride(0),
-        EPS=eps, BEFORE=before, FACTOR=factor, CAP=cap_of(softcap, q), HAS_WINDOW=left >= 0,
-        GROUP=group, D=width, ROTARY=0 if cos is None else 2 * cos.shape[1], BLOCK_D=block_d,
+    )  # fmt: skip
+    known: dict[str, Any] = {
+        "EPS": eps, "FACTOR": factor, "HAS_WINDOW": left >= 0, "GROUP": group, "OVERLAP": overlap,
+    }  # fmt: skip
+    if overlap and splits == 1:
+        from tilewright_kernels.flash_attention import kvcache_hopper
+
+        if kvcache_hopper.takes(q, k_cache, v_cache, cos, softcap, scale):
+            kvcache_hopper.launch_hopper(_OP, tensors, numbers, **known, PREFETCH=prefetch)
+            return out
+    _OP.launch(
+        attention_with_kvcache_kernel, (splits * groups,),
+        *tensors, parts, part_lse, counters if splits > 1 else None, *numbers,
+        **known, BEFORE=before, CAP=cap_of(softcap, q), D=width,
+        ROTARY=0 if cos is None else 2 * cos.shape[1], BLOCK_D=block_d,
         ACC=accumulator(q.dtype), SPLITS=splits, ROWS=max(16, next_power_of_2(group)),
-        OVERLAP=overlap, EARLY=overlap and splits == 1,
-        PREFETCH=PREFETCHED_KEYS if fetches else 0, **tile._asdict(), **options,
+        EARLY=overlap and splits == 1, PREFETCH=PREFETCHED_KEYS if fetches else 0,
+        **tile._asdict(), **options,
     )  # fmt: skip
     return out
 
