@@ -77,10 +77,24 @@ def rows_tile(n: int, k: int, element_size: int, gated: bool, programs: int) -> 
     )
 
 
-# Hopper, several rows: rows of W at most (both halves counted), K at most -> programs that share K.
-# Microseconds of a whole step of a 0.5 B decoder, 32 sequences of 256 tokens, H200 (16 layers, of
-# which each has one such product): 4608, 1536 by 1, 2, 3 programs 837, 812, 799, and with the
-# kernel for all GPUs 801; 2 · 4096, 1536 by 1 and 2 799 and 800.
+# Hopper, up to 32 rows: rows of W at most (both halves counted), K at most -> ring. Microseconds of
+# a whole step of a 0.5 B decoder, 32 sequences of 256 tokens, H200 (16 layers, of which each has one
+# such product), the other rings as they are here, by (programs that share K, buffers, pieces):
+#     4608, 1536      (1, 4, 4) 671, (1, 6, 2) 689, (3, 2, 4) 708, (2, 3, 4) 746
+#     1536, 1536      (1, 4, 4) 668, (2, 3, 4) 677, (4, 3, 2) 713
+#     2 · 4096, 1536  (1, 4, 4) 671, (1, 4, 2) 672, (1, 2, 4) 699, (1, 8, 1) 721
+#     1536, 4096      (4, 4, 4) 671, (2, 8, 2) 677, (4, 4, 2) 710, (8, 2, 4) 731
+#     32768, 1536     (1, 2, 4) 672, (1, 4, 2) 673, (1, 4, 4) 675
+# A buffer is asked for again when the step after its own is multiplied, so two of them leave a
+# copy's latency in every step.
+HOPPER_TILES: dict[int, dict[int, HopperTile]] = {
+    2048: {2048: HopperTile(1, 4, 4), 2**31: HopperTile(4, 4, 4)},
+    6144: {2048: HopperTile(1, 4, 4), 2**31: HopperTile(3, 2, 4)},
+    12288: {2048: HopperTile(1, 4, 4), 2**31: HopperTile(1, 2, 4)},
+    2**31: {2**31: HopperTile(1, 2, 4)},
+}
+
+# More rows, of which a buffer has room for fewer: programs that share K.
 HOPPER_SPLITS: dict[int, dict[int, int]] = {
     2048: {2048: 4, 2**31: 8},
     6144: {2**31: 3},
@@ -90,14 +104,11 @@ HOPPER_SPLITS: dict[int, dict[int, int]] = {
 
 @cache
 def hopper_tile(n: int, k: int, gated: bool, block_m: int) -> HopperTile:
-    """For several rows in 16 bits: a ring of 96 KiB or less, two on a multiprocessor.
-
-    A step of 256 columns costs one wait and one copy each of W and x; steps of 128 are for what is
-    shared by four, so that each has as many, and for more rows than 32.
-    """
+    """For several rows in 16 bits: a ring of 192 KiB, or of 96 where there are programs for two."""
     rows = n * (2 if gated else 1)
-    by_k = HOPPER_SPLITS[min(most for most in HOPPER_SPLITS if most >= rows)]
-    splits = by_k[min(most for most in by_k if most >= k)]
-    if block_m <= 32 and splits != 4:
-        return HopperTile(min(splits, cdiv(k, 256)), 2, 4)
-    return HopperTile(min(splits, cdiv(k, 128)), 3, 2)
+    if block_m <= 32:
+        by_k = HOPPER_TILES[min(most for most in HOPPER_TILES if most >= rows)]
+        tile = by_k[min(most for most in by_k if most >= k)]
+        return tile._replace(SPLITS=min(tile.SPLITS, cdiv(k, 256)))
+    splits = HOPPER_SPLITS[min(most for most in HOPPER_SPLITS if most >= rows)]
+    return HopperTile(min(splits[min(most for most in splits if most >= k)], cdiv(k, 128)), 3, 2)
