@@ -131,7 +131,7 @@ def test_precisions_stand_with_speed_memory_and_losses():
 
 def test_backends_are_compared_step_by_step():
     text = ITEMS["backends"](RECORD)
-    assert "| torch | 40,000 | 12.00 | 5.0000 | 2.50× slower |" in text
+    assert "| torch | 40,000 | 12.00 | 5.0000 | 0.40× |" in text
     assert "Over 20 steps the two training losses are 0.0030 apart at most" in text
 
 

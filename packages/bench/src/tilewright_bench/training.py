@@ -66,7 +66,7 @@ def origin(record: Record) -> str:
     driver = f" (driver {record['driver']})" if record.get("driver") else ""
     return (
         f"One {record['gpu']}{driver}, torch {record['torch']}, triton {record['triton']}, commit"
-        f" `{record['commit']}`: `{record['command']} {record['base']}` and the flags of each case,"
+        f" `{record['commit'][:10]}`: `{record['command']} {record['base']}` and the flags of each case,"
         f" on {record['corpus']}."
     )
 

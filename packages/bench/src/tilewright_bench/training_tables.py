@@ -59,9 +59,9 @@ def backends(record: Record) -> str:
         if "error" in run or first is None:
             rows.append(f"| {name} | {run['error']} | | | |")
             continue
-        times = first["tokens_per_second"] / run["tokens_per_second"]
+        times = run["tokens_per_second"] / first["tokens_per_second"]
         last = list(run["val_loss"].values())[-1]
-        against = "" if run is first else f"{times:.2f}× slower"
+        against = "" if run is first else f"{times:.2f}×"
         rows.append(f"| {name} | {_rate(run)} | {_gib(run)} | {last:.4f} | {against} |")
     text = "\n".join(rows)
     curves = [run["losses"] for run in runs.values() if "losses" in run]
@@ -161,7 +161,7 @@ def parallel(record: Record) -> str:
                 f" {share.replace('%', ' %')} | {peak:.2f}{plan} |"
             )
     notes = [
-        f"{found['gpus']} {found['gpu']}, torch {found['torch']}, commit `{found['commit']}`:"
+        f"{found['gpus']} {found['gpu']}, torch {found['torch']}, commit `{found['commit'][:10]}`:"
         f" `{found['command']} {found['base']}`."
         for found in record["parallel"]
     ]
