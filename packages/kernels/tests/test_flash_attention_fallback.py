@@ -18,8 +18,11 @@ from tilewright_kernels import (
     varlen_attention_reference,
 )
 from tilewright_kernels.flash_attention import fallback
+from tilewright_kernels.flash_attention.masks import as_mask
+from tilewright_kernels.testing import count_launches
 
 OP = "scaled_dot_product_attention"
+CAUSAL = as_mask(True, "top_left", None)
 WINDOWS = (None, (5, -1), (-1, 3), (9, 4), (0, 0))
 
 
@@ -160,3 +163,55 @@ def test_wide_heads_fall_to_torch(device):
         scaled_dot_product_attention(q, k, v)
     with use_backend("triton"), pytest.raises(ValueError, match="1 to 256 and this is 0"):
         scaled_dot_product_attention(q[..., :8], k[..., :8], v[..., :0])
+
+
+def better(inputs, mask=CAUSAL, dropout_p=0.0, plain=True, repeats=False):
+    return fallback.better_in_float32(*inputs, mask, dropout_p, plain, repeats)
+
+
+def test_torch_is_better_in_float32_where_its_kernel_serves():
+    inputs = make(20, 20, torch.float32)
+    assert better(inputs)
+    assert better(inputs, as_mask(False, "top_left", None))
+    assert better(make(13, 29, torch.float32))
+    assert not better(make(13, 29, torch.float32), as_mask(True, "bottom_right", None))
+    assert not better(inputs, as_mask(True, "top_left", (5, 0)))
+    assert not better(make(20, 20, torch.float32, heads=(4, 2)))
+    assert not better(make(20, 20, torch.float32, dim=18))
+    assert not better(make(20, 20, torch.bfloat16))
+    assert not better(make(20, 20, torch.float64))
+    assert not better(inputs, dropout_p=0.1)
+    assert not better(inputs, plain=False)
+    assert not better(inputs, repeats=True)
+
+
+def test_tensor_cores_are_better_in_tf32():
+    former = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert not better(make(20, 20, torch.float32))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = former
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+def test_auto_takes_torch_in_float32(causal):
+    inputs = make(130, 130, torch.float32, device="cuda", heads=(2, 2), dim=64)
+    inputs = tuple(t.detach().requires_grad_() for t in inputs)
+    with count_launches() as launches, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = scaled_dot_product_attention(*inputs, is_causal=causal)
+    assert launches[OP] == 0
+    with use_backend("triton"), count_launches() as launches:
+        kernels = scaled_dot_product_attention(*inputs, is_causal=causal)
+    assert launches[OP] > 0
+    torch.testing.assert_close(ours, kernels, rtol=1e-5, atol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad(ours.sum(), inputs), torch.autograd.grad(kernels.sum(), inputs),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with count_launches() as launches:
+        scaled_dot_product_attention(*inputs, is_causal=causal, deterministic=True)
+    assert launches[OP] > 0

@@ -10,6 +10,7 @@ from tilewright_kernels._linear_losses import autocast
 from tilewright_kernels._operator import Operator
 from tilewright_kernels.flash_attention.arguments import check_attention, check_options
 from tilewright_kernels.flash_attention.fallback import (
+    better_in_float32,
     torch_attention,
     unsupported_heads,
     warn_of,
@@ -98,7 +99,12 @@ def scaled_dot_product_attention(
     check_options(dropout_p, softcap, scale)
     unsupported = "attn_mask is given" if attn_mask is not None else unsupported_heads(query, value)
     warn_of(_OP, query, unsupported)
-    if not _OP.uses_triton(query, unsupported):
+    plain = attn_mask is None and softcap is None and not return_lse
+    repeats = deterministic
+    if repeats is None:
+        repeats = torch.are_deterministic_algorithms_enabled()
+    better = better_in_float32(query, key, value, mask, dropout_p, plain, repeats)
+    if not _OP.uses_triton(query, unsupported, better):
         return torch_attention(
             query, key, value, attn_mask, dropout_p, mask, scale, softcap, return_lse
         )
