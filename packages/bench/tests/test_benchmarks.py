@@ -13,7 +13,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 
 # An optimizer's own tensors: states, and masters.
-_OPTIMIZERS = {"adamw", "adamw_captured", "adamw_clipped", "adamw_exact", "adamw_int8", "muon"}
+_OPTIMIZERS = {
+    "adamw", "adamw_captured", "adamw_clipped", "adamw_exact", "adamw_in_turn", "adamw_int8",
+    "muon",
+}  # fmt: skip
 NOT_CHECKED = {
     # Tables that only peers read; a reference whose result stays float32.
     "fwd": {*_OPTIMIZERS, "apply_rotary_emb", "newton_schulz"},

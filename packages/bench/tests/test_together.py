@@ -56,6 +56,20 @@ def measure(case, named, device=CPU, **options) -> dict[str, Any]:
     return {name: outcomes[variant] for name, variant in named.items()}
 
 
+def test_a_case_may_say_how_many_sets_of_inputs_there_are():
+    seen: set[int] = set()
+
+    def looking(x, weight):
+        seen.add(x.data_ptr())
+        return x * weight
+
+    for sets in (1, 3):
+        seen.clear()
+        case = dataclasses.replace(SCALE, sets=sets)
+        measured = measure(case, providers(ours=looking))["ours"]
+        assert measured.measurement.input_sets == sets
+
+
 def failing(x, weight):
     raise RuntimeError("out of luck")
 

@@ -65,6 +65,8 @@ class Case:
         check_inputs: inputs for the comparison with float64 alone, as make_inputs but smaller, for
             cases whose reference would take minutes or more memory than there is.
         products: dtype of the matrix products, where it is not that of the large tensors.
+        sets: of inputs to rotate among; None for as many as the L2 cache does not hold. 1 where the
+            host's time is the question and each call finds its tensors as the last one left them.
     """
 
     operator: str
@@ -77,6 +79,7 @@ class Case:
     forward_backward: Work | None = None
     check_inputs: Callable[[torch.device, torch.Generator], tuple[Any, ...]] | None = None
     products: torch.dtype | None = None
+    sets: int | None = None
 
     def __post_init__(self) -> None:
         if not self.shape or min(self.shape) < 1:

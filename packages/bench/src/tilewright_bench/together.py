@@ -172,7 +172,7 @@ class _Group:
     def measure(self, variants: Sequence[Variant]) -> dict[Variant, Measured]:
         """Compare with float64, then time what is right."""
         candidates = self._candidates(variants)
-        sets = input_sets(self._work.bytes, self._device)
+        sets = self._case.sets or input_sets(self._work.bytes, self._device)
         inputs = [self._case.inputs(self._device, seed) for seed in range(sets)]
         timer = timer_for(self._device)
         seconds = GPU_SECONDS if self._device.type == "cuda" else CPU_SECONDS
