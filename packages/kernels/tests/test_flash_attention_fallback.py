@@ -197,14 +197,14 @@ def test_tensor_cores_are_better_in_tf32():
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
 def test_auto_takes_torch_in_float32(causal):
-    inputs = make(130, 130, torch.float32, device="cuda", heads=(2, 2), dim=64)
-    inputs = tuple(t.detach().requires_grad_() for t in inputs)
+    q, k, v = (t.detach().requires_grad_() for t in make(130, 130, torch.float32, device="cuda"))
+    inputs = (q, k, v)
     with count_launches() as launches, warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours = scaled_dot_product_attention(*inputs, is_causal=causal)
+        ours = scaled_dot_product_attention(q, k, v, is_causal=causal)
     assert launches[OP] == 0
     with use_backend("triton"), count_launches() as launches:
-        kernels = scaled_dot_product_attention(*inputs, is_causal=causal)
+        kernels = scaled_dot_product_attention(q, k, v, is_causal=causal)
     assert launches[OP] > 0
     torch.testing.assert_close(ours, kernels, rtol=1e-5, atol=1e-5)
     for a, b in zip(
@@ -213,5 +213,5 @@ def test_auto_takes_torch_in_float32(causal):
     ):  # fmt: skip
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with count_launches() as launches:
-        scaled_dot_product_attention(*inputs, is_causal=causal, deterministic=True)
+        scaled_dot_product_attention(q, k, v, is_causal=causal, deterministic=True)
     assert launches[OP] > 0
