@@ -166,7 +166,8 @@ def test_wide_heads_fall_to_torch(device):
 
 
 def better(inputs, mask=CAUSAL, dropout_p=0.0, plain=True, repeats=False):
-    return fallback.better_in_float32(*inputs, mask, dropout_p, plain, repeats)
+    q, k, v = inputs
+    return fallback.better_in_float32(q, k, v, mask, dropout_p, plain, repeats)
 
 
 def test_torch_is_better_in_float32_where_its_kernel_serves():
