@@ -197,7 +197,7 @@ def test_mistakes_are_one_line(
         "--model", "auto", "--out", str(tmp_path)
     )
     assert "holds no model: give the folder of a run" in said("--model", str(tmp_path))
-    assert "is plain text, and a conversation" in said(
+    assert "is read as plain text, which holds no conversation" in said(
         "--data", str(texts), "--kind", "conversation"
     )
     assert "there is anything to predict" in said("--data", str(talks))

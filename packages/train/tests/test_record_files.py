@@ -180,7 +180,9 @@ def test_bad_conversations_are_named_with_file_and_line(tmp_path: Path) -> None:
 
 
 def test_plain_text_holds_no_conversations(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is plain text, and a conversation is asked for"):
+    with pytest.raises(
+        InputError, match=r"is read as plain text, which holds no conversation: give --data \.jsonl"
+    ):
         read(write(tmp_path / "a.txt", "hi"), kind="conversation")
 
 

@@ -16,6 +16,7 @@ from tilewright_train.records import (
 )
 
 HI, HELLO = Message("user", "hi"), Message("assistant", "hello")
+BRIEF = {"role": "system", "content": "be brief"}
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
@@ -63,6 +64,18 @@ def test_conversations_may_be_written_in_several_ways(value: Any) -> None:
         (
             {"prompt": [], "chosen": TURNS, "rejected": TURNS[:1]},
             Preference((), (HI, HELLO), (HI,)),
+        ),
+        (  # the prompt once more in both sides
+            {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], TURNS[0]]},
+            Preference((HI,), (HELLO,), (HI,)),
+        ),
+        (
+            {"prompt": "hi", "chosen": [BRIEF, *TURNS], "rejected": [BRIEF, *TURNS]},
+            Preference((Message("system", "be brief"), HI), (HELLO,), (HELLO,)),
+        ),
+        (  # in one of them it is a turn like any other
+            {"prompt": "hi", "chosen": TURNS, "rejected": TURNS[1:]},
+            Preference((HI,), (HI, HELLO), (HELLO,)),
         ),
     ],
 )

@@ -113,7 +113,7 @@ def test_plain_text_beside_records_is_left_out_of_a_folder(tmp_path: Path) -> No
     assert kind_of(whole, "text") == "conversation"
     (tmp_path / "train.jsonl").unlink()
     only = for_kind(open_source(str(tmp_path)), "conversation")
-    with pytest.raises(InputError, match=r"README\.md is plain text, and a conversation is asked"):
+    with pytest.raises(InputError, match=r"README\.md is read as plain text, which"):
         list(only.records("conversation", reading()))
 
 

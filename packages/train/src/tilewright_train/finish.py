@@ -244,9 +244,15 @@ def _backends_in_words(report: BackendReport) -> str:
 
 def _next_command(chosen: Chosen) -> str:
     if chosen.config.run.objective == "sft":
-        return "train-dpo    (prefer the better of two answers; or --data pairs of your own)"
+        return (
+            "train-dpo    (prefer the better of two answers; or --data pairs of your own), or"
+            " train-generate --chat    (ask it)"
+        )
     if chosen.config.run.objective == "dpo":
-        return "train-dpo --data FILE_OR_FOLDER    (your own pairs: .jsonl, .parquet)"
+        return (
+            "train-dpo --data FILE_OR_FOLDER    (your own pairs: .jsonl, .parquet), or"
+            " train-generate --chat    (ask it)"
+        )
     data = " ".join(chosen.config.data.data)
     if data == STDLIB:
         return "train-pretrain --data FILE_OR_FOLDER    (your own text: .jsonl, .txt, .md, .py, …)"

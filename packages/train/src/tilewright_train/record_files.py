@@ -98,7 +98,10 @@ def read_records(
     """
     if is_plain_text(file):
         if kind != "text":
-            raise InputError(f"{file} is plain text, and a {kind} is asked for: give --data jsonl")
+            raise InputError(
+                f"{file} is read as plain text, which holds no {kind}: give --data .jsonl, an"
+                " object a line, or .parquet (of one JSON array, jq -c '.[]' makes lines)"
+            )
         text = _plain_text(file)
         if text:
             yield text

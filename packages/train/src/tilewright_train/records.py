@@ -147,10 +147,12 @@ def _preference(value: Mapping[str, Any]) -> Preference:
         shared = _shared_text(*texts)
         return Preference(texts[0][:shared], *(text[shared:] for text in texts))
     turns = [_messages(parts[key], f'"{key}"') for key in ("chosen", "rejected")]
+    shared = _shared_turns(*turns)
     if "prompt" in parts:
         prompt = _messages(parts["prompt"], '"prompt"') if parts["prompt"] else ()
-        return Preference(prompt, *turns)
-    shared = _shared_turns(*turns)
+        # UltraFeedback and its like have the prompt in both sides, too, perhaps behind a system's.
+        if not prompt or turns[0][:shared][-len(prompt) :] != prompt:
+            return Preference(prompt, *turns)
     return Preference(turns[0][:shared], *(turn[shared:] for turn in turns))
 
 

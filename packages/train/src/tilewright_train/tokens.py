@@ -40,7 +40,7 @@ from tilewright_train.tokenizer import (
     train_tokenizer,
 )
 
-_FORMAT = 3  # of an entry; part of its key, so an older entry is never read as a newer one
+_FORMAT = 4  # of an entry; part of its key, so an older entry is never read as a newer one
 _FACTS = "facts.json"
 
 Encoder = Callable[[Tokenizer, Iterator[tuple[bool, Record]], "Counter[str]"], Iterable[Encoded]]
