@@ -15,7 +15,13 @@ from tilewright_kernels._skinny_linear_tiles import (
     row_tile,
     rows_tile,
 )
-from tilewright_kernels.skinny_linear import skinny_linear_reference
+from tilewright_kernels.skinny_linear import (
+    MAX_SCALED_ROWS,
+    SUMMED,
+    hands_norm_on,
+    skinny_linear_reference,
+    skinny_linear_scaled,
+)
 from tilewright_kernels.testing import (
     assert_as_accurate,
     check_deterministic,
@@ -187,17 +193,68 @@ def test_rings_fit():
     for n, k, gated in ((4608, 1536, False), (1536, 1536, False), (4096, 1536, True)):
         for block_m, room in ((16, 226), (32, 226), (64, 112)):
             tile = hopper_tile(n, k, gated, block_m)
-            assert tile.STAGES * tile.PIECES * 64 * (64 + block_m) * 2 <= room * 1024
+            held = tile.STAGES * 64 + tile.X_STAGES * block_m
+            assert held * tile.PIECES * 64 * 2 <= room * 1024
     # Nobody gets nothing: a program takes at least the columns of one step.
     assert hopper_tile(1536, 128, False, 16).SPLITS == 1
-    assert hopper_tile(1536, 2100, False, 16).SPLITS == 4
+    assert hopper_tile(1536, 2100, False, 16).SPLITS == 2
+
+
+def check_norm_handed_on(rows, n, k, dtype, device, **given):
+    """h + y · W₁ᵀ and the normed products of that, plain and gated, against float64."""
+    x, w1, options = make("residual", rows, n, k, dtype, device)
+    _, w2, rest = make("norm gated", rows, 72, n, dtype, device, seed=7)
+    norm, residual = rest["norm_weight"], options["residual"]
+    with count_launches() as launches, poisoned_memory():
+        made = skinny_linear_scaled(x, w1, norm, residual=residual, **given)
+        ours = [
+            skinny_linear(made.scaled, w2, squares=made.squares, eps=EPS, gated=gated, **given)
+            for gated in (False, True)
+        ]
+    y = skinny_linear_reference(x.double(), w1.double(), residual=residual.double())
+    same = skinny_linear_reference(x, w1, residual=residual)
+    assert_as_accurate(made.y, same, y, scale=3.0)
+    assert torch.equal(made.scaled, (made.y.float() * norm.float()).to(dtype))
+    squares = made.y.double().square()
+    assert made.squares.shape == (-(-n // SUMMED), rows)
+    for block, part in enumerate(squares.split(SUMMED, 1)):
+        torch.testing.assert_close(made.squares[block].double(), part.sum(1), rtol=1e-5, atol=1e-5)
+    for gated, result in zip((False, True), ours, strict=True):
+        wide: dict[str, Any] = {"norm_weight": norm.double(), "eps": EPS, "gated": gated}
+        oracle = skinny_linear_reference(made.y.double(), w2.double(), **wide)
+        plain = skinny_linear_reference(made.y, w2, norm_weight=norm, eps=EPS, gated=gated)
+        assert_as_accurate(result, plain, oracle, scale=25.0)
+    return launches["skinny_linear"]
+
+
+def test_norm_that_is_handed_on_is_the_norm(device):
+    for n in (64, 200):
+        check_norm_handed_on(3, n, 128, torch.float32, device)
+
+
+def test_bad_squares(device):
+    x, weight, options = make("norm", 3, 16, 128, torch.float32, device)
+    squares = torch.ones(2, 3, device=device)
+    cases: tuple[tuple[type[Exception], str, dict[str, Any]], ...] = (
+        (ValueError, "both norm_weight and squares", {"norm_weight": options["norm_weight"]}),
+        (ValueError, r"squares has shape \(3, 2\)", {"squares": squares.t()}),
+        (TypeError, "squares is torch.float64", {"squares": squares.double()}),
+    )
+    for error, message, changes in cases:
+        given: dict[str, Any] = {"squares": squares, **changes}
+        with pytest.raises(error, match=message):
+            skinny_linear(x, weight, **given)
+    with pytest.raises(ValueError, match=r"next_norm_weight has shape \(3,\); it must be \(16,\)"):
+        skinny_linear_scaled(x, weight, squares[0])
+    with pytest.raises(ValueError, match="give \\[M, K\\]"):
+        skinny_linear_scaled(x[0], weight, options["norm_weight"])
 
 
 def test_opcheck(device):
     x, weight, options = make("norm residual", 3, 16, 24, torch.float32, device)
     norm_weight, residual = options["norm_weight"], options["residual"]
     counters = torch.zeros(1, dtype=torch.int32, device=device)
-    args = (x, weight, norm_weight, residual, counters, EPS, False, False)
+    args = (x, weight, norm_weight, None, residual, counters, EPS, False, False)
     torch.library.opcheck(torch.ops.tilewright.skinny_linear_forward.default, args)
 
 
@@ -294,7 +351,9 @@ def test_matches_float64_at_real_sizes(rows, n, k, form, dtype):
 
 
 # Fewer steps than the ring has buffers, as many and more; the last program has less to do.
-RINGS = [HopperTile(1, 4, 2), HopperTile(1, 2, 1), HopperTile(4, 2, 2), HopperTile(3, 2, 4)]
+RINGS = [
+    HopperTile(1, 4, 2, 6), HopperTile(1, 2, 1, 2), HopperTile(4, 2, 2, 2), HopperTile(3, 4, 4, 2)
+]  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -311,6 +370,23 @@ def test_rings_of_hopper(form, ring, monkeypatch):
     with use_backend("triton"):
         fewer = {k: v[:17] if k == "residual" else v for k, v in options.items()}
         assert torch.equal(skinny_linear(x[:17], weight, **fewer), ours[:17])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "n", "k"), [(32, 1536, 4096), (32, 1536, 1536), (3, 200, 832)])
+def test_norm_is_handed_on_in_one_launch(rows, n, k, dtype):
+    cuda = torch.device("cuda")
+    x, weight, _ = make("plain", rows, n, k, dtype, cuda)
+    counters = torch.zeros(96, dtype=torch.int32, device=cuda)
+    takes = hands_norm_on(x, weight)
+    assert takes == (torch.cuda.get_device_capability()[0] == 9)
+    assert not hands_norm_on(x[:1], weight)
+    assert not hands_norm_on(x.new_empty(MAX_SCALED_ROWS + 1, k), weight)
+    launches = check_norm_handed_on(rows, n, k, dtype, cuda, counters=counters)
+    # The second products have 200 columns, too few for the tensor memory accelerator's pieces.
+    assert launches == 3 or not takes
+    assert not counters.any()
 
 
 @pytest.mark.gpu

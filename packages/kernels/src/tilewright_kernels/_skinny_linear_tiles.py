@@ -26,11 +26,19 @@ class RowsTile(NamedTuple):
 
 
 class HopperTile(NamedTuple):
-    """How many programs share K on Hopper, and the ring that each of them fills."""
+    """How many programs share K on Hopper, and the rings that each of them fills.
+
+    Attributes:
+        SPLITS: programs that share K.
+        STAGES: buffers of weights.
+        PIECES: of 64 columns, in a buffer.
+        X_STAGES: buffers of x.
+    """
 
     SPLITS: int
     STAGES: int
     PIECES: int
+    X_STAGES: int
 
 
 # One row, elements of 16 bits: rows of W at most (both halves counted), tile. Microseconds a
@@ -77,21 +85,21 @@ def rows_tile(n: int, k: int, element_size: int, gated: bool, programs: int) -> 
     )
 
 
-# Hopper, up to 32 rows: rows of W at most (both halves counted), K at most -> ring. Microseconds of
-# a whole step of a 0.5 B decoder, 32 sequences of 256 tokens, H200 (16 layers, of which each has one
-# such product), the other rings as they are here, by (programs that share K, buffers, pieces):
-#     4608, 1536      (1, 4, 4) 671, (1, 6, 2) 689, (3, 2, 4) 708, (2, 3, 4) 746
-#     1536, 1536      (1, 4, 4) 668, (2, 3, 4) 677, (4, 3, 2) 713
-#     2 · 4096, 1536  (1, 4, 4) 671, (1, 4, 2) 672, (1, 2, 4) 699, (1, 8, 1) 721
-#     1536, 4096      (4, 4, 4) 671, (2, 8, 2) 677, (4, 4, 2) 710, (8, 2, 4) 731
-#     32768, 1536     (1, 2, 4) 672, (1, 4, 2) 673, (1, 4, 4) 675
+# Hopper, up to 32 rows: rows of W at most (both halves counted), K at most -> rings. Microseconds
+# of a whole step of a 0.5 B decoder, 32 sequences of 256 tokens, H200 (16 layers, of which each has
+# one such product), with norms handed on and the other rings about as they are here:
+#     4608, 1536      (1, 6, 2, 6) 635, (1, 4, 4, 4) 639, (1, 12, 2, 4) 647, (3, 2, 4, 2) 677
+#     1536, 1536      (2, 3, 4, 3) 618, (1, 4, 4, 4) 635, (4, 3, 2, 3) 664
+#     2 · 4096, 1536  (1, 8, 2, 12) 639, (1, 4, 4, 4) 640, (1, 8, 1, 8) 646, (1, 2, 4, 2) 659
+#     1536, 4096      (2, 8, 2, 8) 618, (4, 4, 4, 4) 635, (4, 4, 2, 4) 646, (8, 2, 4, 2) 665
+#     32768, 1536     all from (1, 3, 2, 3) to (1, 4, 4, 4) 640 to 641
 # A buffer is asked for again when the step after its own is multiplied, so two of them leave a
 # copy's latency in every step.
 HOPPER_TILES: dict[int, dict[int, HopperTile]] = {
-    2048: {2048: HopperTile(1, 4, 4), 2**31: HopperTile(4, 4, 4)},
-    6144: {2048: HopperTile(1, 4, 4), 2**31: HopperTile(3, 2, 4)},
-    12288: {2048: HopperTile(1, 4, 4), 2**31: HopperTile(1, 2, 4)},
-    2**31: {2**31: HopperTile(1, 2, 4)},
+    2048: {2048: HopperTile(2, 3, 4, 3), 2**31: HopperTile(2, 8, 2, 8)},
+    6144: {2048: HopperTile(1, 6, 2, 6), 2**31: HopperTile(3, 2, 4, 2)},
+    12288: {2048: HopperTile(1, 8, 2, 12), 2**31: HopperTile(1, 2, 4, 2)},
+    2**31: {2**31: HopperTile(1, 3, 2, 3)},
 }
 
 # More rows, of which a buffer has room for fewer: programs that share K.
@@ -104,11 +112,11 @@ HOPPER_SPLITS: dict[int, dict[int, int]] = {
 
 @cache
 def hopper_tile(n: int, k: int, gated: bool, block_m: int) -> HopperTile:
-    """For several rows in 16 bits: a ring of 192 KiB, or of 96 where there are programs for two."""
+    """For several rows in 16 bits."""
     rows = n * (2 if gated else 1)
     if block_m <= 32:
         by_k = HOPPER_TILES[min(most for most in HOPPER_TILES if most >= rows)]
         tile = by_k[min(most for most in by_k if most >= k)]
         return tile._replace(SPLITS=min(tile.SPLITS, cdiv(k, 256)))
     splits = HOPPER_SPLITS[min(most for most in HOPPER_SPLITS if most >= rows)]
-    return HopperTile(min(splits[min(most for most in splits if most >= k)], cdiv(k, 128)), 3, 2)
+    return HopperTile(min(splits[min(most for most in splits if most >= k)], cdiv(k, 128)), 3, 2, 3)

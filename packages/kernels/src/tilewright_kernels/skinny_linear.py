@@ -10,10 +10,12 @@ where x is read, the gate and the sum where y is written, and with `prefetch_wei
 on their way before the launch that makes x has ended (programmatic dependent launch, Hopper).
 
 One row is multiplied and summed in registers; more are columns of tensor-core products (GEMV and
-swapped GEMM). Inference only: there is no gradient.
+swapped GEMM). There the norm is better handed on by the product before it (`skinny_linear_scaled`),
+whose programs have y in registers and write y · norm_weight and their sums of y² as well. Inference
+only: there is no gradient.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,26 @@ _OP = Operator("skinny_linear")
 
 MAX_ROWS = 64
 """Rows of x, at most: with more of them a product is no longer the weights' reading alone."""
+
+MAX_SCALED_ROWS = 32
+"""Rows up to which a norm is handed on."""
+
+SUMMED = 64
+"""Columns of which a sum of squares is handed on: those of a program on Hopper."""
+
+
+class ScaledRows(NamedTuple):
+    """A product, and what the RMSNorm that follows it needs of it.
+
+    Attributes:
+        y: [M, N].
+        scaled: [M, N], y · next_norm_weight, rounded.
+        squares: [N / 64 rounded up, M] float32, sums of y² over 64 columns each.
+    """
+
+    y: Tensor
+    scaled: Tensor
+    squares: Tensor
 
 
 def skinny_linear_reference(
@@ -89,7 +111,8 @@ def by_parts(
 
 
 def _fake(
-    x: Tensor, weight: Tensor, norm_weight: Tensor | None, residual: Tensor | None,
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, squares: Tensor | None,
+    residual: Tensor | None,
     counters: Tensor | None, eps: float, gated: bool, prefetch: bool,
 ) -> Tensor:  # fmt: skip
     width = weight.shape[0] // 2 if gated else weight.shape[0]
@@ -107,13 +130,18 @@ def _grads(ctx: Any, dy: Tensor) -> tuple[None, ...]:
     )
 
 
+def _no_scaled_grads(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+    return _grads(ctx, grads[0])
+
+
 @_OP.function(fake=_fake, setup_context=_save, backward=_grads)
 def skinny_linear_forward(
-    x: Tensor, weight: Tensor, norm_weight: Tensor | None, residual: Tensor | None,
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, squares: Tensor | None,
+    residual: Tensor | None,
     counters: Tensor | None, eps: float, gated: bool, prefetch: bool,
 ) -> Tensor:  # fmt: skip
-    """Launch the product of up to 64 rows."""
-    out = _fake(x, weight, norm_weight, residual, counters, eps, gated, prefetch)
+    """Launch the product of up to 64 rows; squares only where `hopper_takes` them."""
+    out = _fake(x, weight, norm_weight, squares, residual, counters, eps, gated, prefetch)
     if out.numel() == 0:
         return out
     x, width = as_rows(x, x.shape[-1]), out.shape[-1]
@@ -136,7 +164,10 @@ def skinny_linear_forward(
         return out
     block_m = max(16, next_power_of_2(len(x)))
     if hopper_takes(x, weight):
-        _launch_hopper(x, weight, norm_weight, residual, counters, out, block_m, prefetch, known)
+        _launch_hopper(
+            x, weight, norm_weight, squares, residual, counters, out, None, None, None,
+            eps, gated, prefetch,
+        )  # fmt: skip
         return out
     tile = rows_tile(width, k, size, gated, num_programs(x.device, per_sm=1))
     blocks = cdiv(width, tile.BLOCK_N)
@@ -158,14 +189,16 @@ def skinny_linear_forward(
 
 
 def _launch_hopper(
-    x: Tensor, weight: Tensor, norm_weight: Tensor | None, residual: Tensor | None,
-    counters: Tensor | None, out: Tensor, block_m: int, prefetch: bool, known: dict[str, Any],
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, squares: Tensor | None,
+    residual: Tensor | None, counters: Tensor | None, out: Tensor, next_norm: Tensor | None,
+    scaled: Tensor | None, next_squares: Tensor | None, eps: float, gated: bool, prefetch: bool,
 ) -> None:  # fmt: skip
     """Several rows on Hopper, by the kernel in Gluon."""
     from tilewright_kernels import _skinny_linear_hopper as hopper
 
-    gated, width = known["GATED"], out.shape[-1]
-    tile = hopper_tile(width, x.shape[1], gated, block_m)
+    (rows, k), width = x.shape, out.shape[-1]
+    block_m = max(16, next_power_of_2(rows))
+    tile = hopper_tile(width, k, gated, block_m)
     height = hopper.BLOCK_N // 2 if gated else hopper.BLOCK_N
     if gated:
         w_desc = hopper.describe_gated(weight, tile.PIECES)
@@ -179,13 +212,94 @@ def _launch_hopper(
             counters = torch.zeros(blocks, dtype=torch.int32, device=x.device)
     _OP.launch(
         hopper.skinny_linear_hopper_kernel, (blocks, tile.SPLITS),
-        hopper.describe_rows(x, block_m, tile.PIECES), w_desc, norm_weight, residual, out,
-        parts, counters if tile.SPLITS > 1 else None,
-        0 if residual is None else residual.stride(0), len(x), width,
-        EPS=known["EPS"], K=known["K"], GATED=gated, PREFETCH=prefetch,
-        **tile._asdict(), BLOCK_M=block_m, BLOCK_N=hopper.BLOCK_N, BLOCK_K=hopper.BLOCK_K,
+        hopper.describe_rows(x, block_m, tile.PIECES), w_desc, norm_weight, squares, residual, out,
+        next_norm, scaled, next_squares, parts, counters if tile.SPLITS > 1 else None,
+        0 if residual is None else residual.stride(0), rows, width,
+        EPS=eps, K=k, GATED=gated, PREFETCH=prefetch,
+        **tile._asdict(), ROUNDED=next_power_of_2(cdiv(k, SUMMED)),
+        BLOCK_M=block_m, BLOCK_N=hopper.BLOCK_N, BLOCK_K=hopper.BLOCK_K,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
+
+
+def _scaled_fake(
+    x: Tensor, weight: Tensor, residual: Tensor | None, next_norm: Tensor,
+    counters: Tensor | None, prefetch: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    shape = len(x), len(weight)
+    squares = x.new_empty(cdiv(shape[1], SUMMED), shape[0], dtype=torch.float32)
+    return x.new_empty(shape), x.new_empty(shape), squares
+
+
+@_OP.function(fake=_scaled_fake, setup_context=_save, backward=_no_scaled_grads)
+def skinny_linear_scaled_forward(
+    x: Tensor, weight: Tensor, residual: Tensor | None, next_norm: Tensor,
+    counters: Tensor | None, prefetch: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the product of rows that `hopper_takes`: y, y · next_norm, sums of y²."""
+    y, scaled, squares = _scaled_fake(x, weight, residual, next_norm, counters, prefetch)
+    _launch_hopper(
+        x, weight, None, None, residual, counters, y, next_norm, scaled, squares,
+        0.0, False, prefetch,
+    )  # fmt: skip
+    return y, scaled, squares
+
+
+def hands_norm_on(x: Tensor, weight: Tensor) -> bool:
+    """Whether `skinny_linear_scaled` is one launch for these, x [M, K]."""
+    if _OP.setting == "torch" or not x.is_cuda or not 1 < len(x) <= MAX_SCALED_ROWS:
+        return False
+    return hopper_takes(x, weight)
+
+
+def skinny_linear_scaled(
+    x: Tensor,
+    weight: Tensor,
+    next_norm_weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    counters: Tensor | None = None,
+    prefetch_weight: bool = False,
+) -> ScaledRows:
+    """x · weightᵀ (+ residual), with what `skinny_linear` needs to normalize it: `squares`.
+
+    Where `hands_norm_on` is not true, by operators one by one.
+
+    Args:
+        x: [M, K].
+        weight: [N, K].
+        next_norm_weight: [N] of the RMSNorm that follows.
+        residual: [M, N], added at the end, or None.
+        counters: as for `skinny_linear`.
+        prefetch_weight: likewise; of next_norm_weight, too.
+
+    Raises:
+        ValueError: shapes that do not fit; x that is no matrix.
+        TypeError: dtypes that differ.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; give [M, K]")
+    _check(x, weight, None, residual, False, counters)
+    check_floating("next_norm_weight", next_norm_weight)
+    if next_norm_weight.shape != weight.shape[:1]:
+        raise ValueError(
+            f"next_norm_weight has shape {tuple(next_norm_weight.shape)}; it must be "
+            f"({len(weight)},)"
+        )
+    check_same_device(x=x, next_norm_weight=next_norm_weight)
+    if hands_norm_on(x, weight) and _OP.uses_triton(x):
+        residual = None if residual is None else as_rows(residual, len(weight))
+        return ScaledRows(
+            *skinny_linear_scaled_forward(
+                x, weight, residual, next_norm_weight.contiguous(), counters, prefetch_weight
+            )
+        )
+    y = skinny_linear(
+        x, weight, residual=residual, counters=counters, prefetch_weight=prefetch_weight
+    )
+    wide = y.float()
+    squares = F.pad(wide.square(), (0, -len(weight) % SUMMED)).unflatten(1, (-1, SUMMED)).sum(2).t()
+    return ScaledRows(y, (wide * next_norm_weight.float()).to(y.dtype), squares.contiguous())
 
 
 def skinny_linear(
@@ -193,6 +307,7 @@ def skinny_linear(
     weight: Tensor,
     *,
     norm_weight: Tensor | None = None,
+    squares: Tensor | None = None,
     eps: float | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
@@ -211,6 +326,8 @@ def skinny_linear(
             backend triton more are an error.
         weight: [N, K], or [2N, K] with the gate's rows first if gated; of x's dtype.
         norm_weight: [K] of an RMSNorm before the product (any float dtype), or None for no norm.
+        squares: [K / 64 rounded up, M] float32 of `ScaledRows`, instead of norm_weight: x [M, K] is
+            its `scaled`, which still has to be divided by the root of the mean square.
         eps: of that norm, as in `rms_norm`.
         residual: [..., N] of x's dtype, added at the end, or None.
         gated: whether the product is a SwiGLU's.
@@ -229,6 +346,8 @@ def skinny_linear(
         TypeError: dtypes that differ or are not floating point; counters that are not int32.
     """
     rows = _check(x, weight, norm_weight, residual, gated, counters)
+    if squares is not None:
+        _check_squares(x, norm_weight, squares)
     unsupported = better = None
     if rows > MAX_ROWS:
         unsupported = f"x has {rows} rows, more than {MAX_ROWS}"
@@ -237,7 +356,14 @@ def skinny_linear(
     elif gated and rows > 1 and not (is_hopper(x.device) and x.element_size() == 2):
         # 14.1 µs against 12.6 at 32 rows, 1536 to 2 · 4096 (H200, the kernel for all GPUs).
         better = "norm, cuBLAS's product and swiglu are faster for several rows"
-    if not _OP.uses_triton(x, unsupported, better):
+    triton = _OP.uses_triton(x, unsupported, better)
+    if squares is not None and not (
+        triton and hands_norm_on(x, weight) and squares.is_contiguous()
+    ):
+        mean = squares.sum(0) / x.shape[1]
+        x = (x * torch.rsqrt(mean + default_eps(eps, x.dtype))[:, None]).to(x.dtype)
+        squares = None
+    if not triton:
         if x.is_cuda and _OP.setting == "auto":
             return by_parts(x, weight, norm_weight, eps, residual, gated)
         return skinny_linear_reference(
@@ -247,8 +373,23 @@ def skinny_linear(
     norm_weight = None if norm_weight is None else norm_weight.contiguous()
     eps = default_eps(eps, x.dtype)
     return skinny_linear_forward(
-        x, weight, norm_weight, residual, counters, eps, gated, prefetch_weight
+        x, weight, norm_weight, squares, residual, counters, eps, gated, prefetch_weight
     )
+
+
+def _check_squares(x: Tensor, norm_weight: Tensor | None, squares: Tensor) -> None:
+    if norm_weight is not None:
+        raise ValueError(
+            "both norm_weight and squares are given; squares are of x times the weight"
+        )
+    if x.dim() != 2 or squares.shape != (cdiv(x.shape[1], SUMMED), len(x)):
+        raise ValueError(
+            f"squares has shape {tuple(squares.shape)} and x {tuple(x.shape)}; give x [M, K] and "
+            f"squares [K / {SUMMED} rounded up, M]"
+        )
+    if squares.dtype != torch.float32:
+        raise TypeError(f"squares is {squares.dtype}; give float32")
+    check_same_device(x=x, squares=squares)
 
 
 def _check(

@@ -9,20 +9,26 @@
 At this size every launch is a wait, and the time between them, in which no weights are read, is
 most of what a decoder's step costs. So norms, rotation, cache, gate and sums are parts of the
 products and of the attention (`skinny_linear`, `flash_attn_with_kvcache`), each of which fetches
-its weights while the one before still runs. A mixture of experts is called as a module. Of more
-sequences than `skinny_linear` takes rows, norms, gates and sums are launches of their own.
+its weights while the one before still runs; a product that a norm follows hands on what that needs.
+A mixture of experts is called as a module. Of more sequences than `skinny_linear` takes rows,
+norms, gates and sums are launches of their own.
 
 Shapes: B batch, C hidden_size, V vocab_size, H query heads, K key/value heads, D head dimension.
 """
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilewright_kernels import flash_attn_with_kvcache, rms_norm, skinny_linear
-from tilewright_kernels.skinny_linear import MAX_ROWS, by_parts
+from tilewright_kernels import RMSNorm, flash_attn_with_kvcache, rms_norm, skinny_linear
+from tilewright_kernels.skinny_linear import (
+    MAX_ROWS,
+    by_parts,
+    hands_norm_on,
+    skinny_linear_scaled,
+)
 from tilewright_model.attention import Attention
 from tilewright_model.block import Block
 from tilewright_model.causal_lm import CausalLM
@@ -79,20 +85,57 @@ def decode_step(
     if model.embed_positions is not None:
         h_BC = h_BC + model.embed_positions(cache.lengths.long()).to(h_BC.dtype)
     cos, sin = (None, None) if model.rotary is None else (model.rotary.cos, model.rotary.sin)
-    for module, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
+    norms = [cast(Block, block).input_layernorm for block in model.layers] + [model.norm]
+    stream = _Stream(h_BC)
+    for i, (module, keys, values) in enumerate(
+        zip(model.layers, cache.keys, cache.values, strict=True)
+    ):
         block = cast(Block, module)
-        norm = block.input_layernorm
-        qkv_BN = _product(
-            h_BC, block.self_attn.qkv_proj.weight,
-            norm_weight=norm.weight, eps=norm.eps, counters=counters, prefetch_weight=True,
-        )  # fmt: skip
+        qkv_BN = _product_of_norm(stream, block.self_attn.qkv_proj.weight, norms[i], counters)
         y_BC = _attend(block.self_attn, qkv_BN, keys, values, cache.lengths, cos, sin, counters)
-        h_BC = _product(
-            y_BC, block.self_attn.o_proj.weight,
-            residual=h_BC, counters=counters, prefetch_weight=True,
+        stream = _added(
+            stream, y_BC, block.self_attn.o_proj.weight, block.post_attention_layernorm, counters
+        )
+        stream = _feed_forward(block, stream, norms[i + 1], counters)
+    return _logits(model, stream, counters)
+
+
+class _Stream(NamedTuple):
+    """What blocks add to, and what the next norm needs of it where a product has handed that on."""
+
+    h_BC: Tensor
+    scaled_BC: Tensor | None = None
+    """h · weight of the norm."""
+    squares: Tensor | None = None
+    """Sums of h², as `skinny_linear` takes them."""
+
+
+def _added(
+    stream: _Stream, x: Tensor, weight: Tensor, next_norm: RMSNorm, counters: Tensor | None
+) -> _Stream:
+    """The stream with a product added to it."""
+    if hands_norm_on(x, weight):
+        return _Stream(
+            *skinny_linear_scaled(
+                *(x, weight, next_norm.weight),
+                residual=stream.h_BC, counters=counters, prefetch_weight=True,
+            )
         )  # fmt: skip
-        h_BC = _feed_forward(block, h_BC, counters)
-    return _logits(model, h_BC, counters)
+    return _Stream(
+        _product(x, weight, residual=stream.h_BC, counters=counters, prefetch_weight=True)
+    )
+
+
+def _product_of_norm(
+    stream: _Stream, weight: Tensor, norm: RMSNorm, counters: Tensor | None, gated: bool = False
+) -> Tensor:
+    """The product of the stream, normalized, with a weight."""
+    launch: dict[str, Any] = {"gated": gated, "counters": counters, "prefetch_weight": True}
+    if stream.scaled_BC is not None:
+        return skinny_linear(
+            stream.scaled_BC, weight, squares=stream.squares, eps=norm.eps, **launch
+        )
+    return _product(stream.h_BC, weight, norm_weight=norm.weight, eps=norm.eps, **launch)
 
 
 def _product(
@@ -139,27 +182,21 @@ def _attend(
     return y_B1HD.flatten(1)
 
 
-def _feed_forward(block: Block, h_BC: Tensor, counters: Tensor | None) -> Tensor:
+def _feed_forward(
+    block: Block, stream: _Stream, next_norm: RMSNorm, counters: Tensor | None
+) -> _Stream:
     """h + MLP(RMSNorm(h))."""
     norm, mlp = block.post_attention_layernorm, block.mlp
     if not isinstance(mlp, MLP):
-        x_BC = rms_norm(h_BC, h_BC.shape[-1:], norm.weight, norm.eps)
-        return h_BC + mlp(x_BC)[0]
-    z_BI = _product(
-        h_BC, mlp.gate_up_proj.weight, gated=True,
-        norm_weight=norm.weight, eps=norm.eps, counters=counters, prefetch_weight=True,
-    )  # fmt: skip
-    return _product(
-        z_BI, mlp.down_proj.weight, residual=h_BC, counters=counters, prefetch_weight=True
-    )
+        x_BC = rms_norm(stream.h_BC, stream.h_BC.shape[-1:], norm.weight, norm.eps)
+        return _Stream(stream.h_BC + mlp(x_BC)[0])
+    z_BI = _product_of_norm(stream, mlp.gate_up_proj.weight, norm, counters, gated=True)
+    return _added(stream, z_BI, mlp.down_proj.weight, next_norm, counters)
 
 
-def _logits(model: CausalLM, h_BC: Tensor, counters: Tensor | None) -> Tensor:
+def _logits(model: CausalLM, stream: _Stream, counters: Tensor | None) -> Tensor:
     head = model.embed_tokens if model.lm_head is None else model.lm_head
-    logits_BV = _product(
-        h_BC, head.weight,
-        norm_weight=model.norm.weight, eps=model.norm.eps, counters=counters, prefetch_weight=True,
-    )  # fmt: skip
+    logits_BV = _product_of_norm(stream, head.weight, model.norm, counters)
     if model.config.logits_scaling != 1:
         logits_BV = logits_BV / model.config.logits_scaling
     if (cap := model.config.final_logit_softcapping) is not None:
