@@ -1,8 +1,9 @@
 """What `train-pretrain` reached: a plot of losses, and tables with what it is held to.
 
 A record of one GPU is what packages/train/benchmarks/training.py saves, sections of runs; those of
-several GPUs, `training_parallel.py` beside it. Each run has its flags, its tokens a second (median
-of later steps) and its highest memory, both beside the plan's. What was not run is said to be so.
+several GPUs are runs of the same command under torchrun. Each run has its flags, its tokens a
+second (median of later steps) and its highest memory, both beside the plan's. What was not run is
+said to be so.
 """
 
 import json
@@ -64,9 +65,10 @@ def origin(record: Record) -> str:
     if "gpu" not in record:
         return NOT_MEASURED
     driver = f" (driver {record['driver']})" if record.get("driver") else ""
+    commit = record["commit"][:10]
     return (
         f"One {record['gpu']}{driver}, torch {record['torch']}, triton {record['triton']}, commit"
-        f" `{record['commit'][:10]}`: `{record['command']} {record['base']}` and the flags of each case,"
+        f" `{commit}`: `{record['command']} {record['base']}` and the flags of each case,"
         f" on {record['corpus']}."
     )
 
