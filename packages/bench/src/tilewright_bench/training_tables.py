@@ -106,8 +106,8 @@ def saving(record: Record) -> str:
     return (
         "\n".join(rows).replace("%", " %")
         + f"\n\nMeans of all steps but the first {_FIRST}, {_shape(runs).lower()[:-1]}. The steps"
-        f" behind a checkpoint took {' and '.join(f'{s:.2f}' for s in behind)} s; the first time"
-        f" memory is page-locked. The run itself counts {own:.1%} of its loop:"
+        f" behind a checkpoint took {' and '.join(f'{s:.2f}' for s in behind)} s."
+        f" The run itself counts {own:.1%} of its loop:"
         f" {told['steps_waited']:.2f} s of waiting, {told['steps_slower']:.2f} s of"
         f" {told['steps_beside_writing']} slower steps beside the writing; its end waited"
         f" {told['waited_for_last']:.2f} s for the last checkpoint.".replace("%", " %")
