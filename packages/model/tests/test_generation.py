@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from tilewright_model import CausalLM, ModelConfig, generate
+from tilewright_model import CausalLM, ModelConfig, decode_step, generate
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -43,6 +43,20 @@ def test_greedy_with_a_cache_equals_greedy_without(device: torch.device) -> None
             ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(generated, ids)
     assert len(generated[:, 5:].unique()) > 3  # not the same token throughout
+
+
+def test_norms_that_products_hand_on_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where there is no Hopper they are made by operators one by one.
+    model, ids = build(), prompts()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(torch.rand(parameter.shape) + 0.5)
+    expected = generate(model, ids, max_new_tokens=10, temperature=0)
+    asked: list[bool] = []
+    monkeypatch.setattr(decode_step, "hands_norm_on", lambda *_: not asked.append(True))
+    assert torch.equal(generate(model, ids, max_new_tokens=10, temperature=0), expected)
+    assert asked
 
 
 def test_a_batch_equals_its_rows() -> None:
