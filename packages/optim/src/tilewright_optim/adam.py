@@ -19,7 +19,6 @@ from tilewright_optim._arguments import evaluate, is_capturing, number, on, with
 from tilewright_optim._checks import check_max_grad_norm, check_options, check_tensors
 from tilewright_optim._kinds import Kind, by_kind
 from tilewright_optim._named_states import NamedStates
-from tilewright_optim._observed import is_observed
 from tilewright_optim._plan import STATES, Allowance, Columns, Launch, Plan
 from tilewright_optim._states import Master, State, StateDtype, Storage, pack_steps
 from tilewright_optim._tables import PointerTables
@@ -175,6 +174,7 @@ class Adam(NamedStates, Optimizer):
         self._storage.check_amsgrad(options["amsgrad"])
 
     @torch.compiler.disable  # it works with addresses and counts on the host, each a graph break
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -184,24 +184,14 @@ class Adam(NamedStates, Optimizer):
         Returns:
             What closure returned, else None.
         """
-        given = () if closure is None else (closure,)
-        # Around a subclass's step torch has put hooks and range itself.
-        if type(self).step is Adam.step and is_observed(self):
-            return _make_observed_step(self, *given)
-        return self._make_step(*given)
-
-    # torch wraps no further: `_make_observed_step` is what it would make of it.
-    step.hooked = True  # pyrefly: ignore[missing-attribute]
-
-    def _make_step(self, closure: Callable[[], Any] | None = None) -> Any:
-        with torch.no_grad():
-            loss = evaluate(closure)
-            found_inf = getattr(self, "found_inf", None)
-            sound, found_inf = without_overflow(found_inf, self.param_groups)
-            if sound:
-                norm = None if self.max_grad_norm is None else self._total_norm()
-                self._step_groups(found_inf, norm)
+        loss = evaluate(closure)
+        found_inf = getattr(self, "found_inf", None)
+        sound, found_inf = without_overflow(found_inf, self.param_groups)
+        if not sound:
             return loss
+        norm = None if self.max_grad_norm is None else self._total_norm()
+        self._step_groups(found_inf, norm)
+        return loss
 
     @torch.compiler.disable  # dicts of its own, as in `step`
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -367,6 +357,3 @@ class Adam(NamedStates, Optimizer):
             step = torch.zeros((), dtype=dtype, device=place)
             self.state[param].update(step=step, **state)
         pack_steps(self.state[param] for param in new)
-
-
-_make_observed_step: Callable[..., Any] = Optimizer.profile_hook_step(Adam._make_step)
