@@ -228,6 +228,11 @@ def test_a_resumed_run_is_the_same_run(
     _, printed = train(["--resume", str(part)])
     assert f"resume       {part} after step 7" in printed
     assert_same_run(whole, part)
+    one, other = (
+        load_file(folder / "checkpoints" / "step-000012" / "random.safetensors")["rank0.cpu"]
+        for folder in (whole, part)
+    )
+    assert torch.equal(one, other)
     assert json.loads((part / "summary.json").read_text())["first_val_loss"] == losses(whole)[0][2]
 
 

@@ -63,6 +63,9 @@ class BatchLoader:
             worker_init_fn=_outlive_signals,
             pin_memory=self._pin and options.workers > 0,
             in_order=True,
+            # Each pass over a loader draws a seed for its workers: not from the generator of the
+            # run, which would be one draw further in a run that was resumed.
+            generator=torch.Generator(),
         )
         self._batches: Iterator[Batch] | None = None
         self.waited = 0.0
