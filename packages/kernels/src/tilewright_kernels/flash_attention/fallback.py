@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tilewright_kernels._operator import Operator
+from tilewright_kernels._tf32 import tf32_is_allowed
 from tilewright_kernels.flash_attention.masks import UNLIMITED, Mask
-from tilewright_kernels.flash_attention.operands import dot_precision
 from tilewright_kernels.flash_attention.reference import attend
 
 MAX_HEAD_DIM = 256
@@ -48,8 +48,8 @@ def better_in_float32(
     len_q, len_k = q.shape[-2], k.shape[-2]
     triangle = mask.window == (UNLIMITED, 0) and mask.shift(len_q, len_k) == 0
     if (
-        dot_precision(q.dtype) == "ieee"
-        and q.dtype == torch.float32
+        q.dtype == torch.float32
+        and not _tf32_is_allowed()
         and plain
         and dropout_p == 0
         and not repeats
@@ -59,6 +59,10 @@ def better_in_float32(
     ):
         return "float32 without tf32 is faster in torch's memory-efficient kernel"
     return None
+
+
+# A switch of torch's that its compiler cannot read: taken as it is when code is compiled.
+_tf32_is_allowed = torch.compiler.assume_constant_result(tf32_is_allowed)
 
 
 def warn_of(operator: Operator, q: Tensor, unsupported: str | None) -> None:
@@ -105,11 +109,14 @@ def torch_attention(
 
 
 def _rounded(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias in another type; what is finite stays so, lest a row of -1e9 see nothing at all."""
+    """The bias in another type; what is finite stays so, lest a row of -1e9 see nothing at all.
+
+    Half of the largest number is the limit, since kernels multiply by log2(e) and add scores.
+    """
     if bias.dtype == dtype:
         return bias
-    limits = torch.finfo(dtype)
-    return torch.where(bias.isinf(), bias, bias.clamp(limits.min, limits.max)).to(dtype)
+    limit = torch.finfo(dtype).max / 2
+    return torch.where(bias.isinf(), bias, bias.clamp(-limit, limit)).to(dtype)
 
 
 def masked_attention(
