@@ -224,6 +224,28 @@ def test_packed_text_that_is_far_larger_than_its_file_is_refused(
     assert read(write(path, text)) == ([text], SkippedLines())
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
+def test_text_of_short_lines_takes_no_more_memory_than_one_of_long_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A `bytes` a line would be 146 MB of these 8, which are 2 KB as .zst."""
+    text = "a\n" * (4 << 20)
+    path = write(tmp_path / name, text)
+    tracemalloc.start()
+    texts, _ = read(path)
+    _, peak = tracemalloc.get_traced_memory()
+    assert texts == [text]
+    assert peak < 60e6  # the bytes, the text, and of .zst two pieces of 8 MB
+    # Beyond the bound, of lines all the same, it is refused as soon as that is known.
+    monkeypatch.setattr("tilewright_train.record_files.LINE_LIMIT", 3 << 20)
+    if name != "a.txt":
+        tracemalloc.reset_peak()
+        with pytest.raises(InputError, match=rf"{name} unpacks to more than 3 MiB, 100 times its"):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 60e6
+    tracemalloc.stop()
+
+
 def test_a_zstd_file_that_asks_for_a_large_window_is_refused(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard")
     options = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=False)

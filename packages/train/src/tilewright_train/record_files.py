@@ -7,12 +7,13 @@ file and the line; lines and rows that are no record may be skipped and counted 
 
 import codecs
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, Literal
 
 from tilewright_train.errors import InputError
 from tilewright_train.records import Kind, Record, parse_record
@@ -28,8 +29,9 @@ which is one record too, may have more if its file is not far smaller."""
 _PACKED = (".gz", ".zst")
 _REMEDY = 'mend it, or skip such lines with "--on-bad-line skip"'
 _ROWS, _ROW_BYTES = 256, 1 << 24  # of parquet that are in memory at once
-_PASSED = 1 << 20  # bytes of the rest of a line that is too long
+_PIECE = 1 << 20  # bytes at a time, of plain text and of the rest of a line that is too long
 _DENSEST = 100  # times its packed size; zstd -19 packs this library's own texts 5 times
+_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
 _COLUMNS = ("text", "messages", "conversations", "prompt", "chosen", "rejected")
 
 
@@ -145,16 +147,7 @@ def _json(line: bytes, place: str) -> Any:
 
 def _plain_text(file: Path) -> str:
     most = max(LINE_LIMIT, _DENSEST * file.stat().st_size)
-    parts, size = [], 0
-    for line in _lines(file, keep_rest=True):
-        parts.append(line)
-        size += len(line)
-        if size > most:
-            raise InputError(
-                f"{file} unpacks to more than {most >> 20} MiB, {_DENSEST} times its size: unpack"
-                " it, or leave it out"
-            )
-    data = b"".join(parts)
+    data = _unpacked(file, most)
     if (at := data.find(b"\0")) >= 0:
         line = data.count(b"\n", 0, at) + 1
         raise InputError(
@@ -202,10 +195,28 @@ def _rows(metadata: Any) -> int:
     return max(1, min(_ROWS, _ROW_BYTES * metadata.num_rows // max(1, size)))
 
 
-def _lines(file: Path, *, keep_rest: bool = False) -> Iterator[bytes]:
+def _unpacked(file: Path, most: int) -> bytearray:
+    """All of a file, in one piece however short its lines are: a `bytes` of each takes 33 more."""
+    data = bytearray()
+    try:
+        with _open(file) as stream:
+            while piece := stream.read1(_PIECE):
+                data += piece
+                if len(data) > most:
+                    raise InputError(
+                        f"{file} unpacks to more than {most >> 20} MiB, {_DENSEST} times its size:"
+                        " unpack it, or leave it out"
+                    )
+    except _DAMAGED as error:
+        lines = data.count(b"\n")
+        raise InputError(f"{file} is damaged after line {lines}: {error}") from None
+    return data
+
+
+def _lines(file: Path) -> Iterator[bytes]:
     """The lines of a file, unpacked where its name says so; each at most LINE_LIMIT + 1 bytes.
 
-    The rest of a longer one is passed over, or with `keep_rest` given in pieces.
+    The rest of a longer one is passed over.
     """
     number = 0
     try:
@@ -215,20 +226,18 @@ def _lines(file: Path, *, keep_rest: bool = False) -> Iterator[bytes]:
                 yield line
                 is_cut = len(line) > LINE_LIMIT
                 while is_cut and line and not line.endswith(b"\n"):
-                    line = stream.readline(_PASSED)
-                    if keep_rest:
-                        yield line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                    line = stream.readline(_PIECE)
+    except _DAMAGED as error:
         raise InputError(f"{file} is damaged after line {number}: {error}") from None
 
 
-def _open(file: Path) -> BinaryIO:
+def _open(file: Path) -> io.BufferedIOBase:
     if file.name.endswith(".gz"):
-        return cast(BinaryIO, gzip.open(file))
+        return gzip.open(file)
     return open_zstd(file) if file.name.endswith(".zst") else file.open("rb")
 
 
-def _decode(data: bytes, place: str) -> str:
+def _decode(data: bytes | bytearray, place: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -6,7 +6,7 @@ MiB at most.
 
 import io
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from tilewright_train.errors import InputError
 
@@ -17,7 +17,7 @@ _CHUNK = 1 << 17  # bytes read from the file at a time
 _PIECE = 1 << 9
 
 
-def open_zstd(file: Path) -> BinaryIO:
+def open_zstd(file: Path) -> io.BufferedReader:
     """The unpacked bytes of `file`, whose frames follow one another.
 
     Reading raises EOFError where the file is cut short, InputError where it is damaged or needs
@@ -26,7 +26,7 @@ def open_zstd(file: Path) -> BinaryIO:
     Raises:
         InputError: Neither module is there.
     """
-    return cast(BinaryIO, io.BufferedReader(_Unpacked(file), _CHUNK))
+    return io.BufferedReader(_Unpacked(file), _CHUNK)
 
 
 class _Unpacked(io.RawIOBase):
