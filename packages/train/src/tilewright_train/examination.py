@@ -81,7 +81,8 @@ def _guilty(
     def loss() -> Tensor:
         with autocast:
             value, _ = prepared.objective.loss(trainee.called, on_device, items)
-        return trainee.guard.scaled(value)
+        # As in the step, where gradients are averaged later: what overflows only so is seen.
+        return trainee.guard.scaled(value * environment.world_size)
 
     if not is_fully_sharded(trainee.module):
         return find_guilty(trainee.model, loss)
