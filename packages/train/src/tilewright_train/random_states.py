@@ -11,6 +11,14 @@ from collections.abc import Mapping
 import torch
 
 
+def seed_all(seed: int) -> None:
+    """Begin all of them at a seed, so that what two runs save of them is equal, too."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed % 2**32)
+
+
 def random_states(rank: int, device: torch.device) -> dict[str, torch.Tensor]:
     """States of this process's random generators, by names that hold its rank."""
     _, words, _ = random.getstate()
