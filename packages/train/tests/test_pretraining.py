@@ -229,10 +229,12 @@ def test_a_resumed_run_is_the_same_run(
     assert f"resume       {part} after step 7" in printed
     assert_same_run(whole, part)
     one, other = (
-        load_file(folder / "checkpoints" / "step-000012" / "random.safetensors")["rank0.cpu"]
+        load_file(folder / "checkpoints" / "step-000012" / "random.safetensors")
         for folder in (whole, part)
     )
-    assert torch.equal(one, other)
+    assert one.keys() == other.keys() and "rank0.python" in one
+    for name, state in one.items():
+        assert torch.equal(state, other[name]), name
     assert json.loads((part / "summary.json").read_text())["first_val_loss"] == losses(whole)[0][2]
 
 
@@ -279,14 +281,25 @@ def test_a_damaged_checkpoint_stops_the_resume_until_told_otherwise(
         assert torch.equal(tensor, weights(whole)[name]), name
 
 
-@pytest.mark.parametrize("gone", ["the folder", "what is in it"])
+def forget_the_note(folder: Path) -> None:
+    """Make run.json what it was before it said whether the run has saved."""
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts.pop("has_saved") is not None
+    (folder / "run.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("gone", ["the folder", "what is in it", "what is in it, and the note"])
 def test_a_run_whose_checkpoints_are_gone_keeps_its_metrics(
     tiny_flags: list[str], capsys: pytest.CaptureFixture[str], gone: str
 ) -> None:
     folder, _ = train(tiny_flags)
     (folder / "summary.json").unlink()
+    for hidden in folder.glob(".*"):  # what copies often leave behind
+        hidden.unlink()
+    if "note" in gone:
+        forget_the_note(folder)
     shutil.rmtree(folder / "checkpoints")
-    if gone == "what is in it":
+    if gone != "the folder":
         (folder / "checkpoints").mkdir()
     before = (folder / "metrics.jsonl").read_bytes()
     assert main(["--resume", str(folder)]) == 2
@@ -296,8 +309,29 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_metrics(
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_without_the_note_gets_it_where_it_goes_on(
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    folder, _ = train(tiny_flags)
+    (folder / "summary.json").unlink()
+    for later in ("step-000008", "step-000012"):
+        shutil.rmtree(folder / "checkpoints" / later)
+    forget_the_note(folder)
+    monkeypatch.setattr(saver, "save", killed)  # what it saves itself would be noted, too
+    assert main(["--resume", str(folder), "--no-async-save"]) == 130
+    monkeypatch.undo()
+    assert read_metrics(folder / "metrics.jsonl")[-1].step == 8  # which is not more than 2 * 4
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
+    assert main(["--resume", str(folder)]) == 2
+    assert "reaches step 8: put the checkpoints back" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("note", [True, False])
 def test_a_run_killed_before_its_first_checkpoint_is_whole_starts_again(
-    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch
+    tiny_flags: list[str], monkeypatch: pytest.MonkeyPatch, note: bool
 ) -> None:
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -307,7 +341,11 @@ def test_a_run_killed_before_its_first_checkpoint_is_whole_starts_again(
     monkeypatch.undo()
     (folder,) = Path(tiny_flags[tiny_flags.index("--out") + 1]).glob("corpus-nano-*")
     assert read_metrics(folder / "metrics.jsonl")[-1].step == 4  # the step of the checkpoint
-    train(["--resume", str(folder), "--save-every", "1"])  # far less than it has come
+    if note:
+        train(["--resume", str(folder), "--save-every", "1"])  # far less than it has come
+    else:
+        forget_the_note(folder)
+        train(["--resume", str(folder)])
     assert [r.step for r in read_metrics(folder / "metrics.jsonl")] == list(range(13))
 
 

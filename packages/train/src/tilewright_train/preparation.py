@@ -55,7 +55,7 @@ from tilewright_train.preference_run import (
 from tilewright_train.preferences import WITHOUT_COMPLETION, pair_encoding
 from tilewright_train.processes import on_first
 from tilewright_train.progress import Reporter
-from tilewright_train.random_states import set_random_states
+from tilewright_train.random_states import seed_all, set_random_states
 from tilewright_train.record_groups import REFUSED
 from tilewright_train.replicas import made_on, replicate, wait_for_parameters
 from tilewright_train.resuming import (
@@ -64,7 +64,13 @@ from tilewright_train.resuming import (
     check_same_vocabulary,
     find_checkpoint,
 )
-from tilewright_train.run_directory import RunDirectory, check_room, create, removed_if_not_begun
+from tilewright_train.run_directory import (
+    HAS_SAVED,
+    RunDirectory,
+    check_room,
+    create,
+    removed_if_not_begun,
+)
 from tilewright_train.sources import Source, for_kind, open_source
 from tilewright_train.start import (
     Start,
@@ -207,7 +213,9 @@ def _prepare_training(
     done, seconds = 0, 0.0
     if config.run.resume != "never":
         older = config.run.resume_from_older
-        found = on_first(environment, lambda: find_checkpoint(run, older, reporter))
+        found = on_first(
+            environment, lambda: find_checkpoint(run, older, settled.save_every, reporter)
+        )
         done = found.step
         rows = done * settled.batch_size
         if found.folder is not None:
@@ -245,7 +253,7 @@ def build(
     from tilewright_optim import WarmupCosine
 
     options, settled = chosen.config.training, chosen.settled
-    torch.manual_seed(options.seed)
+    seed_all(options.seed)
     parallel = chosen.config.machine.parallel
     model = CausalLM(shape).to(made_on(shape, parallel, environment))
     if start is not None:
@@ -493,6 +501,7 @@ def _facts_of(
         "tokens": corpus_facts(corpus),
         "model": asdict(shape),
         "parameters": count_parameters(shape).total,
+        HAS_SAVED: False,
         "flops_per_token": flops_per_token(shape, chosen.settled.seq_len),
         "device": machine.describe(environment.device),
         "processes": environment.world_size,

@@ -34,15 +34,25 @@ def check_same_tokens(run: RunDirectory, corpus: Corpus, accept: bool, reporter:
     write_whole(run.facts, json.dumps(facts, indent=2) + "\n")
 
 
-def find_checkpoint(run: RunDirectory, older: bool, reporter: Reporter) -> checkpoint.Found:
+def find_checkpoint(
+    run: RunDirectory, older: bool, save_every: int, reporter: Reporter
+) -> checkpoint.Found:
     """Where the run goes on; what lies behind that point is dropped or set aside.
+
+    Args:
+        run: Its folder.
+        older: Whether to pass over checkpoints that are damaged.
+        save_every: Steps between its checkpoints.
+        reporter: Says what is found.
 
     Raises:
         InputError: A checkpoint is damaged, or the run has saved some and all of them are gone.
     """
     found = checkpoint.find(run.checkpoints, from_older=older)
     if found.folder is None:
-        _check_nothing_was_saved(run)
+        _check_nothing_was_saved(run, save_every)
+    else:
+        run.note_saved()  # a run of before there was the note, or killed before it was written
     for folder in found.damaged:
         reporter.say(f"damaged      {folder} is now {checkpoint.set_aside(folder).name}")
     truncate_metrics(run.metrics, found.step)
@@ -51,14 +61,19 @@ def find_checkpoint(run: RunDirectory, older: bool, reporter: Reporter) -> check
     return found
 
 
-def _check_nothing_was_saved(run: RunDirectory) -> None:
+def _check_nothing_was_saved(run: RunDirectory, save_every: int) -> None:
     """Refuse to start again, and to drop the metrics, where checkpoints were removed.
 
     How far a run came says nothing: it may have been killed in its first save, have failed to save,
-    or be resumed with another --save-every. The folder of checkpoints is there from the start.
+    or be resumed with another --save-every. So run.json says whether it has saved. A run of before
+    it did so is taken to have saved once it has reached twice `save_every`, as a checkpoint is
+    written until the next one at most. The folder of checkpoints is there from the start.
     """
     reached = max((record.step for record in read_metrics(run.metrics)), default=0)
-    if reached > 0 and (run.has_saved or not run.checkpoints.is_dir()):
+    saved = run.has_saved
+    if saved is None:
+        saved = reached > 2 * save_every
+    if reached > 0 and (saved or not run.checkpoints.is_dir()):
         raise InputError(
             f"{run.checkpoints} holds no checkpoint, but {run.metrics} reaches step {reached}: put"
             f" the checkpoints back, or start a new run with --config {run.config}"

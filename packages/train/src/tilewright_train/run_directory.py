@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -9,10 +10,15 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tilewright_train.errors import InputError
 from tilewright_train.layers import CONFIG_FILE, SUMMARY_FILE
 from tilewright_train.metrics import METRICS_FILE
+from tilewright_train.whole_files import write_whole
+
+HAS_SAVED = "has_saved"
+"""Of run.json: whether the run ever had a whole checkpoint."""
 
 _MARGIN = 8_000_000  # bytes for metrics, picture and JSON
 
@@ -44,18 +50,25 @@ class RunDirectory:
         return self.root / "checkpoints"
 
     @property
-    def has_saved(self) -> bool:
-        """Whether a checkpoint has been whole, be it there or not."""
-        return self._saved.exists()
+    def has_saved(self) -> bool | None:
+        """Whether a checkpoint has been whole, be it there or not; None if the run does not say."""
+        facts = self._read_facts()
+        return bool(facts[HAS_SAVED]) if HAS_SAVED in facts else None
 
     def note_saved(self) -> None:
         """Say for later that one is. A disk that is full by now loses the note, not the run."""
+        facts = self._read_facts()
+        if not facts or facts.get(HAS_SAVED):
+            return
         with contextlib.suppress(OSError):
-            self._saved.touch()
+            write_whole(self.facts, json.dumps({**facts, HAS_SAVED: True}, indent=2) + "\n")
 
-    @property
-    def _saved(self) -> Path:
-        return self.root / ".has-saved"
+    def _read_facts(self) -> dict[str, Any]:
+        try:
+            facts = json.loads(self.facts.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
 
     @property
     def summary(self) -> Path:
