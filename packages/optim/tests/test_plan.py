@@ -316,6 +316,25 @@ def test_capturable_counts_of_other_dtypes(dtype, device):
         torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6)
 
 
+@pytest.mark.parametrize("options", [{"master": "stochastic"}, {"state_dtype": "int8"}], ids=str)
+def test_numbers_to_round_by_follow_a_parameter_that_leaves(options, device):
+    def parameters(loads: bool):
+        params = make(device, torch.bfloat16, [(300,)] * 4)
+        optimizer = AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=1e-2, **options)
+        for step in range(5):
+            set_random_grads(params, step)
+            if step == 3:
+                gone = optimizer.param_groups[0]["params"].pop(0)
+                if loads:
+                    del optimizer.state[gone]
+                    optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.step()
+        return params
+
+    for a, b in zip(parameters(False), parameters(True), strict=True):
+        assert torch.equal(a, b)
+
+
 def mixed(device):
     matrix, vector = make(device, shapes=[(6, 8), (5,)])
     groups = [{"params": [matrix], "kind": "muon"}, {"params": [vector], "kind": "adamw"}]

@@ -120,3 +120,11 @@ def test_copies_are_left_alone():
     counts.read()
     counts.advance(None)
     assert values(cloned) == [4, 4]
+
+
+def test_counts_whose_bytes_are_not_their_values():
+    steps = [torch._neg_view(x) for x in torch.full((2,), -5.0).unbind()]
+    counts = StepCounts(steps)
+    assert counts.read() == (5.0, [0, 0])
+    counts.advance(None)
+    assert values(steps) == [6.0, 6.0]

@@ -102,4 +102,6 @@ class StepCounts:
 
 
 def _is_plain(flat: Tensor | None) -> bool:
-    return flat is not None and flat.is_cpu and type(flat) is Tensor and not flat.is_inference()
+    if flat is None or type(flat) is not Tensor:
+        return False
+    return flat.is_cpu and not flat.is_inference() and not flat.is_neg()

@@ -166,6 +166,7 @@ class Adam(NamedStates, Optimizer):
         self._planned: tuple[object, tuple[int, int]] = None, (0, 0)
         self._proofs: dict[int, Allowance] = {}
         self._numbers: dict[int, int] = {}
+        self._sizes: list[int] = []
         self._norms = GradientNorms()
         self.grad_norm = None
 
@@ -206,8 +207,11 @@ class Adam(NamedStates, Optimizer):
     def _step_groups(self, found_inf: Tensor | None, norm: Tensor | None) -> None:
         states, (changes, readings) = self._planned
         now = self._now()
-        if states is not self.state or changes != now[0]:
+        sizes = [len(group["params"]) for group in self.param_groups]
+        # Parameters round by their number among all: with one more or less in a group before.
+        if states is not self.state or changes != now[0] or sizes != self._sizes:
             self._plans.clear()
+            self._sizes = sizes
         unread = readings == now[1]
         self._numbers = {}
         for index, group in enumerate(self.param_groups):
