@@ -108,6 +108,25 @@ def test_it_begins_with_random_weights_where_it_is_told_to(
     assert [r.loss for r in read_metrics(folder / "metrics.jsonl")] == [r.loss for r in records]
 
 
+@pytest.mark.parametrize("entries", [257, 258, 259])
+def test_a_vocabulary_of_its_own_is_as_large_as_asked_or_refused(
+    tiny_flags: list[str], talks: Path, capsys: pytest.CaptureFixture[str], entries: int
+) -> None:
+    """An end token, 256 bytes and the two tokens of the template are the fewest there can be."""
+    sizes = ["--seq-len", "128", "--vocab-size", str(entries), "--steps", "1"]
+    flags = [*tiny_flags, "--data", str(talks), "--init", "scratch", *sizes]
+    if entries == 259:
+        folder, _ = train(flags)
+        tokenizer = load_tokenizer(folder / "checkpoints" / "step-000001" / "tokenizer.json")
+        assert tokenizer.get_vocab_size() == entries
+        return
+    assert main(flags, "sft") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --vocab-size {entries} has no room for <|im_start|> and ")
+    assert line.endswith("give 257 + 2 = 259 or more")
+    assert not list(Path(tiny_flags[tiny_flags.index("--out") + 1]).glob("*"))
+
+
 def test_random_weights_may_have_the_tokenizer_of_a_run(
     pretrained: Path, sft_flags: list[str], tmp_path: Path
 ) -> None:

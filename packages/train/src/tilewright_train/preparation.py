@@ -81,6 +81,7 @@ from tilewright_train.start import (
 )
 from tilewright_train.step_guard import StepGuard
 from tilewright_train.tokenizer import (
+    FEWEST_ENTRIES,
     TOKENIZER_FILE,
     end_token,
     load_tokenizer,
@@ -446,8 +447,19 @@ def _trained_tokenizer(
     template: ChatTemplate,
     cache: Path,
 ) -> Path:
-    """A vocabulary of what the conversations say, with room for the template's special tokens."""
-    entries = vocab_size - len(missing_chat_tokens((), template))
+    """A vocabulary of what the conversations say, with room for the template's special tokens.
+
+    Raises:
+        InputError: There is no room for them.
+    """
+    added = missing_chat_tokens((), template)
+    entries = vocab_size - len(added)
+    if entries < FEWEST_ENTRIES:
+        raise InputError(
+            f"--vocab-size {vocab_size} has no room for {' and '.join(added)}, which the chat"
+            f" template writes, beside the end token and 256 bytes: give {FEWEST_ENTRIES} +"
+            f" {len(added)} = {FEWEST_ENTRIES + len(added)} or more"
+        )
     return prepare_tokenizer(sources, config.data, entries, cache, "conversation")
 
 

@@ -17,6 +17,9 @@ from tilewright_train.run_directory import RunDirectory
 END_OF_TEXT = "<|endoftext|>"
 """The only special token, number 0; it stands behind every document."""
 
+FEWEST_ENTRIES = 257
+"""Of a vocabulary: the end token and every byte."""
+
 DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 """What ends a document in tokenizers made elsewhere; the first that one has counts. Not what it
 calls its eos_token: where a model chats, that may be the end of a turn."""
