@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,14 +18,17 @@ from tilewright_model import CausalLM, ModelConfig
 from tilewright_optim import AdamW
 from tilewright_train.batches import WindowRows
 from tilewright_train.cli import main
+from tilewright_train.config import DpoOptions
 from tilewright_train.data import ValidationRows
 from tilewright_train.dpo import SequenceLogProbs
 from tilewright_train.evaluation import validate
 from tilewright_train.guilty import find_guilty_together
 from tilewright_train.objectives import NextToken
 from tilewright_train.precision import arithmetic, cast_weights
-from tilewright_train.replicas import replicate, whole_model, whole_weights
+from tilewright_train.preference_run import make_objective
+from tilewright_train.replicas import own_rows, replicate, whole_model, whole_weights
 from tilewright_train.samples import Samples
+from tilewright_train.start import Start
 
 # Five rows of heads and 21 of the vocabulary: two processes have unequal parts of both.
 CONFIG = ModelConfig(
@@ -124,6 +128,66 @@ def test_two_processes_take_the_steps_of_one() -> None:
             assert found.dtype == tensor.dtype
             limit = 1e-4 if exact else 0.06
             torch.testing.assert_close(found, tensor, rtol=rounding, atol=limit, msg=name)
+
+
+def compared(rank: int, folder: Path, precision: str) -> dict[str, Any]:
+    """What a frozen reference gives for this process's rows, and what is kept of it."""
+    policy, module, optimizer = made(environment(rank), precision=precision, pairs=True)
+    chosen: Any = SimpleNamespace(
+        config=SimpleNamespace(dpo=DpoOptions()), settled=SimpleNamespace(precision=precision)
+    )
+    objective = make_objective(chosen, Start(folder), policy, 21, optimizer.wait_for_parameters)
+    reference: Any = objective.reference
+    found, own = [], []
+    for step in range(2):
+        batch: Any = SimpleNamespace(
+            inputs=scored(torch.randint(21, (2, 8), generator=seeded(rank)))
+        )
+        with arithmetic(precision).autocast("cpu"):
+            found.append(reference.log_probs(batch))
+            gains, _ = module(**batch.inputs)
+        own.append(gains.detach())
+        gains.sum().backward()
+        if step == 0:
+            optimizer.step()
+    kept = [(p.numel(), own_rows(p).numel()) for p in reference.scorer.parameters()]
+    return {"found": found, "own": own, "kept": kept}
+
+
+def seeded(rank: int) -> torch.Generator:
+    return torch.Generator().manual_seed(rank)
+
+
+def scored(ids: Tensor) -> dict[str, Tensor]:
+    """Inputs of `SequenceLogProbs` that predict every token."""
+    places = torch.arange(ids.numel())
+    lengths = torch.full((len(ids),), 8)
+    return {"input_ids": ids, "labels": ids.flatten(), "places": places, "sequences": places // 8,
+            "lengths": lengths}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_frozen_reference_is_divided_as_the_policy_is(tmp_path: Path, precision: str) -> None:
+    torch.manual_seed(0)
+    model = CausalLM(CONFIG)
+    model.save_pretrained(tmp_path)
+    ranks = run_ranks(compared, tmp_path, precision, timeout=120)
+    for rank, of in enumerate(ranks):
+        with torch.no_grad(), arithmetic(precision).autocast("cpu"):
+            inputs = scored(torch.randint(21, (2, 8), generator=seeded(rank)))
+            alone = SequenceLogProbs(model)(**inputs)[0]
+        before, after = of["found"]
+        limit = 1e-5 if precision == "fp32" else 2e-2
+        torch.testing.assert_close(before, alone, rtol=limit, atol=limit)
+        # It computes as the policy does, bit for bit (the loss begins at ln 2), and never changes.
+        assert torch.equal(before, of["own"][0])
+        assert torch.equal(before, after)
+        assert not torch.equal(of["own"][0], of["own"][1])
+    # Not even embedding and head are whole behind a forward pass.
+    first, second = (of["kept"] for of in ranks)
+    for (whole, one), (_, other) in zip(first, second, strict=True):
+        assert one + other == whole
+        assert one < whole
 
 
 class Marred(torch.autograd.Function):

@@ -163,6 +163,8 @@ def test_pairs_are_two_sequences_and_a_reference_is_a_second_model() -> None:
     assert pairs == plan_memory(config, step)
     compared = plan_memory(config, dataclasses.replace(step, has_reference=True))
     assert compared.weights == 2 * plan_memory(config, step).weights
+    divided = dataclasses.replace(step, has_reference=True, parallel="fsdp", world_size=4)
+    assert plan_memory(config, divided).weights == compared.weights // 4
 
 
 def test_the_largest_micro_batch_divides_the_rows_and_fits() -> None:

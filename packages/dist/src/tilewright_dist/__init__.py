@@ -15,7 +15,7 @@ from tilewright_dist.fully_sharded import (
 )
 from tilewright_dist.planning import Cluster, Layer, Link, Prediction, Workload, plan
 from tilewright_dist.sharded_optimizer import ShardedOptimizer
-from tilewright_dist.wrap import wrap
+from tilewright_dist.wrap import shard_fully, wrap
 
 __all__ = [
     "Cluster",
@@ -34,6 +34,7 @@ __all__ = [
     "init_from_environment",
     "load_whole_state_dict",
     "plan",
+    "shard_fully",
     "verify_replicas",
     "wrap",
 ]

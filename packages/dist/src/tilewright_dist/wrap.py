@@ -73,9 +73,13 @@ def wrap(
         )
     process_group = checked_process_group(process_group)
     if parallel == "fsdp":
-        device = device or next(module.parameters()).device
-        both = options, options | dict(block_options or {})
-        _shard_fully(module, process_group, device, *both)
+        shard_fully(
+            module,
+            process_group=process_group,
+            device=device,
+            block_options=block_options,
+            **options,
+        )
         optimizer = make_optimizer(module)
         if type(optimizer).__name__ in ELEMENTWISE:
             optimizer = FullyShardedOptimizer(optimizer, module)
@@ -89,20 +93,34 @@ def wrap(
     return wrapper, optimizer
 
 
-def _shard_fully(
+def shard_fully(
     module: nn.Module,
-    process_group: dist.ProcessGroup,
-    device: torch.device,
-    options: Mapping[str, Any],
-    block_options: Mapping[str, Any],
+    *,
+    process_group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
+    block_options: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> None:
-    """Apply fully_shard to the blocks, then to what is left."""
+    """Divide a module's weights in place, as `wrap` does with "fsdp", and make no optimizer.
+
+    A model that is not trained is divided so. Give it `reshard_after_forward=True`: no backward
+    divides it again, and embedding and head would stay whole.
+
+    Args:
+        module: Where it is; blocks go to `device` one by one.
+        process_group: The ranks; None is the default group.
+        device: Where it computes; None is where the module is.
+        block_options: Of the blocks' fully_shard, beside or instead of `options`.
+        **options: Of fully_shard.
+    """
+    process_group = checked_process_group(process_group)
+    device = device or next(module.parameters()).device
     verify_module_state(module, process_group)
     # fully_shard divides what each rank has: replicas that differ would be mixed.
     broadcast_module_state(module, process_group, device)
     mesh = DeviceMesh.from_group(process_group, device.type)
     for block in list(_blocks(module)):
-        fully_shard(block, mesh=mesh, **block_options)
+        fully_shard(block, mesh=mesh, **options | dict(block_options or {}))
     fully_shard(module, mesh=mesh, **options)
 
 

@@ -210,7 +210,7 @@ def _moments_fully_sharded(
     head = config.vocab_size * config.hidden_size
     a_block = (count.total - ends) // layers
     base = {
-        "weights": count.total * weight // ranks + 4 * count.total * step.has_reference,
+        "weights": count.total * (weight + 4 * step.has_reference) // ranks,
         "optimizer": _state_bytes(config, step) // ranks,
     }
     rows = count.total * weight // ranks

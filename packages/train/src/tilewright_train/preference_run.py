@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from tilewright_dist import DistributedEnvironment
 from tilewright_model import CausalLM
@@ -34,6 +35,7 @@ from tilewright_train.reference import (
     model_sha256,
     precompute,
 )
+from tilewright_train.replicas import divide_like
 from tilewright_train.run_directory import RunDirectory
 from tilewright_train.samples import SPLITS
 from tilewright_train.start import Start, find_start
@@ -153,12 +155,12 @@ def make_objective(
     vocab_size: int,
     wait: Callable[[], None],
 ) -> DirectPreference:
-    """The loss, with the reference on the policy's device.
+    """The loss, with the reference on the policy's device, divided where the policy is.
 
     Args:
         chosen: Options without open values.
         start: What the policy begins with.
-        policy: Without wrappers.
+        policy: Without wrappers; where it is divided, all processes call this together.
         vocab_size: Entries of its tokenizer.
         wait: Returns when the policy's weights are there after a step.
     """
@@ -166,10 +168,13 @@ def make_objective(
     reference: Reference = KnownReference()
     if not options.precompute:
         found = find_reference(options, start)
-        device = policy.embed_tokens.weight.device
+        # Whole on the host, where it is divided: a GPU may have no room for it.
+        parameter = policy.embed_tokens.weight
+        device = torch.device("cpu") if isinstance(parameter, DTensor) else parameter.device
         positions = policy.config.max_position_embeddings
         model = load_reference(found, vocab_size, positions, precision, device)
         reference = FrozenReference(model)
+        divide_like(policy, reference.scorer, precision)
         if options.reference == REFERENCE_EMA:
             reference = MovingReference(model, policy, options.ema_decay, wait)
     return DirectPreference(options, reference)

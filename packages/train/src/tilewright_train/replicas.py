@@ -18,6 +18,7 @@ from tilewright_dist import (
     ShardedOptimizer,
     gather_state_dict,
     load_whole_state_dict,
+    shard_fully,
     wrap,
 )
 from tilewright_model import CausalLM, ModelConfig, count_parameters
@@ -83,6 +84,26 @@ def replicate(
         device=environment.device if parallel == "fsdp" else None,
         block_options={"mp_policy": _policy(precision)} if parallel == "fsdp" else None,
     )
+
+
+def divide_like(model: nn.Module, frozen: nn.Module, precision: str) -> None:
+    """Under FSDP divide a module that is not trained as the model is; it computes alike.
+
+    Args:
+        model: What is trained; all processes call this together where its parameters are divided,
+            and elsewhere nothing is done.
+        frozen: What is called, on the host or where the model is.
+        precision: Of the run.
+    """
+    parameter = next(model.parameters())
+    if isinstance(parameter, DTensor):
+        shard_fully(
+            frozen,
+            process_group=parameter.device_mesh.get_group(),
+            device=parameter.device,
+            block_options={"mp_policy": _policy(precision)},
+            reshard_after_forward=True,
+        )
 
 
 def made_on(
