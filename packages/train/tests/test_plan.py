@@ -99,6 +99,18 @@ def test_fsdp_holds_a_model_that_no_gpu_does(capsys: pytest.CaptureFixture[str])
         assert ("  gathered" in out) == (parallel == "fsdp")
 
 
+def test_under_fsdp_the_host_memory_of_a_process_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--preset", "0.5b", "--gpu", "H200", "--gpus", "2", "--parallel"]
+    assert main([*flags, "fsdp"]) == 0
+    # 503.4 M parameters: 8 and 12 bytes each.
+    told = "begins up to 3.75 GiB in each process, while it saves up to 5.63 GiB in the first"
+    assert told in capsys.readouterr().out
+    assert main([*flags, "ddp"]) == 0
+    assert "host memory" not in capsys.readouterr().out
+
+
 def test_what_does_not_fit_is_told_with_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--preset", "1.3b", "--gpu", "L4", "--batch-size", "8", "--micro-batch-size", "8"]
     assert main(words) == 0

@@ -43,9 +43,10 @@ def main(arguments: Sequence[str]) -> int:
 def _lines(config: PretrainConfig, gpu_name: str | None, gpus: int) -> list[str]:
     import torch
 
+    from tilewright_model import count_parameters
     from tilewright_train.automatic import choose, model_config
     from tilewright_train.hardware import accelerator, accelerator_here
-    from tilewright_train.plan import make_plan, on_several, plan_lines, several_lines
+    from tilewright_train.plan import gib, make_plan, on_several, plan_lines, several_lines
     from tilewright_train.replicas import check_divisible
 
     gpu = accelerator(gpu_name) if gpu_name else None
@@ -70,6 +71,12 @@ def _lines(config: PretrainConfig, gpu_name: str | None, gpus: int) -> list[str]
     lines = list(plan_lines(plan, settled.preset, settled.steps))
     if settled.backend.startswith("torch") or gpu is None:
         lines.append("note         memory is that of the Triton operators; plain torch keeps more")
+    if gpus > 1 and machine.parallel == "fsdp":
+        whole = 4 * count_parameters(shape).total
+        lines.append(
+            f"note         host memory is not divided: while a run begins up to {gib(2 * whole)} in each"
+            f" process, while it saves up to {gib(3 * whole)} in the first"
+        )
     counts = sorted({gpus, *(n for n in _COUNTS if settled.batch_size % n == 0 and n <= 64)})
     several = list(on_several(plan, counts, tf32=machine.tf32))
     return [*lines, *(["", *several_lines(several)] if several else [])]
