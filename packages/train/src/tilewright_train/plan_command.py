@@ -74,8 +74,8 @@ def _lines(config: PretrainConfig, gpu_name: str | None, gpus: int) -> list[str]
     if gpus > 1 and machine.parallel == "fsdp":
         whole = 4 * count_parameters(shape).total
         lines.append(
-            f"note         host memory is not divided: while a run begins up to {gib(2 * whole)} in each"
-            f" process, while it saves up to {gib(3 * whole)} in the first"
+            f"note         host memory is not divided: while a run begins up to"
+            f" {gib(2 * whole)} in each process, while it saves up to {gib(3 * whole)} in the first"
         )
     counts = sorted({gpus, *(n for n in _COUNTS if settled.batch_size % n == 0 and n <= 64)})
     several = list(on_several(plan, counts, tf32=machine.tf32))
