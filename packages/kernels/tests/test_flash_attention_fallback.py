@@ -184,6 +184,10 @@ def test_torch_is_better_in_float32_where_its_kernel_serves():
     assert not better(inputs, dropout_p=0.1)
     assert not better(inputs, plain=False)
     assert not better(inputs, repeats=True)
+    # Of these torch would write out all scores.
+    assert not better([t[0] for t in inputs])
+    assert not better([t[None] for t in inputs])
+    assert not better([t.transpose(-1, -2) for t in make(16, 16, torch.float32)])
 
 
 def test_tensor_cores_are_better_in_tf32():

@@ -10,18 +10,19 @@ import argparse
 import gc
 import io
 import json
+import platform
 import re
 import statistics
 import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tilewright_bench.environment import describe
 from tilewright_train import automatic
 from tilewright_train.hardware import accelerator_here
 from tilewright_train.layers import parse
@@ -171,6 +172,16 @@ def _seconds(record: Record) -> float:
     return round(tokens / (record.tokens_per_second or tokens), 5)
 
 
+def versions() -> dict[str, str | None]:
+    """What it runs on."""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": metadata.version("triton"),
+    }
+
+
 def main() -> None:
     """Measure the sections that were asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -181,7 +192,8 @@ def main() -> None:
     wanted = [name.replace("-", " ") for name in options.sections] or list(SECTIONS)
     record = json.loads(options.out.read_text()) if options.out.exists() else {}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    record |= describe() | {
+    record |= {
+        **versions(),
         "commit": commit.stdout.strip(),
         "command": "train-pretrain",
         "base": SMALL if options.small else BASE,

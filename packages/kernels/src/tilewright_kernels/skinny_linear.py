@@ -246,7 +246,9 @@ def skinny_linear_scaled_forward(
 
 
 def hands_norm_on(x: Tensor, weight: Tensor) -> bool:
-    """Whether `skinny_linear_scaled` is one launch for these, x [M, K]."""
+    """Whether `skinny_linear_scaled` is one launch for these, x [M, K]; not in compiled code."""
+    if torch.compiler.is_compiling():  # which cannot ask for addresses
+        return False
     if _OP.setting == "torch" or not x.is_cuda or not 1 < len(x) <= MAX_SCALED_ROWS:
         return False
     return hopper_takes(x, weight)

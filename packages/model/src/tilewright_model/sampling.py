@@ -2,7 +2,7 @@
 
 Every option is one number a row, so a batch may mix greedy and warm requests and one CUDA graph
 serves any of them. Top-k, top-p and min-p each keep the largest logits of a row; together they are
-one threshold, found in the sorted row. Shapes: B batch, V vocabulary.
+one threshold (`truncation_threshold`). Shapes: B batch, V vocabulary.
 """
 
 import math
@@ -207,7 +207,7 @@ def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty_B: Tensor) -> Tensor:
 def candidates_for(requests: Sequence[SamplingParams], vocab_size: int) -> int:
     """The `Sampler`'s candidates for a batch: a power of two, all tokens, or none.
 
-    Where every row that is drawn has a top_k, selecting takes the place of sorting.
+    Where every row that is drawn has a top_k, no more than the largest of these need be looked at.
     """
     if not any(request.truncates for request in requests):
         return 0

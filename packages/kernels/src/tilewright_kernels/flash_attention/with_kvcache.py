@@ -232,6 +232,9 @@ def flash_attn_with_kvcache(
     check_options(0.0, softcap, scale)
     left = as_mask(True, "bottom_right", window_size).window[0]
     unsupported = unsupported_heads(q, v_cache)
+    apart = (k_cache.shape[2] - 1) * max(k_cache.stride(2), v_cache.stride(2))
+    if apart >= 2**31:
+        unsupported = f"heads of the cache lie {apart} elements apart, 2^31 or more"
     warn_of(_OP, q, unsupported)
     if not _OP.uses_triton(q, unsupported):
         return attention_with_kvcache_reference(
