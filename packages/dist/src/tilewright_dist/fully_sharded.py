@@ -20,11 +20,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from tilewright_dist import sharded_state
 from tilewright_dist.channel import collective_errors
+from tilewright_dist.divided_optimizer import DividedOptimizer
 from tilewright_dist.failure import naming_the_missing
 from tilewright_dist.param_groups import options_of
 
 
-class FullyShardedOptimizer(torch.optim.Optimizer):
+class FullyShardedOptimizer(DividedOptimizer):
     """Steps an optimizer on this rank's rows of the parameters.
 
     Its groups hold the module's parameters, so schedules and clipping see them as usual, and its
@@ -65,28 +66,6 @@ class FullyShardedOptimizer(torch.optim.Optimizer):
             [options_of(g) | {"params": g["params"]} for g in groups], optimizer.defaults
         )
         self._pull_options()
-
-    @property
-    def inner(self) -> torch.optim.Optimizer:
-        """The optimizer of this rank's rows, which holds the states."""
-        return self._inner
-
-    @property
-    def _group(self) -> dist.ProcessGroup:
-        process_group = self._group_reference()
-        if process_group is None:
-            raise RuntimeError("the process group of this optimizer has been destroyed")
-        return process_group
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # As of ShardedOptimizer: torch.amp.GradScaler asks, and would decide by one rank's part.
-        if self._group.size() > 1:
-            raise RuntimeError(
-                "a GradScaler decides by the gradients of one rank, which are a part here: train "
-                "in bfloat16 without loss scaling, or decide by `over_ranks` and set found_inf"
-            )
-        return getattr(self._inner, "_step_supports_amp_scaling", False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyrefly: ignore
@@ -216,15 +195,6 @@ class FullyShardedOptimizer(torch.optim.Optimizer):
             yield True
         finally:
             inner.grad_scale = inner.found_inf = None
-
-    def _push_options(self) -> None:
-        """Learning rates and the like, which schedules change here, to the inner optimizer."""
-        for mine, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            inner |= options_of(mine)
-
-    def _pull_options(self) -> None:
-        for mine, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            mine |= options_of(inner)
 
 
 @torch.no_grad()

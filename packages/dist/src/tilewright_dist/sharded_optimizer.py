@@ -28,6 +28,7 @@ from tilewright_dist.bucketed import BucketedReducer
 from tilewright_dist.buckets import describe, shared_memory
 from tilewright_dist.channel import collective_errors
 from tilewright_dist.data_parallel import DistributedDataParallel, checked_process_group
+from tilewright_dist.divided_optimizer import DividedOptimizer
 from tilewright_dist.failure import naming_the_missing
 from tilewright_dist.layout import BucketLayout, Partition, Segment, plan_buckets
 from tilewright_dist.overlap import LateGather
@@ -48,7 +49,7 @@ ELEMENTWISE = frozenset(
 """Classes, torch's and ours, that treat every element by itself: their tensors may be cut."""
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(DividedOptimizer):
     """An optimizer whose states are divided among the ranks.
 
     Its results are those of `optimizer_cls` on one process, bit for bit, since a part is updated as
@@ -191,33 +192,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._late = self._make_late_gather() if overlap_gather and ddp is not None else None
 
     @property
-    def inner(self) -> torch.optim.Optimizer:
-        """The optimizer of this rank's part, which holds the states."""
-        return self._inner
-
-    @property
     def shared_bytes(self) -> int:
         """Memory that other ranks read, which torch.cuda.memory_allocated does not count."""
         return sum(shard.shared_bytes for shard in self._shards)
-
-    @property
-    def _group(self) -> dist.ProcessGroup:
-        process_group = self._group_reference()
-        if process_group is None:
-            raise RuntimeError("the process group of this optimizer has been destroyed")
-        return process_group
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # What torch.amp.GradScaler asks, the only sign of it where the answer is no. It looks for
-        # infinities in this rank's gradients: some ranks would step, and others not, and scales
-        # would drift apart.
-        if self._group.size() > 1:
-            raise RuntimeError(
-                "a GradScaler decides by the gradients of one rank, which are a part here: train "
-                "in bfloat16 without loss scaling, or leave the optimizer unsharded"
-            )
-        return getattr(self._inner, "_step_supports_amp_scaling", False)
 
     def __reduce_ex__(self, _: Any) -> Any:
         """Refuse copies and pickles: the parameters are views that the ranks fill together.
@@ -489,16 +466,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         with naming_the_missing(self._group, "the norm of all gradients"), collective_errors():
             dist.all_reduce(squares, group=self._group)
         return squares.sqrt()
-
-    def _push_options(self) -> None:
-        """Learning rates and the like, which schedules change here, to the inner optimizer."""
-        # While a group is being added, the inner optimizer has one less.
-        for mine, inner in zip(self.param_groups, self._inner.param_groups, strict=False):
-            inner |= options_of(mine)
-
-    def _pull_options(self) -> None:
-        for mine, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            mine |= options_of(inner)
 
     def _owned(self) -> dict[str, tuple[nn.Parameter, Segment]]:
         """Piece and segment of this rank by parameter."""
