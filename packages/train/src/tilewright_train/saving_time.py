@@ -167,7 +167,7 @@ def saving_in_words(saving: Mapping[str, Any]) -> str:
     number = saving["checkpoints"]
     return (
         f"{saving['share']:.1%} of the time: {number} checkpoint{'' if number == 1 else 's'};"
-        f" steps waited {saving['steps_waited']:.2f} s for copies and were"
+        f" steps waited {saving['steps_waited']:.2f} s for copies and former checkpoints, and were"
         f" {saving['steps_slower']:.2f} s slower beside the writing, the end waited"
         f" {saving['waited_for_last']:.2f} s"
     )
